@@ -1,0 +1,3 @@
+"""GPT pretraining with risk-averse selective language modeling (ESLM)."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,323 @@
+"""All options of a run, what they resolve to, and the rules that cross components."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_eslm.config import deepspeed_json
+from megatron_eslm.config.flags import flag_of, parse_groups
+from megatron_eslm.data.options import DataOptions
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.options import ModelOptions
+from megatron_eslm.model.shape import PRESETS, ModelShape, Preset, pad_vocab_size
+from megatron_eslm.parallel.mesh import check_layout
+from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.training.options import (
+    CheckpointOptions,
+    EngineOptions,
+    OptimizerOptions,
+    ReportOptions,
+    TrainingOptions,
+)
+
+logger = logging.getLogger(__name__)
+
+GROUPS: dict[str, type] = {
+    "model": ModelOptions,
+    "selection": SelectionOptions,
+    "data": DataOptions,
+    "training": TrainingOptions,
+    "optimizer": OptimizerOptions,
+    "engine": EngineOptions,
+    "checkpoint": CheckpointOptions,
+    "report": ReportOptions,
+}
+
+DEMO_ROWS = 20
+DEMO_PRESET = Preset(
+    num_layers=4,
+    hidden_size=192,
+    num_attention_heads=6,
+    seq_length=256,
+    micro_batch_size=DEMO_ROWS,
+    gradient_accumulation_steps=1,
+    lr=2e-3,
+    min_lr=2e-4,
+    lr_warmup_iters=None,
+    lr_decay_iters=None,
+    train_iters=300,
+)
+"""What runs where no --data-path is given: a model that two CPU cores train in minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run was asked to do, with nothing left open. Never changed after resolve()."""
+
+    model: ModelOptions
+    selection: SelectionOptions
+    data: DataOptions
+    training: TrainingOptions
+    optimizer: OptimizerOptions
+    engine: EngineOptions
+    checkpoint: CheckpointOptions
+    report: ReportOptions
+    demo: bool
+    """Whether the demo corpus is the data."""
+    dp_size: int
+    gradient_accumulation_steps: int
+    deepspeed: dict[str, Any]
+    """What deepspeed.initialize gets."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute type."""
+        if self.engine.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.engine.fp16 else torch.float32
+
+    def shape(self, vocab_size: int) -> ModelShape:
+        """The model's shape once the tokenizer, and with it the vocabulary, is known."""
+        m = self.model
+        assert m.num_layers and m.hidden_size and m.num_attention_heads and m.seq_length
+        multiple = m.make_vocab_size_divisible_by * self.engine.tensor_model_parallel_size
+        return ModelShape(
+            num_layers=m.num_layers,
+            hidden_size=m.hidden_size,
+            num_attention_heads=m.num_attention_heads,
+            ffn_hidden_size=m.ffn_hidden_size or 4 * m.hidden_size,
+            max_position_embeddings=m.seq_length,
+            vocab_size=vocab_size,
+            padded_vocab_size=pad_vocab_size(vocab_size, multiple),
+            layernorm_epsilon=m.layernorm_epsilon,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for run.json and the metrics file."""
+        return dataclasses.asdict(self)
+
+
+def parse_run(argv: Sequence[str], world_size: int) -> RunConfig:
+    """From the command line to a resolved run.
+
+    Raises:
+        ConfigError: whatever cannot be used, before anything is built.
+    """
+    parsed = parse_groups(GROUPS, argv, "Pretrain a GPT with selection in the training step.")
+    return resolve(world_size=world_size, **parsed)
+
+
+class _Filler:
+    """Fills what was not given: from the DeepSpeed JSON, then the preset, then a default."""
+
+    def __init__(self, given: frozenset[str], json: dict[str, Any], preset: Preset | None) -> None:
+        self.given, self.preset = given, preset
+        self.json = deepspeed_json.values_from(json)
+
+    def __call__(self, options: Any, name: str, default: Any = None) -> Any:
+        if name in self.given:
+            return getattr(options, name)
+        if name in self.json:
+            return self.json[name]
+        value = getattr(options, name)
+        if value is not None and value is not False:
+            return value
+        from_preset = getattr(self.preset, name, None) if self.preset else None
+        value = from_preset if from_preset is not None else (default if value is None else value)
+        if value is None:
+            raise ConfigError(
+                f"{flag_of(name)} is not set and follows from nothing else. Give it, or "
+                f"--model-size {'|'.join(PRESETS)}."
+            )
+        return value
+
+
+def resolve(
+    *,
+    model: ModelOptions,
+    selection: SelectionOptions,
+    data: DataOptions,
+    training: TrainingOptions,
+    optimizer: OptimizerOptions,
+    engine: EngineOptions,
+    checkpoint: CheckpointOptions,
+    report: ReportOptions,
+    given: frozenset[str],
+    world_size: int,
+) -> RunConfig:
+    """Fill what was left open and check every rule that crosses components."""
+    json: dict[str, Any] = {}
+    if engine.deepspeed_config:
+        json = deepspeed_json.read_json(engine.deepspeed_config)
+        for name in (*deepspeed_json._SAME, "cpu_offload"):
+            if name in given:
+                owner = next(o for o in (training, optimizer, engine) if hasattr(o, name))
+                deepspeed_json.check_agreement(
+                    engine.deepspeed_config, json, name, flag_of(name), getattr(owner, name)
+                )
+    demo = not data.data_path
+    preset = PRESETS[model.model_size] if model.model_size else DEMO_PRESET if demo else None
+    fill = _Filler(given, json, preset)
+
+    engine = dataclasses.replace(
+        engine,
+        bf16=fill(engine, "bf16"),
+        fp16=fill(engine, "fp16"),
+        cpu_offload=fill(engine, "cpu_offload"),
+    )
+    half = engine.bf16 or engine.fp16
+    engine = dataclasses.replace(engine, zero_stage=fill(engine, "zero_stage", 1 if half else 0))
+    dp_size = check_layout(
+        world_size, engine.tensor_model_parallel_size, engine.pipeline_model_parallel_size
+    )
+    _check_engine(engine)
+
+    model = dataclasses.replace(
+        model,
+        num_layers=fill(model, "num_layers"),
+        hidden_size=fill(model, "hidden_size"),
+        num_attention_heads=fill(model, "num_attention_heads"),
+        seq_length=fill(model, "seq_length"),
+    )
+    _check_selection(model, selection)
+    if preset is DEMO_PRESET:
+        preset = dataclasses.replace(preset, micro_batch_size=max(1, DEMO_ROWS // dp_size))
+        fill = _Filler(given, json, preset)
+    training = _fill_training(training, fill, preset, dp_size)
+    optimizer = _fill_optimizer(optimizer, fill, training)
+
+    assert training.micro_batch_size and training.global_batch_size
+    steps = training.global_batch_size // (training.micro_batch_size * dp_size)
+    assert engine.zero_stage is not None
+    full_json = deepspeed_json.complete(
+        json,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=training.global_batch_size,
+        gradient_accumulation_steps=steps,
+        clip_grad=optimizer.clip_grad,
+        bf16=engine.bf16,
+        fp16=engine.fp16,
+        zero_stage=engine.zero_stage,
+        cpu_offload=engine.cpu_offload,
+    )
+    return RunConfig(
+        model=model,
+        selection=selection,
+        data=data,
+        training=training,
+        optimizer=optimizer,
+        engine=engine,
+        checkpoint=checkpoint,
+        report=report,
+        demo=demo,
+        dp_size=dp_size,
+        gradient_accumulation_steps=steps,
+        deepspeed=full_json,
+    )
+
+
+def _check_engine(engine: EngineOptions) -> None:
+    tp, pp = engine.tensor_model_parallel_size, engine.pipeline_model_parallel_size
+    if tp > 1 or pp > 1:
+        raise ConfigError(
+            f"--tensor-model-parallel-size {tp} and --pipeline-model-parallel-size {pp}: this "
+            "version trains data parallel with ZeRO 0 to 3 only. Leave both at 1."
+        )
+    if engine.bf16 and engine.fp16:
+        raise ConfigError("bf16 and fp16 are both enabled, by flags and DeepSpeed JSON together.")
+    if engine.cpu_offload and engine.zero_stage == 0:
+        raise ConfigError(
+            "--cpu-offload keeps ZeRO's partitions in CPU memory and --zero-stage 0 has none. Use "
+            "--zero-stage 1, 2 or 3."
+        )
+    if engine.fp16 and not torch.cuda.is_available():
+        from deepspeed.accelerator import get_accelerator
+
+        if not get_accelerator().is_fp16_supported():
+            raise ConfigError("--fp16 is not supported by this processor; use --bf16 or neither.")
+
+
+def _check_selection(model: ModelOptions, selection: SelectionOptions) -> None:
+    assert model.num_layers and model.hidden_size and model.num_attention_heads
+    if model.hidden_size % model.num_attention_heads:
+        raise ConfigError(
+            f"--hidden-size {model.hidden_size} is not a multiple of --num-attention-heads "
+            f"{model.num_attention_heads}; change one of them."
+        )
+    if selection.selection == "eslm" and selection.eslm_level != "token":
+        if selection.eslm_proxy_layers >= model.num_layers:
+            raise ConfigError(
+                f"--eslm-proxy-layers {selection.eslm_proxy_layers} must be smaller than "
+                f"--num-layers {model.num_layers}: the early exit would be the whole model."
+            )
+        assert model.seq_length
+        if selection.eslm_proxy_stride > model.seq_length:
+            raise ConfigError(
+                f"--eslm-proxy-stride {selection.eslm_proxy_stride} is longer than --seq-length "
+                f"{model.seq_length}; it would score one position a sequence."
+            )
+
+
+def _fill_training(
+    training: TrainingOptions, fill: _Filler, preset: Preset | None, dp_size: int
+) -> TrainingOptions:
+    micro = fill(training, "micro_batch_size")
+    # The presets' 40 micro-steps are shared out over the ranks, as in the paper's runs.
+    default = micro * (preset.gradient_accumulation_steps if preset else 1)
+    if preset is None or preset.gradient_accumulation_steps == 1:
+        default *= dp_size
+    total = fill(training, "global_batch_size", default)
+    if total % (micro * dp_size):
+        raise ConfigError(
+            f"--global-batch-size {total} is not a multiple of --micro-batch-size {micro} x "
+            f"{dp_size} data-parallel ranks = {micro * dp_size}; change one of them."
+        )
+    iters = fill(training, "train_iters", preset.lr_decay_iters if preset else None)
+    return dataclasses.replace(
+        training,
+        micro_batch_size=micro,
+        global_batch_size=total,
+        train_iters=iters,
+        eval_interval=training.eval_interval or min(1000, max(1, iters // 10)),
+    )
+
+
+def _fill_optimizer(
+    optimizer: OptimizerOptions, fill: _Filler, training: TrainingOptions
+) -> OptimizerOptions:
+    assert training.train_iters
+    lr = fill(optimizer, "lr")
+    min_lr = fill(optimizer, "min_lr", lr / 10)
+    if "lr" in fill.given and "min_lr" not in fill.given and min_lr > lr:
+        min_lr = lr / 10
+    if min_lr > lr:
+        raise ConfigError(f"--min-lr {min_lr:g} is above --lr {lr:g}.")
+    warmup = fill(optimizer, "lr_warmup_iters", max(1, training.train_iters // 20))
+    decay = fill(optimizer, "lr_decay_iters", training.train_iters)
+    if warmup >= decay:
+        raise ConfigError(
+            f"--lr-warmup-iters {warmup} must end before --lr-decay-iters {decay}; change one."
+        )
+    if warmup >= training.train_iters:
+        logger.warning(
+            "--train-iters %d ends before the warm-up of --lr-warmup-iters %d does: the learning "
+            "rate never reaches --lr %g.",
+            training.train_iters,
+            warmup,
+            lr,
+        )
+    return dataclasses.replace(
+        optimizer,
+        lr=lr,
+        min_lr=min_lr,
+        lr_warmup_iters=warmup,
+        lr_decay_iters=decay,
+        clip_grad=fill(optimizer, "clip_grad"),
+    )
+

@@ -1,0 +1,198 @@
+"""The corpus that every Python carries: its own library's source and its documentation.
+
+Two domains: `python_source` is the code of the standard library without its docstrings,
+`python_docs` is pydoc's topics and those docstrings. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import json
+import logging
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_eslm.data.preprocess import preprocess
+from megatron_eslm.data.tokenizers import HuggingFaceTokenizer
+from megatron_eslm.data.train_bpe import train_bpe
+from megatron_eslm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_SOURCE_BYTES = 12_000_000
+_DOCS_BYTES = 4_000_000
+# Tests repeat each other, encodings are tables, pydoc_data is the other domain.
+_SKIPPED_FOLDERS = {
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "idle_test",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+}
+_MARKER = "complete.json"
+
+
+def prepare_demo_corpus(directory: str, vocab_size: int = 4096) -> list[str]:
+    """Make the demo corpus in `directory`, or find it there.
+
+    Trains a byte-level BPE tokenizer on the text and preprocesses both domains with it. A second
+    call returns at once; a call that was killed is made up for by the next. One process calls this.
+
+    Args:
+        directory: made if missing.
+        vocab_size: of the tokenizer.
+
+    Returns:
+        Words for `--data-path`: weight and prefix of each domain, the weights being the numbers of
+        tokens, so that all text is read equally often.
+
+    Raises:
+        ConfigError: the library's source is not installed, or `directory` cannot be written.
+    """
+    folder = Path(directory)
+    weights = _finished(folder, vocab_size)
+    if weights is None:
+        logger.info("preparing the demo corpus in %s (once)", folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _MARKER).unlink(missing_ok=True)
+            weights = _build(folder, vocab_size)
+            temporary = folder / f"{_MARKER}.tmp"
+            temporary.write_text(json.dumps({"vocab_size": vocab_size, "weights": weights}))
+            os.replace(temporary, folder / _MARKER)
+        except OSError as error:
+            raise ConfigError(f"The demo corpus cannot be written to {folder}: {error}.") from error
+    return [word for name, tokens in weights.items() for word in (str(tokens), str(folder / name))]
+
+
+def _finished(folder: Path, vocab_size: int) -> dict[str, int] | None:
+    """Domain to tokens if a complete corpus of this vocabulary lies in `folder`."""
+    try:
+        marker = json.loads((folder / _MARKER).read_text())
+        weights, found = dict(marker["weights"]), marker["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    parts = [f"{name}.{end}" for name in weights for end in ("bin", "idx", "meta.json")]
+    complete = found == vocab_size and all((folder / part).exists() for part in parts)
+    return weights if complete else None
+
+
+def _build(folder: Path, vocab_size: int) -> dict[str, int]:
+    source: list[str] = []
+    docs = [*_topics()]
+    source_bytes, docs_bytes = 0, sum(map(len, docs))
+    for module, text in _library_files():
+        code, docstrings = split_docstrings(module, text)
+        if code.strip() and source_bytes < _SOURCE_BYTES:
+            source.append(code)
+            source_bytes += len(code)
+        if docstrings and docs_bytes < _DOCS_BYTES:
+            docs.append(docstrings)
+            docs_bytes += len(docstrings)
+    # By content hash: the splits are runs of documents, and should look alike.
+    domains = {
+        "python_source": sorted(source, key=_digest),
+        "python_docs": sorted(docs, key=_digest),
+    }
+    train_bpe(
+        (text for texts in domains.values() for text in texts), vocab_size, folder / "bpe.json"
+    )
+    tokenizer = HuggingFaceTokenizer(folder / "bpe.json")
+    return {
+        name: preprocess(
+            [f"python {name.removeprefix('python_')}"],
+            str(folder / name),
+            tokenizer,
+            overwrite=True,
+            documents=texts,
+        ).tokens
+        for name, texts in domains.items()
+    }
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "replace")).digest()
+
+
+def _library_files() -> Iterator[tuple[str, str]]:
+    """Module name and text of the standard library's files, in an order of no meaning."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [
+        path
+        for path in root.rglob("*.py")
+        if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
+        and not path.name.startswith("_sysconfigdata")  # full of this machine's paths
+    ]
+    if not files:
+        raise ConfigError(
+            f"The demo corpus is made of Python's standard library, and there is no source in "
+            f"{root}. Use a Python that carries it, or give your own text with --data-path."
+        )
+    names = {path.relative_to(root).as_posix(): path for path in files}
+    for name in sorted(names, key=_digest):
+        try:
+            text = names[name].read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        yield name.removesuffix(".py").removesuffix("/__init__").replace("/", "."), text
+
+
+def _topics() -> list[str]:
+    """pydoc's topics; some distributions package them apart."""
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        logger.warning("pydoc_data is not installed: python_docs has docstrings only")
+        return []
+    return [topics[name] for name in sorted(topics)]
+
+
+def split_docstrings(module: str, text: str) -> tuple[str, str]:
+    """The code of a module without its docstrings, and the docstrings under their names.
+
+    Text that does not parse is returned as it is, with no docstrings.
+    """
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        return text, ""
+    lines = text.encode().split(b"\n")
+    documentation: list[str] = []
+    cuts: list[tuple[ast.Expr, bool]] = []
+    for name, node in _definitions(tree, module):
+        docstring = ast.get_docstring(node)
+        if docstring:
+            documentation.append(f"{name}\n\n{docstring}\n")
+            first = node.body[0]
+            assert isinstance(first, ast.Expr)
+            cuts.append((first, len(node.body) > 1))
+    for first, has_more in sorted(cuts, key=lambda cut: cut[0].lineno, reverse=True):
+        begin, end = first.lineno - 1, (first.end_lineno or first.lineno) - 1
+        before, after = lines[begin][: first.col_offset], lines[end][first.end_col_offset :]
+        whole_lines = not before.strip() and not after.strip()
+        # A body of nothing but its docstring still needs a statement.
+        lines[begin : end + 1] = [] if has_more and whole_lines else [before + b"..." + after]
+    return b"\n".join(lines).decode(), "\n".join(documentation)
+
+
+def _definitions(
+    tree: ast.Module, module: str
+) -> Iterator[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """The module, its classes and functions with their full names, in order of appearance."""
+    yield module, tree
+    stack: list[tuple[str, ast.AST]] = [(module, tree)]
+    while stack:
+        prefix, parent = stack.pop()
+        for node in ast.iter_child_nodes(parent):
+            name = prefix
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{prefix}.{node.name}"
+                yield name, node
+            stack.append((name, node))

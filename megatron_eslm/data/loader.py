@@ -1,0 +1,127 @@
+"""Batches of one data-parallel rank, in the order of Megatron's sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_eslm.data.mixture import Mixture
+from megatron_eslm.errors import ConfigError
+
+
+def build_loader(
+    dataset: Mixture,
+    *,
+    start_sample: int,
+    num_samples: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    num_workers: int,
+    pin_memory: bool = False,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Samples [start_sample, start_sample + num_samples), those of one rank.
+
+    Global micro-batch g holds the M*DP samples from start_sample + g*M*DP on; rank r takes rows
+    r*M to (r+1)*M of it. To resume, start where the run stopped.
+
+    Args:
+        dataset: from `build_datasets`.
+        start_sample: first sample, over all ranks.
+        num_samples: samples over all ranks; a multiple of `micro_batch_size * dp_size`.
+        micro_batch_size: M.
+        dp_rank: r.
+        dp_size: DP.
+        num_workers: processes that load; 0 loads in this one.
+        pin_memory: batches in page-locked memory.
+
+    Yields:
+        {"tokens": int64 [M, T+1], "valid": bool [M, T], "samples": int64 [M]}, `samples` being the
+        numbers of the samples in the whole run.
+
+    Raises:
+        ValueError: the range does not fit the data set or the batches, before anything is loaded.
+        ConfigError: (while iterating) an id outside the vocabulary; names the sample.
+    """
+    rows = micro_batch_size * dp_size
+    if num_samples % rows:
+        raise ValueError(f"{num_samples} samples do not divide into micro-batches of {rows}")
+    if start_sample < 0 or start_sample + num_samples > len(dataset):
+        raise ValueError(
+            f"samples {start_sample} to {start_sample + num_samples} of {len(dataset)}"
+        )
+    if not 0 <= dp_rank < dp_size:
+        raise ValueError(f"rank {dp_rank} of {dp_size}")
+    loader = torch.utils.data.DataLoader(
+        _Numbered(dataset),
+        batch_sampler=_RankBatches(
+            start_sample + dp_rank * micro_batch_size,
+            start_sample + num_samples,
+            micro_batch_size,
+            rows,
+        ),
+        collate_fn=_collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # fork: workers share the maps of the parent and start at once.
+        multiprocessing_context="fork" if num_workers else None,
+        # Its own generator: the loader would draw a seed from the global one, and a resumed run
+        # would then see another random state than an uninterrupted one.
+        generator=torch.Generator(),
+    )
+    return _checked(iter(loader), dataset)
+
+
+class _RankBatches(torch.utils.data.Sampler):
+    """Sample numbers of each micro-batch of a rank; lazily, for runs of any length."""
+
+    def __init__(self, first: int, stop: int, micro_batch_size: int, step: int) -> None:
+        self._begins = range(first, stop, step)
+        self._size = micro_batch_size
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for begin in self._begins:
+            yield list(range(begin, begin + self._size))
+
+
+class _Numbered(torch.utils.data.Dataset):
+    """Adds to each sample its number."""
+
+    def __init__(self, dataset: Mixture) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**self._dataset[i], "sample": i}
+
+
+def _collate(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {
+        "tokens": torch.stack([item["tokens"] for item in items]),
+        "valid": torch.stack([item["valid"] for item in items]),
+        "samples": torch.tensor([item["sample"] for item in items]),
+    }
+
+
+def _checked(
+    batches: Iterator[dict[str, torch.Tensor]], dataset: Mixture
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Ids are checked here, where it costs microseconds: an embedding split over tensor-parallel
+    ranks would silently take an id beyond the vocabulary for zeros."""
+    vocab_size = dataset.source.tokenizer.vocab_size
+    for batch in batches:
+        low, high = (int(x) for x in batch["tokens"].aminmax())
+        if low < 0 or high >= vocab_size:
+            bad = ((batch["tokens"] < 0) | (batch["tokens"] >= vocab_size)).any(dim=1)
+            sample = int(batch["samples"][bad][0])
+            prefix = dataset.source.domains[dataset[sample]["domain"]].prefix
+            raise ConfigError(
+                f"Sample {sample}, from --data-path {prefix}, holds an id outside the vocabulary "
+                f"of {vocab_size} ({high if high >= vocab_size else low}). The files were changed "
+                "after they were checked; run tools/verify_data.py on them."
+            )
+        yield batch

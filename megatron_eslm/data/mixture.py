@@ -1,0 +1,295 @@
+"""Domains mixed by weight into the fixed order of sequences that training and validation read.
+
+Packing and shuffling within a domain are megatron-core's GPTDataset, the interleaving of domains
+its blending rule (the domain that lags its weight most comes next). The order is a function of
+(data, seed, sequence length, split, weights) and never of ranks, micro-batches or workers. While
+no domain is read more than once, a longer run begins with the samples of a shorter one; with
+several epochs megatron-core shuffles them together and the order depends on the length of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.plan import MixtureReport, document_ranges, plan_mixture
+from megatron_eslm.data.quiet import gpt_dataset
+from megatron_eslm.data.source import DataSource
+from megatron_eslm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class Mixture(torch.utils.data.Dataset):
+    """Sequences of one split in training order.
+
+    `mixture[i]` is {"tokens": int64 [T+1], "valid": bool [T], "domain": int}; `valid[t]` is False
+    where the label `tokens[t+1]` is padding and, under --eod-mask-loss, where `tokens[t]` ends a
+    document.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Any],
+        domain_of: np.ndarray | None,
+        index_in_domain: np.ndarray | None,
+        num_samples: int,
+        source: DataSource,
+    ) -> None:
+        # GPTDataset keeps its IndexedDataset, whose arrays die with it, alive.
+        self._parts = tuple(parts)
+        self._domain_of = domain_of
+        self._index_in_domain = index_in_domain
+        self._num_samples = num_samples
+        self.source = source
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if not 0 <= i < self._num_samples:
+            raise IndexError(f"sample {i} of {self._num_samples}")
+        domain, index = 0, i
+        if self._domain_of is not None and self._index_in_domain is not None:
+            domain, index = int(self._domain_of[i]), int(self._index_in_domain[i])
+        item = self._parts[domain][index]
+        return {
+            "tokens": torch.cat((item["tokens"], item["labels"][-1:])),
+            "valid": item["loss_mask"] > 0,
+            "domain": domain,
+        }
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What training reads."""
+
+    train: Mixture
+    valid: Mixture | None
+    """None where no validation sample was asked for."""
+    report: MixtureReport
+
+
+@dataclass(frozen=True)
+class _DatasetTokenizer:
+    """What GPTDataset wants to know; the fingerprint enters megatron-core's cache key by it."""
+
+    vocab_size: int
+    eod: int
+    pad: int
+    unique_identifiers: OrderedDict[str, Any]
+
+
+def build_datasets(
+    source: DataSource,
+    options: DataOptions,
+    *,
+    seq_length: int,
+    train_samples: int,
+    valid_samples: int,
+    seed: int,
+) -> Datasets:
+    """The training and validation sequences.
+
+    Where torch.distributed is initialized every rank has to call this: rank 0 writes the index
+    cache, the others read it. An error on any rank is raised on all.
+
+    Args:
+        source: from `open_data`.
+        options: split, cache folder and --eod-mask-loss are used.
+        seq_length: T; samples have T+1 ids.
+        train_samples: samples that the run reads.
+        valid_samples: at most so many are in the validation set, the same at every evaluation;
+            fewer where one epoch of the domains, in proportion to their weights, has no more.
+        seed: of the shuffling.
+
+    Raises:
+        ConfigError: a split too small for one sequence, or a cache folder that cannot be used.
+    """
+    report = plan_mixture(
+        source,
+        options,
+        seq_length=seq_length,
+        train_samples=train_samples,
+        valid_samples=valid_samples,
+    )
+
+    def build() -> Datasets:
+        wanted = {"train": report.train_samples, "valid": report.valid_samples}
+        made = {
+            split: _build_split(source, options, report, split, count, seed)
+            for split, count in wanted.items()
+            if count > 0
+        }
+        return Datasets(made["train"], made.get("valid"), report)
+
+    return _rank_zero_first(build)
+
+
+def _build_split(
+    source: DataSource,
+    options: DataOptions,
+    report: MixtureReport,
+    split: str,
+    num_samples: int,
+    seed: int,
+) -> Mixture:
+    root = options.data_cache_path or os.path.join(
+        os.path.dirname(source.domains[0].prefix), "cache"
+    )
+    parts = []
+    for domain, plan in zip(source.domains, report.domains, strict=True):
+        have, need = plan.sequences[split], plan.samples_needed[split]
+        # None is one epoch whatever the run reads of it, so that runs of any length share the
+        # order (and the cache).
+        count = None if need <= have else need
+        key = [source.fingerprint, domain.prefix, split, count, report.seq_length, seed]
+        key += [options.split, options.eod_mask_loss]
+        parts.append(
+            _cached(
+                root,
+                f"{domain.name}-{split}",
+                key,
+                lambda folder, d=domain, c=count: _gpt_dataset(  # type: ignore[misc]
+                    source, options, d.prefix, split, c, report.seq_length, seed, folder
+                ),
+            )
+        )
+    if len(parts) == 1:
+        return Mixture(parts, None, None, num_samples, source)
+    weights = [domain.weight for domain in source.domains]
+    domain_of, index_in_domain = _cached(
+        root,
+        f"blend-{split}",
+        [weights, num_samples],
+        lambda folder: _blend(folder, weights, num_samples),
+    )
+    for d, part in enumerate(parts):
+        used = int(np.count_nonzero(domain_of == d))
+        assert used <= len(part), f"{source.domains[d].name}: {used} samples of {len(part)}"
+    return Mixture(parts, domain_of, index_in_domain, num_samples, source)
+
+
+def _gpt_dataset(
+    source: DataSource,
+    options: DataOptions,
+    prefix: str,
+    split: str,
+    num_samples: int | None,
+    seq_length: int,
+    seed: int,
+    folder: str,
+) -> Any:
+    mcore = gpt_dataset()
+    identifiers = source.tokenizer.unique_identifiers
+    identifiers["data"] = source.fingerprint
+    config = mcore.GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        blend=([prefix], None),
+        split=options.split,
+        path_to_cache=folder,
+        tokenizer=_DatasetTokenizer(
+            source.tokenizer.vocab_size, source.tokenizer.eod, source.tokenizer.pad, identifiers
+        ),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=options.eod_mask_loss,
+        create_attention_mask=False,
+    )
+    low_level = mcore.GPTDataset.build_low_level_dataset(prefix, config)
+    begin, end = document_ranges(options.split, len(low_level))[split]
+    return mcore.GPTDataset(
+        low_level,
+        prefix,
+        np.arange(begin, end, dtype=np.int32),
+        num_samples,
+        mcore.Split[split],
+        config,
+    )
+
+
+def _blend(folder: str, weights: list[float], num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which domain each sample comes from (int16) and its number there (int64), [num_samples]."""
+    paths = [os.path.join(folder, name) for name in ("domain.npy", "index.npy")]
+    if not all(map(os.path.exists, paths)):
+        from megatron.core.datasets import helpers
+
+        domain_of = np.zeros(num_samples, dtype=np.int16)
+        index_in_domain = np.zeros(num_samples, dtype=np.int64)
+        helpers.build_blending_indices(
+            domain_of, index_in_domain, weights, len(weights), num_samples, False
+        )
+        np.save(paths[0], domain_of)
+        np.save(paths[1], index_in_domain)
+    return np.load(paths[0], mmap_mode="r"), np.load(paths[1], mmap_mode="r")
+
+
+def _cached(root: str, label: str, key: list[Any], make: Callable[[str], Any]) -> Any:
+    """`make(folder)` in a folder of `root` that appears under its name only when complete.
+
+    `make` writes its indices into an empty folder and reads them from a complete one; a run killed
+    while writing leaves no cache that another would trust.
+    """
+    name = f"{label}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}"
+    folder = Path(root, name)
+    try:
+        if not folder.is_dir():
+            if _rank() != 0:
+                raise ConfigError(
+                    f"--data-cache-path {root}: the indices that rank 0 wrote to {folder} are not "
+                    f"there on rank {_rank()}. Name a folder that all machines share."
+                )
+            Path(root).mkdir(parents=True, exist_ok=True)
+            unfinished = tempfile.mkdtemp(prefix=f".{name}-", dir=root)
+            try:
+                logger.info("building %s", folder)
+                make(unfinished)
+                os.chmod(unfinished, 0o755)  # mkdtemp's is for this user alone
+                if not folder.is_dir():
+                    os.rename(unfinished, folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+        return make(str(folder))
+    except OSError as error:
+        raise ConfigError(
+            f"The index cache {folder} cannot be written or read: {error}. Name a folder with room "
+            "and permission by --data-cache-path."
+        ) from error
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"The index cache {folder} is damaged ({error}). Delete it; it is built again."
+        ) from error
+
+
+def _rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _rank_zero_first(build: Callable[[], Datasets]) -> Datasets:
+    import torch.distributed as dist
+
+    from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return build()
+    made: list[Datasets] = []
+    on_rank_zero(lambda: made.append(build()))
+    return on_every_rank(lambda: made[0] if made else build())

@@ -1,0 +1,170 @@
+"""How much of each domain a run reads, computed from the `.idx` files alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+from megatron_eslm.data.index_file import read_index
+from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.source import DataSource, parse_split
+from megatron_eslm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainPlan:
+    """One domain. The dictionaries are by split: `train`, `valid`, `test`."""
+
+    name: str
+    prefix: str
+    weight: float
+    documents: dict[str, int]
+    tokens: dict[str, int]
+    sequences: dict[str, int]
+    """Whole sequences in one epoch."""
+    samples_needed: dict[str, int]
+    """Upper bound of the sequences that the run reads (`train`, `valid`)."""
+    epochs: float
+    """How often training reads the domain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureReport:
+    """What a run reads."""
+
+    domains: tuple[DomainPlan, ...]
+    seq_length: int
+    train_samples: int
+    valid_samples: int
+    """Samples in the validation set; may be fewer than asked for."""
+
+
+def plan_mixture(
+    source: DataSource,
+    options: DataOptions,
+    seq_length: int,
+    train_samples: int,
+    valid_samples: int = 0,
+) -> MixtureReport:
+    """Count documents, tokens and sequences by split, and what the run needs of them.
+
+    Args:
+        source: from `open_data`.
+        options: `split` is used.
+        seq_length: T; a sequence takes T ids and the first of the next.
+        train_samples: samples that the run reads.
+        valid_samples: samples wanted for validation; 0 for none.
+
+    Raises:
+        ConfigError: a split that is needed holds less than one sequence of a domain.
+    """
+    if train_samples < 1 or seq_length < 2:
+        raise ConfigError(
+            f"Nothing to train on: {train_samples} samples of --seq-length {seq_length} (at least "
+            "1 of length 2)."
+        )
+    counted = []
+    for domain in source.domains:
+        lengths = read_index(domain.prefix).lengths
+        ranges = document_ranges(options.split, len(lengths))
+        documents = {split: end - begin for split, (begin, end) in ranges.items()}
+        tokens = {split: int(lengths[b:e].sum(dtype="int64")) for split, (b, e) in ranges.items()}
+        sequences = {split: max(0, (n - 1) // seq_length) for split, n in tokens.items()}
+        for split in ("train", "valid") if valid_samples > 0 else ("train",):
+            if sequences[split] == 0:
+                raise ConfigError(
+                    f"--data-path {domain.prefix}: the {_LONG[split]} split has {tokens[split]} "
+                    f"tokens in {documents[split]} of {len(lengths)} documents; one sequence of "
+                    f"--seq-length {seq_length} needs {seq_length + 1}. Give this split a larger "
+                    f"share in --split {options.split}, shorten --seq-length or add data"
+                    + ("." if split == "train" else ", or set --eval-iters 0.")
+                )
+        counted.append((domain, documents, tokens, sequences))
+    valid_reach = min(
+        (_samples_within(sequences["valid"], domain.weight) for domain, _, _, sequences in counted),
+    )
+    if valid_reach < valid_samples:
+        logger.info(
+            "validation reads %d sequences instead of %d: one epoch by weight has no more",
+            valid_reach,
+            valid_samples,
+        )
+    valid_samples = min(valid_samples, valid_reach)
+    plans = []
+    for domain, documents, tokens, sequences in counted:
+        needed = {
+            "train": _samples_at_most(train_samples, domain.weight),
+            "valid": _samples_at_most(valid_samples, domain.weight),
+        }
+        plans.append(
+            DomainPlan(
+                name=domain.name,
+                prefix=domain.prefix,
+                weight=domain.weight,
+                documents=documents,
+                tokens=tokens,
+                sequences=sequences,
+                samples_needed=needed,
+                epochs=needed["train"] / sequences["train"],
+            )
+        )
+    return MixtureReport(
+        domains=tuple(plans),
+        seq_length=seq_length,
+        train_samples=train_samples,
+        valid_samples=valid_samples,
+    )
+
+
+def check_epochs(report: MixtureReport, max_epochs: float) -> None:
+    """Refuse a run that reads a domain more often than was consented to.
+
+    Raises:
+        ConfigError: names the domain read most often.
+    """
+    most = max(report.domains, key=lambda domain: domain.epochs)
+    if most.epochs > max_epochs * (1 + 1e-9):
+        raise ConfigError(
+            f"The run reads {most.prefix} {most.epochs:.2f} times ({most.samples_needed['train']} "
+            f"sequences of {report.seq_length} ids, one epoch of its training split has "
+            f"{most.sequences['train']}), more than --max-epochs {max_epochs:g} allows. Raise "
+            f"--max-epochs to consent to the repetition, lower --train-iters or the batch size, "
+            "lower the weight of this domain, or add data."
+        )
+
+
+def document_ranges(split: str, documents: int) -> dict[str, tuple[int, int]]:
+    """First and one past the last document of each split, as megatron-core cuts them."""
+    shares = parse_split(split)
+    edges = [0.0]
+    for share in shares:
+        edges.append(edges[-1] + share)
+    cuts = [round(edge * float(documents)) for edge in edges]
+    return {name: (cuts[i], cuts[i + 1]) for i, name in enumerate(SPLITS)}
+
+
+_LONG = {"train": "training", "valid": "validation", "test": "test"}
+
+# megatron-core's blending rule gives sample i to the domain for which weight * i - (samples so far)
+# is largest, and that is never negative; so of n samples a domain gets at most
+# weight * (n - 1) + 1. The epsilon absorbs the rounding of normalized weights.
+_EPSILON = 1e-6
+
+
+def _samples_at_most(num_samples: int, weight: float) -> int:
+    """Most samples that a domain gives to a blend of `num_samples`."""
+    if num_samples == 0:
+        return 0
+    return min(num_samples, math.floor(weight * (num_samples - 1) + 1 + _EPSILON))
+
+
+def _samples_within(sequences: int, weight: float) -> int:
+    """Largest blend to which a domain gives at most `sequences`."""
+    if sequences == 0:
+        return 0
+    return max(1, math.floor((sequences - 2 * _EPSILON) / weight) + 1)

@@ -1,0 +1,280 @@
+"""`--data-path` opened: every file checked, one tokenizer for all, a fingerprint of the whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from megatron_eslm.data.index_file import IndexFile, read_index
+from megatron_eslm.data.meta import DataMeta, read_meta
+from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
+from megatron_eslm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SCAN_IDS = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """One `.bin/.idx` pair of the mixture."""
+
+    name: str
+    prefix: str
+    weight: float
+    """Share of the training tokens; the weights of a source add up to 1."""
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """What `--data-path` stands for."""
+
+    tokenizer: Tokenizer
+    domains: tuple[Domain, ...]
+    fingerprint: str
+    """Changes with the contents of any file and with the tokenizer, not with the place of either,
+    nor with weights. A checkpoint compares it at resume."""
+
+
+def open_data(options: DataOptions) -> DataSource:
+    """Check everything that can be checked before training and return what it is.
+
+    Where torch.distributed is initialized every rank has to call this: the scan of files that come
+    without facts runs on rank 0 only, and its error stops all.
+
+    Raises:
+        ConfigError: anything about `--data-path`, its files or the tokenizer flags is wrong.
+    """
+    pairs = parse_data_path(options.data_path)
+    parse_split(options.split)
+    indexes = [read_index(prefix) for _, prefix in pairs]
+    metas = [read_meta(prefix) for _, prefix in pairs]
+    for index, meta in zip(indexes, metas, strict=True):
+        if meta is not None:
+            check_meta(index, meta)
+    tokenizer = _common_tokenizer(options, [prefix for _, prefix in pairs], metas)
+    for index, meta in zip(indexes, metas, strict=True):
+        if meta is None:
+            logger.warning(
+                "%s has no %s.meta.json: that its tokenizer is the given %s cannot be verified",
+                index.prefix,
+                os.path.basename(index.prefix),
+                tokenizer.name,
+            )
+            _share_rank_zero(lambda index=index: check_ids(index, tokenizer))  # type: ignore[misc]
+        elif meta.max_token_id >= tokenizer.vocab_size:
+            raise ConfigError(
+                f"--data-path {index.prefix} holds the id {meta.max_token_id}, beyond the "
+                f"vocabulary of {tokenizer.vocab_size}; preprocess it again."
+            )
+    total = sum(weight for weight, _ in pairs)
+    names = _names([prefix for _, prefix in pairs])
+    domains = tuple(
+        Domain(
+            name=name,
+            prefix=prefix,
+            weight=weight / total,
+            documents=index.documents,
+            tokens=index.tokens,
+        )
+        for name, (weight, prefix), index in zip(names, pairs, indexes, strict=True)
+    )
+    digest = hashlib.sha256(tokenizer.identity.encode())
+    for index, meta in zip(indexes, metas, strict=True):
+        digest.update(_fingerprint(index, meta).encode())
+    return DataSource(tokenizer=tokenizer, domains=domains, fingerprint=digest.hexdigest())
+
+
+def parse_data_path(words: Sequence[str]) -> list[tuple[float, str]]:
+    """`prefix` or `weight1 prefix1 weight2 prefix2 ...` as (weight, prefix) pairs.
+
+    Raises:
+        ConfigError: nothing given, an odd number of words, a weight that is no positive number, or
+            a prefix given twice.
+    """
+    if not words:
+        raise ConfigError("--data-path is empty; give a prefix, or weight and prefix pairs.")
+    if len(words) == 1:
+        return [(1.0, words[0])]
+    if len(words) % 2:
+        raise ConfigError(
+            f"--data-path has {len(words)} words ({' '.join(words)}); give one prefix alone, or a "
+            "weight before every prefix: 0.7 a 0.3 b."
+        )
+    pairs: list[tuple[float, str]] = []
+    seen: dict[str, str] = {}
+    for word, prefix in zip(words[::2], words[1::2], strict=True):
+        try:
+            weight = float(word)
+        except ValueError:
+            raise ConfigError(
+                f"--data-path: {word!r} before {prefix} should be that prefix's weight, and is not "
+                "a number. Write weight1 prefix1 weight2 prefix2."
+            ) from None
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(
+                f"--data-path: the weight {word} of {prefix} must be positive; leave out a domain "
+                "that is not to be read."
+            )
+        real = os.path.realpath(prefix)
+        if real in seen:
+            raise ConfigError(
+                f"--data-path names {prefix} twice (as {seen[real]} and {prefix}); add the two "
+                "weights and name it once."
+            )
+        seen[real] = prefix
+        pairs.append((weight, prefix))
+    return pairs
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """Shares of training, validation and test, adding up to 1.
+
+    Raises:
+        ConfigError: not one to three numbers, a negative one, or nothing for training.
+    """
+    try:
+        shares = [float(word) for word in split.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--split {split!r} is not a list of numbers; write three shares, as in 98,1,1."
+        ) from None
+    if len(shares) > 3 or not all(math.isfinite(s) and s >= 0 for s in shares):
+        raise ConfigError(
+            f"--split {split!r} must be at most three numbers, none negative, as in 98,1,1."
+        )
+    if shares[0] == 0:
+        raise ConfigError(f"--split {split!r} leaves nothing for training; write e.g. 98,1,1.")
+    shares += [0.0] * (3 - len(shares))
+    total = sum(shares)
+    return (shares[0] / total, shares[1] / total, shares[2] / total)
+
+
+def check_ids(index: IndexFile, tokenizer: Tokenizer) -> None:
+    """Read all ids once and compare them with the vocabulary.
+
+    Raises:
+        ConfigError: names the file, the first id outside [0, vocab_size) and its position.
+    """
+    ids = index.ids()
+    for begin in range(0, len(ids), _SCAN_IDS):
+        part = ids[begin : begin + _SCAN_IDS]
+        if int(part.max()) < tokenizer.vocab_size and int(part.min()) >= 0:
+            continue
+        where = int(np.argmax((part >= tokenizer.vocab_size) | (part < 0)))
+        raise ConfigError(
+            f"{index.prefix}.bin holds the id {int(part[where])} at position {begin + where}, "
+            f"outside the vocabulary of {tokenizer.vocab_size} of the {tokenizer.name} in use. "
+            "Name the tokenizer that the data was made with (--tokenizer-type and its files)."
+        )
+
+
+def check_meta(index: IndexFile, meta: DataMeta) -> None:
+    """Compare the counts stored beside a pair with the pair.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    for what, stored, found in (
+        ("bytes in .bin", meta.bin_bytes, index.bin_bytes),
+        ("bytes in .idx", meta.idx_bytes, index.idx_bytes),
+        ("documents", meta.documents, index.documents),
+        ("tokens", meta.tokens, index.tokens),
+    ):
+        if stored != found:
+            raise ConfigError(
+                f"--data-path {index.prefix}: {index.prefix}.meta.json says {stored} {what}, the "
+                f"files have {found}. They are not of one run; copy all of them again or "
+                "preprocess with --overwrite."
+            )
+
+
+def _common_tokenizer(
+    options: DataOptions, prefixes: list[str], metas: list[DataMeta | None]
+) -> Tokenizer:
+    given = None
+    files = (options.vocab_file, options.merge_file, options.tokenizer_model)
+    if options.tokenizer_type is not None:
+        given = build_tokenizer(options.tokenizer_type, *files)
+    elif any(file is not None for file in files):
+        raise ConfigError(
+            "--vocab-file, --merge-file and --tokenizer-model say nothing without "
+            "--tokenizer-type; add it, or leave them out to use the tokenizer stored beside the "
+            "data."
+        )
+    known = [(p, m) for p, m in zip(prefixes, metas, strict=True) if m is not None]
+    for prefix, meta in known[1:]:
+        if meta.tokenizer["identity"] != known[0][1].tokenizer["identity"]:
+            raise ConfigError(
+                f"--data-path: {known[0][0]} was made with {_show(known[0][1])} and {prefix} with "
+                f"{_show(meta)}. Preprocess them with one tokenizer."
+            )
+    if given is not None:
+        for prefix, meta in known:
+            if meta.tokenizer["identity"] != given.identity:
+                raise ConfigError(
+                    f"--tokenizer-type {given.name} describes the tokenizer {given.name} "
+                    f"{given.identity[:12]}, but {prefix} was made with {_show(meta)}. Leave the "
+                    "tokenizer flags out to use the one stored beside the data, or preprocess it "
+                    "again."
+                )
+        return given
+    without = [p for p, m in zip(prefixes, metas, strict=True) if m is None]
+    if without:
+        raise ConfigError(
+            f"--data-path {without[0]} has no {without[0]}.meta.json (it was not written by "
+            "tools/preprocess_data.py), so its tokenizer is unknown. Name it: --tokenizer-type and "
+            "its files."
+        )
+    prefix, meta = known[0]
+    tokenizer = load_tokenizer(f"{prefix}.tokenizer")
+    if tokenizer.identity != meta.tokenizer["identity"]:
+        raise ConfigError(
+            f"{prefix}.tokenizer holds {tokenizer.name} {tokenizer.identity[:12]}, but the data "
+            f"was made with {_show(meta)}. Put the original folder back, or name the tokenizer "
+            "with --tokenizer-type and its files."
+        )
+    return tokenizer
+
+
+def _show(meta: DataMeta) -> str:
+    return f"{meta.tokenizer.get('type')} {meta.tokenizer['identity'][:12]}"
+
+
+def _names(prefixes: list[str]) -> list[str]:
+    short = [os.path.basename(prefix) for prefix in prefixes]
+    return short if len(set(short)) == len(short) else list(prefixes)
+
+
+def _fingerprint(index: IndexFile, meta: DataMeta | None) -> str:
+    if meta is not None:
+        return json.dumps([meta.bin_sha256, meta.idx_sha256])
+    # Without stored sums: the whole index and both ends of the ids; reading all of a large .bin
+    # at every start would be too slow.
+    digest = hashlib.sha256(Path(f"{index.prefix}.idx").read_bytes())
+    ids = index.ids()
+    digest.update(ids[:_SCAN_IDS].tobytes())
+    digest.update(ids[-_SCAN_IDS:].tobytes())
+    return digest.hexdigest()
+
+
+def _share_rank_zero(do: Callable[[], T]) -> T:
+    import torch.distributed as dist
+
+    from megatron_eslm.parallel.collectives import on_rank_zero
+
+    return on_rank_zero(do) if dist.is_available() and dist.is_initialized() else do()

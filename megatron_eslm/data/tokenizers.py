@@ -1,0 +1,119 @@
+"""Which tokenizer: built from the flags, or loaded from what is stored beside data and models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_eslm.data.tokenizer_base import META_FILE, Tokenizer
+from megatron_eslm.data.tokenizer_gpt2 import GPT2BPETokenizer
+from megatron_eslm.data.tokenizer_kinds import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+)
+from megatron_eslm.errors import ConfigError
+
+__all__ = [
+    "ByteTokenizer",
+    "GPT2BPETokenizer",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "build_tokenizer",
+    "load_tokenizer",
+]
+
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "GPT2BPETokenizer": ("--vocab-file", "--merge-file"),
+    "SentencePieceTokenizer": ("--tokenizer-model",),
+    "HuggingFaceTokenizer": ("--tokenizer-model",),
+    "ByteTokenizer": (),
+}
+
+
+def build_tokenizer(
+    tokenizer_type: str,
+    vocab_file: str | None = None,
+    merge_file: str | None = None,
+    tokenizer_model: str | None = None,
+) -> Tokenizer:
+    """The tokenizer that the flags describe.
+
+    Raises:
+        ConfigError: unknown type, a flag that the type needs is missing or one that it does not
+            know is given, or a file cannot be used.
+    """
+    if tokenizer_type not in _NEEDS:
+        raise ConfigError(
+            f"--tokenizer-type {tokenizer_type} is unknown; choose one of {', '.join(_NEEDS)}."
+        )
+    given = {
+        "--vocab-file": vocab_file,
+        "--merge-file": merge_file,
+        "--tokenizer-model": tokenizer_model,
+    }
+    for flag, value in given.items():
+        if value is None and flag in _NEEDS[tokenizer_type]:
+            raise ConfigError(
+                f"--tokenizer-type {tokenizer_type} needs {flag}, which is not given."
+            )
+        if value is not None and flag not in _NEEDS[tokenizer_type]:
+            raise ConfigError(
+                f"{flag} {value} has no meaning with --tokenizer-type {tokenizer_type}; leave it "
+                "out or choose another type."
+            )
+    if tokenizer_type == "GPT2BPETokenizer":
+        assert vocab_file is not None and merge_file is not None
+        return GPT2BPETokenizer(vocab_file, merge_file)
+    if tokenizer_type == "ByteTokenizer":
+        return ByteTokenizer()
+    assert tokenizer_model is not None
+    if tokenizer_type == "SentencePieceTokenizer":
+        return SentencePieceTokenizer(tokenizer_model)
+    return HuggingFaceTokenizer(tokenizer_model)
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` stored in `directory`.
+
+    Raises:
+        ConfigError: there is none, or its files are not those that were stored.
+    """
+    directory = Path(directory)
+    try:
+        meta = json.loads((directory / META_FILE).read_text())
+        kind, identity, extra = meta["type"], meta["identity"], meta.get("extra", {})
+    except OSError as error:
+        raise ConfigError(
+            f"{directory} holds no stored tokenizer: {META_FILE} cannot be read "
+            f"({error.strerror}). Name the tokenizer with --tokenizer-type and its files."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{directory / META_FILE} is damaged ({error!r}). Preprocess the data again, or name "
+            "the tokenizer with --tokenizer-type and its files."
+        ) from error
+    tokenizer: Tokenizer
+    if kind == "GPT2BPETokenizer":
+        tokenizer = GPT2BPETokenizer(
+            directory / "vocab.json", directory / "merges.txt", checked=True
+        )
+    elif kind == "SentencePieceTokenizer":
+        tokenizer = SentencePieceTokenizer(directory / "tokenizer.model")
+    elif kind == "HuggingFaceTokenizer":
+        tokenizer = HuggingFaceTokenizer(
+            directory / "tokenizer.json", eod_token=extra.get("eod_token")
+        )
+    elif kind == "ByteTokenizer":
+        tokenizer = ByteTokenizer()
+    else:
+        raise ConfigError(
+            f"{directory / META_FILE} names the tokenizer type {kind!r}, which is unknown here."
+        )
+    if tokenizer.identity != identity:
+        raise ConfigError(
+            f"The tokenizer files in {directory} are not those that were stored (identity "
+            f"{tokenizer.identity[:12]}, stored {identity[:12]}). Put the original files back."
+        )
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Hugging Face both ways: conversion of weights, proof by equal logits, generation."""

@@ -1,0 +1,123 @@
+"""Checkpoint -> Hugging Face folder and back; each is published only after equal logits."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.interop import huggingface
+from megatron_eslm.interop.prompts import prompts_ids
+from megatron_eslm.interop.publish import published
+
+logger = logging.getLogger(__name__)
+
+
+class LogitMismatch(RuntimeError):
+    """The converted model does not compute what the original does: a bug, not a user's mistake."""
+
+    def __init__(self, difference: float) -> None:
+        super().__init__(
+            f"the logits of the two models differ by {difference:.3g}, more than "
+            f"{huggingface.LOGIT_TOLERANCE:g}; nothing was written."
+        )
+        self.difference = difference
+
+
+def checkpoint_to_folder(
+    load: str, output: str, tag: str | None = None, overwrite: bool = False
+) -> float:
+    """Export a checkpoint to a Hugging Face folder.
+
+    Args:
+        load: folder of checkpoints (`--load`).
+        output: the folder to make (`--output`).
+        tag: which checkpoint; default: the newest complete one.
+        overwrite: replace an earlier export at `output`.
+
+    Returns:
+        Largest difference of any logit between the checkpoint and the exported folder.
+
+    Raises:
+        ConfigError: unusable checkpoint or output.
+        LogitMismatch: the difference is above `LOGIT_TOLERANCE`.
+    """
+    from megatron_eslm.training.checkpoint import read_weights
+
+    with published(output, "--output", "config.json" if overwrite else None) as aside:
+        source = read_weights(load, tag)
+        tokenizer = checkpoint_tokenizer(source.tokenizer_dir, load)
+        huggingface.export(aside, source.weights, source.shape, tokenizer)
+        return _checked(source.weights, source.shape, aside, tokenizer)
+
+
+def folder_to_checkpoint(source: str, save: str, multiple: int = 128) -> float:
+    """Make a weights-only checkpoint, tokenizer included, from a Hugging Face folder.
+
+    Args:
+        source: the folder (`--input`).
+        save: the folder of checkpoints to make (`--save`); an existing one is not touched.
+        multiple: the vocabulary is padded to a multiple of this.
+
+    Returns:
+        Largest difference of any logit between the folder and the checkpoint read back.
+
+    Raises:
+        ConfigError: unusable folder, unsupported model, or `save` is taken.
+        LogitMismatch: the difference is above `LOGIT_TOLERANCE`.
+    """
+    from megatron_eslm.training.checkpoint import read_weights, write_weights
+
+    model = huggingface.load_gpt2(source)
+    weights, shape = huggingface.from_gpt2(model, model.config, multiple)
+    tokenizer = folder_tokenizer(source)
+    huggingface.check_tokenizer(tokenizer, shape)
+    with published(save, "--save") as aside, tempfile.TemporaryDirectory() as tokenizer_dir:
+        tokenizer.save(tokenizer_dir)
+        write_weights(str(aside), weights, shape, Path(tokenizer_dir), source=str(source))
+        written = read_weights(str(aside))
+        return _checked(written.weights, written.shape, Path(source), tokenizer)
+
+
+def checkpoint_tokenizer(directory: Path | None, load: str) -> Any:
+    """The tokenizer stored in a checkpoint; ConfigError if it holds none."""
+    from megatron_eslm.data.tokenizers import load_tokenizer
+
+    if directory is None:
+        raise ConfigError(
+            f"--load {load}: this checkpoint holds no tokenizer, so texts cannot be read or "
+            "written with it. Use a checkpoint that was saved while training on prepared data."
+        )
+    return load_tokenizer(directory)
+
+
+def folder_tokenizer(directory: str | Path) -> Any:
+    """The tokenizer of a Hugging Face folder as one of ours.
+
+    Raises:
+        ConfigError: the folder has neither tokenizer.json nor vocab.json with merges.txt.
+    """
+    from megatron_eslm.data.tokenizers import build_tokenizer
+
+    directory = Path(directory)
+    if (directory / "tokenizer.json").is_file():
+        return build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(directory))
+    vocab, merges = directory / "vocab.json", directory / "merges.txt"
+    if vocab.is_file() and merges.is_file():
+        return build_tokenizer("GPT2BPETokenizer", vocab_file=str(vocab), merge_file=str(merges))
+    raise ConfigError(
+        f"{directory} holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt is "
+        "there. Put the model's tokenizer beside its weights."
+    )
+
+
+def _checked(weights: dict, shape: Any, folder: Path, tokenizer: Any) -> float:
+    difference = huggingface.compare_logits(
+        weights, shape, huggingface.load_gpt2(folder), prompts_ids(tokenizer, shape)
+    )
+    if not difference <= huggingface.LOGIT_TOLERANCE:
+        raise LogitMismatch(difference)
+    logger.info("largest logit difference %.3g", difference)
+    return difference

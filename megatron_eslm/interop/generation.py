@@ -1,0 +1,149 @@
+"""Text from a trained model, by transformers' generate() with its key/value cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_eslm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to continue a prompt."""
+
+    max_new_tokens: int = 100
+    """Stop after this many tokens, or at the end of the document."""
+
+    temperature: float = 1.0
+    """Divides the logits before sampling; 0 always takes the likeliest token."""
+
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0 takes all."""
+
+    top_p: float = 1.0
+    """Sample among the fewest tokens that together have this probability; 1 takes all."""
+
+    num_samples: int = 1
+    """Continuations of each prompt."""
+
+    seed: int = 1234
+    """Same seed, same text."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens {self.max_new_tokens} must be 1 or more.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(
+                f"--temperature {self.temperature:g} must be 0 (likeliest token) or a positive "
+                "number; 1 samples as the model was trained."
+            )
+        if self.top_k < 0:
+            raise ConfigError(f"--top-k {self.top_k} is negative; 0 takes all tokens.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p {self.top_p:g} must be above 0 and at most 1 (all).")
+        if self.num_samples < 1:
+            raise ConfigError(f"--num-samples {self.num_samples} must be 1 or more.")
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ConfigError(
+                f"--num-samples {self.num_samples} with --temperature 0 would give the same text "
+                "each time; raise the temperature or ask for one sample."
+            )
+
+
+def open_model(load: str, tag: str | None = None) -> tuple[GPT2LMHeadModel, Any]:
+    """Model and tokenizer of a checkpoint of ours or of an exported Hugging Face folder.
+
+    Raises:
+        ConfigError: `load` is neither, or is damaged.
+    """
+    from megatron_eslm.interop import convert, huggingface
+
+    if (Path(load) / "config.json").is_file():
+        if tag is not None:
+            raise ConfigError(f"--tag {tag}: {load} is a Hugging Face folder and has no tags.")
+        return huggingface.load_gpt2(load), convert.folder_tokenizer(load)
+
+    from megatron_eslm.training.checkpoint import read_weights
+
+    source = read_weights(load, tag)
+    tokenizer = convert.checkpoint_tokenizer(source.tokenizer_dir, load)
+    huggingface.check_tokenizer(tokenizer, source.shape)
+    return huggingface.to_gpt2(source.weights, source.shape, tokenizer.eod), tokenizer
+
+
+def generate(model: GPT2LMHeadModel, tokenizer: Any, prompt: str, sampling: Sampling) -> list[str]:
+    """Prompt and continuation as text, once for each of `sampling.num_samples`.
+
+    An empty prompt starts a new document.
+
+    Raises:
+        ConfigError: prompt and new tokens together exceed the model's positions.
+    """
+    prompt_ids = list(tokenizer.encode(prompt)) if prompt else []
+    start = prompt_ids or [tokenizer.eod]
+    _check_context(len(start), sampling.max_new_tokens, model.config.n_positions)
+    return [
+        tokenizer.decode(prompt_ids + new_ids)
+        for new_ids in _continue(model, start, tokenizer, sampling)
+    ]
+
+
+def _check_context(prompt_tokens: int, new_tokens: int, context: int) -> None:
+    if prompt_tokens + new_tokens <= context:
+        return
+    remedy = (
+        f"ask for at most --max-new-tokens {context - prompt_tokens} or shorten the prompt"
+        if prompt_tokens < context
+        else "shorten the prompt"
+    )
+    raise ConfigError(
+        f"The prompt has {prompt_tokens} tokens; with --max-new-tokens {new_tokens} that is more "
+        f"than the {context} positions of this model; {remedy}."
+    )
+
+
+def _continue(model: Any, start: list[int], tokenizer: Any, sampling: Sampling) -> list[list[int]]:
+    """New token ids of each sample, the end of document cut off."""
+    from transformers import GenerationConfig
+
+    eod = tokenizer.eod
+    # Embeddings beyond the tokenizer, as in folders whose vocabulary is padded, spell nothing.
+    unspeakable = list(range(tokenizer.vocab_size, model.config.vocab_size))
+    tokens_BT = torch.tensor([start], dtype=torch.int64, device=model.device)
+    if sampling.temperature == 0:
+        how: dict[str, Any] = {"do_sample": False}
+    else:
+        how = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+        }
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        num_return_sequences=sampling.num_samples,
+        bos_token_id=eod,
+        eos_token_id=eod,
+        pad_token_id=eod,
+        suppress_tokens=unspeakable or None,
+        use_cache=True,
+        **how,
+    )
+    # generate() draws from torch's global generator; put it back for the caller.
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        output_BT = model.generate(
+            tokens_BT, attention_mask=torch.ones_like(tokens_BT), generation_config=config
+        )
+    return [_until(eod, row[len(start) :]) for row in output_BT.tolist()]
+
+
+def _until(eod: int, ids: list[int]) -> list[int]:
+    return ids[: ids.index(eod)] if eod in ids else ids

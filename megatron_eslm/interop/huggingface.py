@@ -1,0 +1,340 @@
+"""Our GPT as `transformers.GPT2LMHeadModel`, in memory and in a folder, and the way back.
+
+Nothing here is believed untested: `compare_logits` runs both models on the same tokens, and the
+tools publish a folder only after it agreed (`LOGIT_TOLERANCE`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.interop.layout import from_gpt2_state, to_gpt2_state
+from megatron_eslm.model.shape import ModelShape, pad_vocab_size
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+logger = logging.getLogger(__name__)
+
+LOGIT_TOLERANCE = 1e-4
+"""Largest difference of any logit, float32, at which two models count as the same."""
+
+_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
+"""transformers' two names of GELU-tanh."""
+
+_FIXED_FIELDS: dict[str, tuple[Any, str]] = {
+    "scale_attn_weights": (True, "attention scores are always divided by sqrt(head width)"),
+    "scale_attn_by_inverse_layer_idx": (False, "every layer scales its attention alike"),
+    "add_cross_attention": (False, "there is no encoder to attend to"),
+    "tie_word_embeddings": (True, "the head is the word embedding"),
+}
+"""Fields of GPT2Config that change the function computed -> the value ours has, and why."""
+
+
+def gpt2_config(shape: ModelShape, eod: int) -> GPT2Config:
+    """The configuration of `GPT2LMHeadModel` for our shape; `eod` begins and ends a text."""
+    from transformers import GPT2Config
+
+    _check_eod(eod, shape)
+    default_width = shape.ffn_hidden_size == 4 * shape.hidden_size
+    return GPT2Config(
+        vocab_size=shape.vocab_size,
+        n_positions=shape.max_position_embeddings,
+        n_embd=shape.hidden_size,
+        n_layer=shape.num_layers,
+        n_head=shape.num_attention_heads,
+        n_inner=None if default_width else shape.ffn_hidden_size,
+        activation_function="gelu_new",
+        layer_norm_epsilon=shape.layernorm_epsilon,
+        # We train without dropout; GPT2Config's default of 0.1 would surprise whoever fine-tunes.
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=eod,
+        eos_token_id=eod,
+        architectures=["GPT2LMHeadModel"],
+        dtype="float32",
+    )
+
+
+def to_gpt2(weights: Mapping[str, Tensor], shape: ModelShape, eod: int) -> GPT2LMHeadModel:
+    """Our weights as a float32 `GPT2LMHeadModel` in evaluation mode.
+
+    Args:
+        weights: our state dict, float32 (see `interop.layout.weight_sizes`); not changed, but
+            shared with the model where the layout is the same.
+        shape: its shape; the vocabulary is cut back from its padding.
+        eod: id of the end-of-document token.
+
+    Raises:
+        ConfigError: the weights do not fit the shape, or `eod` is outside the vocabulary.
+    """
+    from transformers import GPT2LMHeadModel
+
+    state = to_gpt2_state(weights, shape)
+    # On "meta" no time goes into random weights that the next line replaces.
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(gpt2_config(shape, eod))
+    model.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]}, assign=True)
+    model.tie_weights()
+    model.generation_config = _generation_config(eod)
+    return model.eval()
+
+
+def from_gpt2(
+    model_or_state_dict: Any, config: GPT2Config, multiple: int
+) -> tuple[dict[str, Tensor], ModelShape]:
+    """A Hugging Face GPT-2 as our state dict and shape.
+
+    Args:
+        model_or_state_dict: `GPT2LMHeadModel`, `GPT2Model` or a state dict of either, any floating
+            type; not changed and not shared.
+        config: its configuration.
+        multiple: the vocabulary is padded with zero rows to a multiple of this.
+
+    Returns:
+        float32 weights under our names, and their shape.
+
+    Raises:
+        ConfigError: an architecture, field or tensor that our GPT-2 does not have.
+    """
+    check_config(config)
+    if multiple < 1:
+        raise ConfigError(
+            f"--make-vocab-size-divisible-by {multiple} must be 1 or more; 128 is usual."
+        )
+    if isinstance(model_or_state_dict, torch.nn.Module):
+        model_or_state_dict = model_or_state_dict.state_dict()
+    shape = ModelShape(
+        num_layers=config.n_layer,
+        hidden_size=config.n_embd,
+        num_attention_heads=config.n_head,
+        ffn_hidden_size=4 * config.n_embd,
+        max_position_embeddings=config.n_positions,
+        vocab_size=config.vocab_size,
+        padded_vocab_size=pad_vocab_size(config.vocab_size, multiple),
+        layernorm_epsilon=config.layer_norm_epsilon,
+    )
+    return from_gpt2_state(_without_head(model_or_state_dict), shape), shape
+
+
+def check_config(config: Any) -> None:
+    """Raise ConfigError, naming the field, if our GPT-2 does not compute what `config` says."""
+    if config.model_type != "gpt2":
+        raise _unsupported("model_type", config.model_type, "'gpt2'", "only GPT-2 is read")
+    if config.activation_function not in _ACTIVATIONS:
+        wanted = " or ".join(map(repr, _ACTIVATIONS))
+        raise _unsupported(
+            "activation_function", config.activation_function, wanted, "the MLP uses GELU-tanh"
+        )
+    if config.n_inner not in (None, 4 * config.n_embd):
+        raise _unsupported(
+            "n_inner", config.n_inner, f"null or {4 * config.n_embd}", "the MLP is 4 times as wide"
+        )
+    for field, (value, reason) in _FIXED_FIELDS.items():
+        if getattr(config, field, value) != value:
+            raise _unsupported(field, getattr(config, field), json.dumps(value), reason)
+    if getattr(config, "quantization_config", None) is not None:
+        raise _unsupported(
+            "quantization_config", "{...}", "none", "weights must be floating-point numbers"
+        )
+
+
+def export(
+    directory: str | Path, weights: Mapping[str, Tensor], shape: ModelShape, tokenizer: Any
+) -> None:
+    """Write a folder that `transformers.from_pretrained` loads.
+
+    config.json, model.safetensors (float32), generation_config.json and the tokenizer's files. The
+    same input gives the same bytes.
+
+    Args:
+        directory: created if missing; files of these names in it are replaced.
+        weights, shape: as for `to_gpt2`.
+        tokenizer: of `megatron_eslm.data.tokenizers`.
+
+    Raises:
+        ConfigError: weights or tokenizer do not fit the shape, or the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    from megatron_eslm.data.hf_tokenizer import hf_tokenizer
+
+    directory = Path(directory)
+    check_tokenizer(tokenizer, shape)
+    state = to_gpt2_state(weights, shape)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # One file and no progress bar, unlike save_pretrained; the tied head is not stored twice.
+        save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+        gpt2_config(shape, tokenizer.eod).save_pretrained(directory)
+        _generation_config(tokenizer.eod).save_pretrained(directory)
+        spelling = hf_tokenizer(tokenizer)
+        # As in config.json: a text begins after an end of document, whatever other begin token the
+        # tokenizer's file may define; our models have never seen one.
+        spelling.bos_token = spelling.unk_token = spelling.eos_token
+        spelling.save_pretrained(directory)
+    except OSError as error:
+        raise ConfigError(
+            f"The folder {directory} cannot be written: {error}. Choose another place or make room."
+        ) from error
+
+
+def load_gpt2(directory: str | Path) -> GPT2LMHeadModel:
+    """Load a local folder (one file or shards) as float32 `GPT2LMHeadModel`, evaluation mode.
+
+    Raises:
+        ConfigError: no such folder, another architecture, missing or damaged files.
+    """
+    from transformers import GPT2LMHeadModel
+    from transformers.utils import logging as hf_logging
+
+    directory = Path(directory)
+    _check_folder(directory)
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    loader: Any = GPT2LMHeadModel.from_pretrained  # typed for the call without loading info
+    try:
+        model, report = loader(
+            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # many libraries read here, each with errors of its own
+        raise ConfigError(
+            f"The Hugging Face model in {directory} cannot be loaded: {error} "
+            "Files are missing or damaged; download or export it again."
+        ) from error
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+    # transformers fills what is missing with random numbers and only warns.
+    absent = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if absent:
+        raise ConfigError(
+            f"The Hugging Face model in {directory} lacks {absent[0]} ({len(absent)} in all) or "
+            "has it in another size. Files are missing or belong to another model; get it again."
+        )
+    return model.eval()
+
+
+def compare_logits(
+    weights: Mapping[str, Tensor],
+    shape: ModelShape,
+    hf_model: GPT2LMHeadModel,
+    prompts_ids: Sequence[Sequence[int]],
+) -> float:
+    """Largest absolute difference of any logit between our model and `hf_model`, float32.
+
+    Args:
+        weights, shape: our model.
+        hf_model: float32; meant to come from `load_gpt2`, so that what is compared is the folder.
+            Texts of different lengths share a batch; in a causal model what fills up the shorter
+            ones changes nothing before it, and is compared as well.
+        prompts_ids: token ids of each text, 1 to `max_position_embeddings` of them.
+
+    Returns:
+        The difference; infinity if any logit is not a finite number.
+    """
+    from megatron_eslm.model.gpt import reference_logits
+    from megatron_eslm.parallel.bootstrap import single_process
+
+    worst = 0.0
+    with single_process():
+        for tokens_BT in _batches(prompts_ids):
+            ours_BTV = reference_logits(dict(weights), shape, tokens_BT)
+            with torch.no_grad():
+                theirs_BTV = hf_model(tokens_BT.to(hf_model.device), use_cache=False).logits
+            difference = (ours_BTV - theirs_BTV.to(ours_BTV)).abs().max().item()
+            worst = max(worst, difference if math.isfinite(difference) else math.inf)
+    return worst
+
+
+def _batches(prompts_ids: Sequence[Sequence[int]], longest: int = 128) -> Iterator[Tensor]:
+    """int64 [B, T]: the short texts together, filled up with their last id; long ones alone."""
+    short = [list(ids) for ids in prompts_ids if len(ids) <= longest]
+    if short:
+        width = max(map(len, short))
+        yield torch.tensor([ids + ids[-1:] * (width - len(ids)) for ids in short])
+    for ids in prompts_ids:
+        if len(ids) > longest:
+            yield torch.tensor([list(ids)])
+
+
+def check_tokenizer(tokenizer: Any, shape: ModelShape) -> None:
+    """Raise ConfigError if the tokenizer makes ids that the model has no embedding for."""
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ConfigError(
+            f"The tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but the model only "
+            f"{shape.vocab_size}. It is not the tokenizer of this model; use the one it was "
+            "trained with."
+        )
+    _check_eod(tokenizer.eod, shape)
+
+
+def _check_eod(eod: int, shape: ModelShape) -> None:
+    if not 0 <= eod < shape.vocab_size:
+        raise ConfigError(
+            f"The end-of-document id {eod} is outside the model's {shape.vocab_size} ids. The "
+            "tokenizer is not the one of this model; use the one it was trained with."
+        )
+
+
+def _generation_config(eod: int) -> Any:
+    from transformers import GenerationConfig
+
+    # GPT-2 has no padding token; generate() wants one and never attends to it.
+    return GenerationConfig(bos_token_id=eod, eos_token_id=eod, pad_token_id=eod)
+
+
+def _check_folder(directory: Path) -> None:
+    """A local folder with a readable config.json that says GPT-2."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{directory} is not a Hugging Face model: it has no config.json. Give a local folder "
+            "that holds config.json, the weights and the tokenizer."
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        model_type = fields.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}. The file is damaged; get it again."
+        ) from error
+    if model_type != "gpt2":
+        raise _unsupported("model_type", model_type, "'gpt2'", "only GPT-2 is read")
+
+
+def _without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under `transformer.*` names, the tied head checked and left out."""
+    # GPT2Model and the first published GPT-2 files have no prefix; old files also carry the causal
+    # masks as `attn.bias` and `attn.masked_bias`.
+    named = {
+        name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
+        for name, tensor in state.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
+    head = named.pop("lm_head.weight", None)
+    words = named.get("transformer.wte.weight")
+    if head is not None and words is not None and not torch.equal(head, words):
+        raise ConfigError(
+            "The Hugging Face model has an untied head: lm_head.weight is not "
+            "transformer.wte.weight. Here the head is the word embedding, so such a model cannot "
+            "be converted; use one with tie_word_embeddings."
+        )
+    return named
+
+
+def _unsupported(field: str, value: Any, wanted: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"The Hugging Face model has {field} = {value!r}; supported is {wanted} ({reason}). "
+        "Such a model cannot be converted; use one with the supported setting."
+    )

@@ -1,0 +1,187 @@
+"""The end of the model: final norm, tied head, token selection and loss.
+
+Shape legend: T positions, M rows of this rank, K kept rows, N = T*K tokens in (position, row)
+order, S selected tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron_eslm.model.layers import Carry, Embedding
+from megatron_eslm.objectives.causal_lm import causal_lm_loss
+from megatron_eslm.ops.head_statistics import HeadStatistics, VocabShard, head_statistics
+from megatron_eslm.ops.keep_rule import EXCLUDED
+from megatron_eslm.ops.selective_linear_cross_entropy import selective_linear_cross_entropy
+from megatron_eslm.parallel.collectives import all_reduce_
+from megatron_eslm.selection.policy import SelectionPolicy
+from megatron_eslm.selection.state import Recorder
+
+AUTO_KEEP_LOGITS_BYTES = 2 * 2**30
+
+
+class SelectiveHead(nn.Module):
+    """(hidden [T,K,D], kept [K]) with labels [M,T] and valid [M,T] -> loss.
+
+    In training the result is this rank's scaled term of the mean loss over kept tokens (float32
+    scalar); in evaluation float64 [2], the sum of the losses of all valid tokens and their number.
+    """
+
+    def __init__(
+        self,
+        policy: SelectionPolicy,
+        recorder: Recorder,
+        embedding: Embedding,
+        final_norm: nn.Module,
+        shard: VocabShard,
+        head_logits: str,
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.recorder = recorder
+        self.shard = shard
+        self.head_logits = head_logits
+        # In a tuple, so that the shared modules are not registered under a second name.
+        self._tied = (embedding, final_norm)
+
+    def forward(
+        self, carry: Carry, labels_MT: torch.Tensor, valid_MT: torch.Tensor
+    ) -> torch.Tensor:
+        hidden_TKD, kept_K = carry
+        embedding, final_norm = self._tied
+        weight_VD = embedding.word.weight
+        labels_N = labels_MT[kept_K].t().flatten()
+        valid_KT = valid_MT[kept_K]
+        if not self.training:
+            return self._evaluate(hidden_TKD, weight_VD, labels_N, valid_KT.t().flatten())
+
+        hidden_ND = hidden_TKD.flatten(0, 1)
+        if self.policy.token_source == "head":
+            # Logits of all tokens first, then the choice, then the backward pass of the chosen.
+            with torch.no_grad():
+                normed_ND = final_norm(hidden_ND)
+            statistics = self._statistics(normed_ND, weight_VD, labels_N)
+            risk_KT = self.policy.token_risk(statistics).view(hidden_TKD.shape[:2]).t()
+            chosen_S, num_kept = self._choose(risk_KT, kept_K, valid_MT)
+            all_chosen = len(chosen_S) == len(hidden_ND)
+            rows_S = None if all_chosen else chosen_S
+            selected_SD = hidden_ND if all_chosen else hidden_ND.index_select(0, chosen_S)
+            normed_SD = final_norm(selected_SD)
+            self.recorder.record.num_tokens_scored = len(hidden_ND)
+        else:
+            # The choice needs no logits, so only those of the chosen tokens are ever computed.
+            if self.policy.token_source == "policy":
+                no_risk = hidden_ND.new_empty(0, dtype=torch.float32)
+                chosen_S, num_kept = self._choose(no_risk, kept_K, valid_MT)
+            else:
+                chosen_S, num_kept = self._all_valid(valid_KT)
+            all_chosen = len(chosen_S) == len(hidden_ND)
+            selected_SD = hidden_ND if all_chosen else hidden_ND.index_select(0, chosen_S)
+            normed_SD = final_norm(selected_SD)
+            statistics = self._statistics(normed_SD.detach(), weight_VD, labels_N[chosen_S])
+            rows_S = None
+            self.recorder.record.num_tokens_scored = len(chosen_S)
+
+        loss_S = selective_linear_cross_entropy(
+            normed_SD, weight_VD, labels_N[chosen_S], rows_S, statistics, self.shard
+        )
+        self._record(loss_S, chosen_S, kept_K, valid_MT)
+        loss = causal_lm_loss(loss_S, num_kept, self.policy.peers.size)
+        if self.recorder.record.num_nonfinite:
+            # Every gradient becomes nan, and the engine skips the step on all ranks.
+            loss = loss * torch.nan
+        return loss
+
+    def _statistics(
+        self, normed_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: torch.Tensor
+    ) -> HeadStatistics:
+        logits_bytes = len(normed_ND) * self.shard.num_rows * normed_ND.element_size()
+        keep = self.head_logits == "keep" or (
+            self.head_logits == "auto" and logits_bytes <= AUTO_KEEP_LOGITS_BYTES
+        )
+        return head_statistics(
+            normed_ND,
+            weight_VD,
+            labels_N,
+            self.shard,
+            entropy=self.policy.needs_entropy and self.policy.token_source == "head",
+            keep_logits=keep,
+        )
+
+    @torch.no_grad()
+    def _choose(
+        self, risk_KT: torch.Tensor, kept_K: torch.Tensor, valid_MT: torch.Tensor
+    ) -> tuple[torch.Tensor, int]:
+        """Indices into N of the tokens that the keep rule keeps, and their global number."""
+        record = self.recorder.record
+        in_kept_row_M = torch.zeros(len(valid_MT), dtype=torch.bool, device=valid_MT.device)
+        in_kept_row_M[kept_K] = True
+        risk_MT = torch.zeros(valid_MT.shape, dtype=torch.float32, device=valid_MT.device)
+        if risk_KT.numel():
+            risk_MT[kept_K] = risk_KT
+        scores_MT = self.policy.token_scores(risk_MT, valid_MT)
+        takes_part_MT = valid_MT & in_kept_row_M[:, None]
+        # Full [M, T] on every rank, so that one gather of one shape serves whatever was dropped.
+        decision = self.policy.keep(torch.where(takes_part_MT, scores_MT, EXCLUDED))
+        record.token_scores_MT = torch.where(takes_part_MT, scores_MT, torch.nan)
+        record.tau_token = decision.tau
+        record.cvar = decision.cvar
+        record.num_nonfinite += decision.num_nonfinite
+        num_kept = decision.num_kept
+        if self.policy.options.eslm_scope == "local":
+            num_kept = self._sum_over_ranks(num_kept, valid_MT.device)
+        return decision.keep[kept_K].t().flatten().nonzero().squeeze(1), num_kept
+
+    def _all_valid(self, valid_KT: torch.Tensor) -> tuple[torch.Tensor, int]:
+        chosen_S = valid_KT.t().flatten().nonzero().squeeze(1)
+        return chosen_S, self._sum_over_ranks(len(chosen_S), valid_KT.device)
+
+    def _sum_over_ranks(self, count: int, device: torch.device) -> int:
+        total = torch.tensor([count], device=device)
+        return int(all_reduce_(total, self.policy.peers.group).item())
+
+    @torch.no_grad()
+    def _record(
+        self,
+        loss_S: torch.Tensor,
+        chosen_S: torch.Tensor,
+        kept_K: torch.Tensor,
+        valid_MT: torch.Tensor,
+    ) -> None:
+        record = self.recorder.record
+        num_kept_rows, num_positions = len(kept_K), valid_MT.shape[1]
+        record.num_tokens, record.num_tokens_in_kept_rows = torch.stack(
+            [valid_MT.sum(), valid_MT[kept_K].sum()]
+        ).tolist()
+        record.num_tokens_kept = len(chosen_S)
+        kept_MT = torch.zeros_like(valid_MT)
+        kept_N = torch.zeros(num_positions * num_kept_rows, dtype=torch.bool, device=kept_K.device)
+        kept_N[chosen_S] = True
+        kept_MT[kept_K] = kept_N.view(num_positions, num_kept_rows).t()
+        record.token_kept_MT = kept_MT
+
+        nonfinite_M = record.nonfinite_rows_M
+        if nonfinite_M is None:
+            nonfinite_M = torch.zeros_like(valid_MT[:, 0])
+        bad_S = ~torch.isfinite(loss_S)
+        if num_kept_rows:
+            nonfinite_M[kept_K[chosen_S[bad_S] % num_kept_rows]] = True
+        if record.token_scores_MT is not None:
+            bad_MT = record.token_scores_MT.isnan() & kept_MT | record.token_scores_MT.isinf()
+            nonfinite_M |= bad_MT.any(dim=1)
+        record.nonfinite_rows_M = nonfinite_M
+        record.num_nonfinite = max(record.num_nonfinite, int(bad_S.sum()))
+
+    @torch.no_grad()
+    def _evaluate(
+        self,
+        hidden_TMD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_N: torch.Tensor,
+        valid_N: torch.Tensor,
+    ) -> torch.Tensor:
+        normed_ND = self._tied[1](hidden_TMD).flatten(0, 1)
+        statistics = head_statistics(normed_ND, weight_VD, labels_N, self.shard, entropy=False)
+        total = torch.where(valid_N, statistics.loss_N, 0.0).sum(dtype=torch.float64)
+        return torch.stack([total, valid_N.sum(dtype=torch.float64)])

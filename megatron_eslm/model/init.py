@@ -1,0 +1,39 @@
+"""Initial weights that depend on the seed and the parameter's name, never on the layout."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.parallel.mesh import Mesh
+from megatron_eslm.parallel.seeding import generator
+
+
+@torch.no_grad()
+def init_parameters(
+    module: nn.Module, shape: ModelShape, mesh: Mesh, *, seed: int, std: float
+) -> None:
+    """Fill all parameters of `module` in place, as GPT-2 does.
+
+    Weights are normal(0, std), projections into the residual stream normal(0, std / sqrt(2 layers)),
+    norms one and zero, biases zero. A tensor-parallel shard is cut from the full draw.
+    """
+    for name, parameter in module.named_parameters():
+        if name.endswith(".bias"):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            scale = std / math.sqrt(2 * shape.num_layers) if residual else std
+            full = list(parameter.shape)
+            sharded = getattr(parameter, "tensor_model_parallel", False) and mesh.tp_size > 1
+            if sharded:
+                full[parameter.partition_dim] *= mesh.tp_size
+            draw = torch.empty(full).normal_(0.0, scale, generator=generator(seed, "init", name))
+            if sharded:
+                draw = draw.chunk(mesh.tp_size, dim=parameter.partition_dim)[mesh.tp_rank]
+            parameter.copy_(draw)

@@ -1,0 +1,66 @@
+"""The model's shape as flags; unset ones come from `--model-size`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_eslm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Model."""
+
+    model_size: Literal["124M", "350M", "774M", "1.5B"] | None = None
+    """GPT-2 size with the paper's recipe: sets shape, batch, learning rate and schedule where no
+    flag of their own does."""
+
+    num_layers: int | None = None
+    """Transformer blocks."""
+
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+
+    num_attention_heads: int | None = None
+    """Attention heads; must divide the hidden size."""
+
+    ffn_hidden_size: int | None = None
+    """Width inside the MLP; default 4 x hidden size."""
+
+    seq_length: int | None = None
+    """Tokens a sequence; also the number of learned positions."""
+
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+    hidden_dropout: float = 0.0
+    """Dropout on embeddings and on what each block adds to the residual stream."""
+
+    attention_dropout: float = 0.0
+    """Dropout on attention weights."""
+
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights; projections into the residual stream are scaled
+    down by sqrt(2 x layers)."""
+
+    layernorm_epsilon: float = 1e-5
+    """Added to the variance in layer norms."""
+
+    head_logits: Literal["auto", "keep", "recompute"] = "auto"
+    """Keep the head's logits in the compute type for the backward pass, or compute those of kept
+    tokens again; auto keeps them while they fit into 2 GiB."""
+
+    def __post_init__(self) -> None:
+        for flag in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{flag.replace('_', '-')} {value} must be 1 or more.")
+        if self.seq_length is not None and self.seq_length < 2:
+            raise ConfigError(f"--seq-length {self.seq_length} must be 2 or more.")
+        if self.make_vocab_size_divisible_by < 1:
+            raise ConfigError("--make-vocab-size-divisible-by must be 1 or more.")
+        for flag in ("hidden_dropout", "attention_dropout"):
+            value = getattr(self, flag)
+            if not 0.0 <= value < 1.0:
+                raise ConfigError(f"--{flag.replace('_', '-')} {value:g} is outside [0, 1).")

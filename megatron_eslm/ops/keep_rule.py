@@ -1,0 +1,86 @@
+"""The keep rule: value-at-risk over the scores of all data-parallel ranks.
+
+Source: eqs. (1) and (2) of the ESLM paper, in the empirical form of docs/design.md, section 4:
+of N scores the k = max(1, floor((1 - alpha) N + 1e-9)) largest are kept, ties at the threshold go
+to the lower global index, and tau is the smallest kept score.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_eslm.parallel.collectives import all_gather_same_shape
+
+EXCLUDED = -math.inf
+"""Score of what takes no part: padding, masked labels, rows that were dropped before."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the keep rule decided; counts and thresholds are those of the whole group."""
+
+    keep: torch.Tensor
+    """bool, shape of the local scores."""
+    tau: float
+    """Smallest kept score (VaR); nan where nothing could be kept."""
+    cvar: float
+    """CVaR (eq. 2) at tau."""
+    num_scores: int
+    """N: scores that took part, over all ranks."""
+    num_kept: int
+    """k, over all ranks."""
+    num_nonfinite: int
+    """Scores that were nan or +inf, over all ranks; they count as the riskiest."""
+
+
+def num_to_keep(num_scores: int, alpha: float) -> int:
+    """k of the keep rule: 12 at alpha 0.1 gives 10, 8 gives 7, 4 gives 3; alpha 0 gives all."""
+    return max(1, math.floor((1.0 - alpha) * num_scores + 1e-9)) if num_scores else 0
+
+
+def keep_riskiest(
+    scores: torch.Tensor, alpha: float, group: dist.ProcessGroup | None = None
+) -> Kept:
+    """Keep the riskiest 1 - alpha of the scores of all ranks of `group`.
+
+    Args:
+        scores: float32, any shape, the same shape on every rank; EXCLUDED entries take no part.
+            The global index is (rank, position in the flattened tensor).
+        alpha: share to drop, in [0, 1).
+        group: ranks whose scores are thresholded together; None thresholds this rank alone.
+
+    Returns:
+        Kept, with `keep` for this rank's scores. `scores` is not changed.
+    """
+    assert scores.dtype == torch.float32, scores.dtype
+    everyone = all_gather_same_shape(scores.reshape(-1), group)
+    flat_N = everyone.reshape(-1)
+    nonfinite_N = torch.isnan(flat_N) | (flat_N == math.inf)
+    flat_N = torch.where(nonfinite_N, math.inf, flat_N)
+    takes_part_N = flat_N != EXCLUDED
+
+    num_nonfinite, num_scores = torch.stack([nonfinite_N.sum(), takes_part_N.sum()]).tolist()
+    k = num_to_keep(num_scores, alpha)
+    if k == 0:
+        nothing = torch.zeros_like(scores, dtype=torch.bool)
+        return Kept(nothing, math.nan, math.nan, 0, 0, 0)
+
+    if k == num_scores:
+        keep_N = takes_part_N
+        tau = flat_N[takes_part_N].min()
+    else:
+        # EXCLUDED entries sort below every score, so the k-th largest of all is the threshold.
+        tau = flat_N.kthvalue(flat_N.numel() - k + 1).values
+        above_N, tie_N = flat_N > tau, flat_N == tau
+        keep_N = above_N | (tie_N & (tie_N.cumsum(0) <= k - above_N.sum()))
+    excess = torch.where(takes_part_N, flat_N - tau, 0.0).clamp_(min=0.0).sum(dtype=torch.float64)
+    cvar = tau.double() + excess / ((1.0 - alpha) * num_scores)
+    tau_value, cvar_value = torch.stack([tau.double(), cvar]).tolist()
+
+    rank = group.rank() if group is not None else 0
+    local = keep_N.view(everyone.shape)[rank].view(scores.shape)
+    return Kept(local, tau_value, cvar_value, num_scores, k, num_nonfinite)

@@ -1,0 +1,114 @@
+"""What has to happen once, before anything is built: quiet imports, the device, the process group.
+
+megatron-core prints several warnings about optional packages when it is imported and calls
+`torch.cuda.current_device()` where it needs a device to allocate on; both are dealt with here and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from megatron_eslm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def quiet_imports() -> None:
+    """Import deepspeed and megatron-core without their notices about optional packages."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed  # noqa: F401
+        import megatron.core.tensor_parallel  # noqa: F401
+    for name in ("DeepSpeed", "megatron", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def prepare_device() -> torch.device:
+    """This process's device; on a machine without CUDA, makes megatron-core allocate on the CPU."""
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"Local rank {local_rank} has no GPU of its own: this machine shows "
+                f"{torch.cuda.device_count()}. Start at most that many processes a machine."
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    # Its result is only ever used as a `device=` argument.
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    return torch.device("cpu")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def init_distributed(timeout_seconds: float = 600.0) -> torch.device:
+    """Join the process group that the launcher describes; without a launcher, form one of one.
+
+    Works under `deepspeed`, `torchrun` and plain `python`. NCCL on CUDA, gloo on CPU.
+
+    Raises:
+        ConfigError: some but not all of the launcher's environment variables are set.
+    """
+    present = [name for name in _LAUNCH_VARIABLES if name in os.environ]
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(_free_port()),
+        )
+    elif missing := [name for name in _LAUNCH_VARIABLES if name not in os.environ]:
+        raise ConfigError(
+            f"The environment sets {', '.join(present)} but not {', '.join(missing)}. Start with "
+            "`deepspeed`, `torchrun` or plain `python`, or set all five."
+        )
+    device = prepare_device()
+    quiet_imports()
+    import deepspeed
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        # DeepSpeed's own group builder compiles a shared-memory extension first; a group that
+        # exists already is taken as it is.
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+        )
+    deepspeed.init_distributed(
+        dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
+    )
+    return device
+
+
+@contextlib.contextmanager
+def single_process() -> Iterator[None]:
+    """A process group of one for tools that run the model outside a launcher."""
+    import torch.distributed as dist
+
+    quiet_imports()
+    prepare_device()
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

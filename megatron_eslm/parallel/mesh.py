@@ -1,0 +1,96 @@
+"""The process mesh: which ranks share a layer's columns, a batch, or a pipeline.
+
+Rank order is tensor fastest, then data, then pipeline, as in megatron-core's default and in
+DeepSpeed's PipeModelDataParallelTopology.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_eslm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """This rank's place in the mesh and its process groups. Passed on explicitly, never global."""
+
+    tp_size: int
+    dp_size: int
+    pp_size: int
+    tp_rank: int
+    dp_rank: int
+    pp_rank: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return self.tp_rank + self.tp_size * (self.dp_rank + self.dp_size * self.pp_rank)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.tp_size * self.dp_size * self.pp_size
+
+
+def check_layout(world_size: int, tp: int, pp: int) -> int:
+    """Data-parallel size that TP and PP leave; ConfigError where they do not divide the world."""
+    if tp < 1 or pp < 1:
+        raise ConfigError(
+            f"--tensor-model-parallel-size {tp} and --pipeline-model-parallel-size {pp} must be 1 "
+            "or more."
+        )
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"{world_size} processes cannot be divided into groups of "
+            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} = {tp * pp}; "
+            "change the number of processes or one of the two."
+        )
+    return world_size // (tp * pp)
+
+
+def build_mesh(tp: int = 1, pp: int = 1) -> Mesh:
+    """Build the groups of all ranks. Collective: every rank must call it.
+
+    Raises:
+        ConfigError: TP x PP does not divide the number of processes.
+    """
+    world = dist.get_world_size()
+    dp = check_layout(world, tp, pp)
+    me = dist.get_rank()
+
+    def groups(of: list[list[int]]) -> dist.ProcessGroup:
+        mine = None
+        for ranks in of:
+            # new_group is collective over the world, so every rank walks the same list.
+            group = dist.group.WORLD if len(ranks) == world else dist.new_group(ranks)
+            if me in ranks:
+                mine = group
+        assert mine is not None
+        return mine
+
+    def rank_of(t: int, d: int, p: int) -> int:
+        return t + tp * (d + dp * p)
+
+    return Mesh(
+        tp_size=tp,
+        dp_size=dp,
+        pp_size=pp,
+        tp_rank=me % tp,
+        dp_rank=me // tp % dp,
+        pp_rank=me // (tp * dp),
+        tp_group=groups(
+            [[rank_of(t, d, p) for t in range(tp)] for p in range(pp) for d in range(dp)]
+        ),
+        dp_group=groups(
+            [[rank_of(t, d, p) for d in range(dp)] for p in range(pp) for t in range(tp)]
+        ),
+        pp_group=groups(
+            [[rank_of(t, d, p) for p in range(pp)] for d in range(dp) for t in range(tp)]
+        ),
+    )

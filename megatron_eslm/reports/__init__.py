@@ -1,0 +1,1 @@
+"""What runs have cost and reached: tables and curves from metrics files."""

@@ -1,0 +1,160 @@
+"""Reading the metrics file (JSON lines) that `--metrics-file` writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_eslm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+"""One metrics line; numbers, or None where nothing was measured."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, oldest line first, every iteration once."""
+
+    path: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the `{"run": {...}}` line says; empty if there is none."""
+
+    records: list[Record] = field(default_factory=list)
+    """Metrics lines in order of iteration. Every record has `iteration` and `elapsed_seconds`
+    (training time so far, without evaluation and saving; None if it cannot be known)."""
+
+    @property
+    def evaluations(self) -> list[Record]:
+        """The records at which the validation loss was taken (it may be NaN in a broken run)."""
+        return [r for r in self.records if r.get("valid_loss") is not None]
+
+    def last(self, name: str) -> float | None:
+        """The last value of a running total, or None."""
+        return next(
+            (r[name] for r in reversed(self.records) if r.get(name) is not None),
+            None,
+        )
+
+    def mean(self, name: str) -> float | None:
+        """The mean of a per-step quantity, each line weighted by the iterations it stands for."""
+        total, weight, before = 0.0, 0, 0
+        for record in self.records:
+            steps = record["iteration"] - before
+            before = record["iteration"]
+            value = record.get(name)
+            if value is not None and math.isfinite(value) and steps > 0:
+                total += value * steps
+                weight += steps
+        return total / weight if weight else None
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a metrics file.
+
+    A run that was resumed writes some iterations twice. What counts is the last time: a line takes
+    the place of every earlier one of the same or a later iteration, for those belong to the part
+    that the resumed run has done again.
+
+    Args:
+        path: JSON lines, the first of them possibly `{"run": {...settings...}}`.
+
+    Raises:
+        ConfigError: the file is missing or holds no metrics, or a line is broken (file:line). Only
+            a broken last line, as a killed run leaves it, is skipped with a warning; last is also
+            the one before the `{"run": ...}` line of the run that resumed it.
+    """
+    path = Path(path)
+    settings: dict[str, Any] = {}
+    records: list[Record] = []
+    for item in _items(path):
+        if "run" in item:
+            settings = item["run"]
+            continue
+        while records and records[-1]["iteration"] >= item["iteration"]:
+            records.pop()
+        records.append(item)
+    if not records:
+        raise ConfigError(
+            f"The metrics file {path} holds no metrics. Give the file of a run that got at least "
+            "to its first --log-interval."
+        )
+    return Run(path, settings, _with_elapsed(records))
+
+
+def _items(path: Path) -> list[Record]:
+    """Every whole line, parsed; ConfigError for a broken one that no killed run explains."""
+    try:
+        lines = [(n, s) for n, s in enumerate(path.read_bytes().splitlines(), 1) if s.strip()]
+    except OSError as error:
+        raise ConfigError(
+            f"The metrics file {path} cannot be read: {error}. Give the file that the run wrote "
+            "with --metrics-file."
+        ) from error
+    items: list[Record] = []
+    torn: ConfigError | None = None
+    for number, line in lines:
+        try:
+            item = _parse(line)
+        except ValueError as error:
+            if torn:
+                raise torn from error
+            torn = ConfigError(
+                f"{path}:{number}: {error}. The file is damaged there; repair or remove the line."
+            )
+            continue
+        if torn and "run" not in item:
+            raise torn
+        if torn:
+            logger.warning("skipped a torn line, as a killed run leaves it: %s", torn)
+            torn = None
+        items.append(item)
+    if torn:
+        logger.warning("skipped the torn last line, as a killed run leaves it: %s", torn)
+    return items
+
+
+def _parse(line: bytes) -> Record:
+    """One line as a record or `{"run": {...}}`; ValueError says what is wrong with it."""
+    try:
+        item = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not a JSON object ({error})") from error
+    if not isinstance(item, dict):
+        raise ValueError("not a JSON object")
+    if "run" in item:
+        if not isinstance(item["run"], dict):
+            raise ValueError('"run" does not hold settings')
+        return item
+    iteration = item.get("iteration")
+    if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration < 0:
+        raise ValueError('no "iteration" that is a whole number')
+    for name, value in item.items():
+        if value is not None and not isinstance(value, (int, float)):
+            raise ValueError(f'"{name}" is {value!r}, not a number')
+    return item
+
+
+def _with_elapsed(records: list[Record]) -> list[Record]:
+    """The records with `elapsed_seconds`; where it is missing, step times are summed."""
+    elapsed: float | None = 0.0
+    before = 0
+    complete = []
+    for record in records:
+        steps = record["iteration"] - before
+        before = record["iteration"]
+        known = record.get("elapsed_seconds")
+        step_seconds = record.get("step_seconds")
+        if known is not None:
+            elapsed = known
+        elif elapsed is not None and step_seconds is not None:
+            elapsed += step_seconds * steps
+        elif steps:
+            elapsed = None
+        complete.append({**record, "elapsed_seconds": elapsed})
+    return complete

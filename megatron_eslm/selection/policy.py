@@ -1,0 +1,98 @@
+"""What a selection policy is, and the list of them.
+
+A policy says how sequences and tokens are scored; the keep rule decides, the layers act. Adding one
+means writing a class here beside and registering it (CONTRIBUTING.md has a worked example).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Literal, TypeVar
+
+import torch
+
+from megatron_eslm.ops.head_statistics import HeadStatistics
+from megatron_eslm.ops.keep_rule import Kept, keep_riskiest
+from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.state import Peers, SelectionState
+
+Source = Literal["nothing", "policy", "head"]
+"""Where scores come from: no selection at this level, the policy alone (no logits needed), or loss
+and entropy of the head."""
+
+
+class SelectionPolicy(ABC):
+    """Scores of sequences (instances) and tokens. Higher means riskier and kept first.
+
+    Shape legend: M rows of this rank, T positions.
+    """
+
+    name: ClassVar[str]
+    instance_source: Source = "nothing"
+    token_source: Source = "nothing"
+
+    def __init__(
+        self, options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
+    ) -> None:
+        self.options = options
+        self.state = state
+        self.peers = peers
+        self.seed = seed
+
+    @property
+    def selector_depth(self) -> int:
+        """After how many blocks sequences are selected; 0 is right after the embedding."""
+        return self.options.eslm_proxy_layers if self.instance_source == "head" else 0
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether head statistics must contain the entropy."""
+        return False
+
+    @property
+    def proxy_stride(self) -> int:
+        """Every how many positions the early exit scores."""
+        return self.options.eslm_proxy_stride
+
+    @abstractmethod
+    def instance_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
+        """float32 [M]. `token_risk_MT` is that of the early exit (empty if source is policy)."""
+
+    @abstractmethod
+    def token_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
+        """float32 [M, T] for the kept rows among M; entries that are not valid are ignored."""
+
+    def token_risk(self, statistics: HeadStatistics) -> torch.Tensor:
+        """The statistic that is this policy's risk, float32 [N]."""
+        return statistics.loss_N
+
+    def keep(self, scores: torch.Tensor) -> Kept:
+        """The keep rule at the current alpha and the configured scope."""
+        group = self.peers.group if self.options.eslm_scope == "global" else None
+        return keep_riskiest(scores, self.state.alpha, group)
+
+
+P = TypeVar("P", bound=type[SelectionPolicy])
+POLICIES: dict[str, type[SelectionPolicy]] = {}
+
+
+def register(name: str) -> Callable[[P], P]:
+    """Make a policy class available as `--selection name`."""
+
+    def add(cls: P) -> P:
+        assert name not in POLICIES, name
+        cls.name = name
+        POLICIES[name] = cls
+        return cls
+
+    return add
+
+
+def build_policy(
+    options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
+) -> SelectionPolicy:
+    """The policy that `--selection` names."""
+    import megatron_eslm.selection.policies  # noqa: F401  (registers them)
+
+    return POLICIES[options.selection](options, state, peers, seed)

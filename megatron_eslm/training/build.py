@@ -1,0 +1,259 @@
+"""From a resolved run to a Trainer: data, model, engine, state, in the order in which they can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_eslm import __version__
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.data.demo_corpus import prepare_demo_corpus
+from megatron_eslm.data.mixture import build_datasets
+from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.plan import MixtureReport, check_epochs, plan_mixture
+from megatron_eslm.data.source import DataSource, open_data
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.gpt import ModelSettings, build_gpt, load_weights
+from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
+from megatron_eslm.parallel.mesh import Mesh, build_mesh
+from megatron_eslm.selection.policy import SelectionPolicy, build_policy
+from megatron_eslm.selection.state import Peers, Recorder, SelectionState
+from megatron_eslm.training.checkpoint import (
+    Found,
+    find_checkpoint,
+    load_engine,
+    prepare_save_folder,
+    read_weights,
+)
+from megatron_eslm.training.engine import Engine
+from megatron_eslm.training.estimate import dry_run_text
+from megatron_eslm.training.flops import FlopsModel
+from megatron_eslm.training.loop import Trainer
+from megatron_eslm.training.manifest import list_checkpoints
+from megatron_eslm.training.report import MetricsFile, run_summary
+from megatron_eslm.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+DEMO_FOLDER = Path("demo/corpus")
+
+
+def open_run_data(run: RunConfig) -> tuple[DataSource, DataOptions]:
+    """The data of a run; without --data-path the demo corpus, made on first use by rank 0."""
+    options = run.data
+    if run.demo:
+        logger.info(
+            "no --data-path: using the demo corpus in %s (this Python's own source and "
+            "documentation)",
+            DEMO_FOLDER,
+        )
+        words = on_rank_zero(lambda: prepare_demo_corpus(DEMO_FOLDER))
+        options = dataclasses.replace(options, data_path=tuple(words))
+    return on_every_rank(lambda: open_data(options)), options
+
+
+def plan_run(run: RunConfig, source: DataSource, options: DataOptions) -> MixtureReport:
+    """What the run reads of each domain; ConfigError where that is more than was consented to."""
+    t = run.training
+    assert t.train_iters and t.global_batch_size and t.micro_batch_size and run.model.seq_length
+    report = plan_mixture(
+        source,
+        options,
+        run.model.seq_length,
+        train_samples=t.train_iters * t.global_batch_size,
+        valid_samples=t.eval_iters * t.micro_batch_size * run.dp_size,
+    )
+    check_epochs(report, options.max_epochs)
+    return report
+
+
+def build_flops(run: RunConfig, shape: ModelShape, policy: SelectionPolicy) -> FlopsModel:
+    """The FLOPs ledgers of this run."""
+    assert run.model.seq_length
+    return FlopsModel(
+        shape=shape,
+        seq_length=run.model.seq_length,
+        selector_depth=policy.selector_depth,
+        proxy=policy.instance_source == "head",
+        proxy_stride=policy.proxy_stride,
+        logits_recomputed=run.model.head_logits == "recompute",
+    )
+
+
+def data_record(run: RunConfig, source: DataSource) -> dict[str, Any]:
+    """What decides the order of the data; compared when a run continues."""
+    return {
+        "fingerprint": source.fingerprint,
+        "weights": [round(d.weight, 9) for d in source.domains],
+        "split": run.data.split,
+        "eod_mask_loss": run.data.eod_mask_loss,
+        "seed": run.training.seed,
+        "seq_length": run.model.seq_length,
+        "global_batch_size": run.training.global_batch_size,
+        "micro_batch_rows": (run.training.micro_batch_size or 0) * run.dp_size,
+    }
+
+
+def _find(run: RunConfig) -> Found | None:
+    """The checkpoint to start from; None starts a new run."""
+    load, save = run.checkpoint.load, run.checkpoint.save
+    if load is None:
+        return None
+    if save is not None and Path(load).resolve() == Path(save).resolve():
+        if not list_checkpoints(Path(load)):
+            logger.info("--load %s holds no checkpoint yet: starting a new run", load)
+            return None
+    return find_checkpoint(load)
+
+
+def check_continues(run: RunConfig, found: Found, shape: ModelShape, data: dict[str, Any]) -> None:
+    """ConfigError unless the checkpoint fits this run; differences that may be are logged."""
+    if found.shape != shape:
+        ours, theirs = shape.to_dict(), found.shape.to_dict()
+        differ = ", ".join(f"{k}: {theirs[k]} there, {ours[k]} here" for k in ours
+                           if ours[k] != theirs[k])
+        raise ConfigError(f"{found.folder} holds a model of another shape ({differ}).")
+    if found.kind == "weights":
+        return
+    options = found.run["options"]
+    for name, here, there in (
+        ("--zero-stage", run.engine.zero_stage, options["engine"]["zero_stage"]),
+        ("compute type (--bf16, --fp16)", str(run.dtype), found.run["dtype"]),
+        ("number of data-parallel ranks", run.dp_size, options["dp_size"]),
+        ("--cpu-offload", run.engine.cpu_offload, options["engine"]["cpu_offload"]),
+    ):
+        if here != there:
+            raise ConfigError(
+                f"{found.folder} was saved with {name} {there} and this run has {here}. This "
+                "version continues a run in the layout that it was saved in; start it that way."
+            )
+    differ = [
+        f"{key}: {found.run['data'].get(key)} there, {value} here"
+        for key, value in data.items()
+        if found.run["data"].get(key) != value
+    ]
+    if differ and not run.checkpoint.allow_data_change:
+        raise ConfigError(
+            f"{found.folder} was trained on other data or in another order ({'; '.join(differ)}). "
+            "Continue with the same, or consent with --allow-data-change."
+        )
+    repeats = max(d["epochs"] for d in found.run["domains"]) > 1
+    longer = options["training"]["train_iters"] != run.training.train_iters
+    if repeats and longer and not run.checkpoint.allow_data_change:
+        raise ConfigError(
+            f"{found.folder} was planned for --train-iters {options['training']['train_iters']}, "
+            f"this run for {run.training.train_iters}. With data read more than once the order of "
+            "samples depends on it. Keep it, or consent with --allow-data-change."
+        )
+    for group in ("optimizer", "selection"):
+        for key, value in dataclasses.asdict(getattr(run, group)).items():
+            if options[group].get(key) != value:
+                logger.warning(
+                    "--%s is %s; it was %s when %s was saved",
+                    key.replace("_", "-"),
+                    value,
+                    options[group].get(key),
+                    found.folder,
+                )
+
+
+def dry_run(run: RunConfig) -> str:
+    """The text of `--dry-run`."""
+    source, options = open_run_data(run)
+    report = plan_run(run, source, options)
+    shape = run.shape(source.tokenizer.vocab_size)
+    state = SelectionState(alpha=run.selection.eslm_alpha)
+    policy = build_policy(run.selection, state, Peers(0, run.dp_size, None), run.training.seed)
+    return dry_run_text(run, shape, build_flops(run, shape, policy), report)
+
+
+def build_trainer(run: RunConfig) -> Trainer:
+    """Build everything. Collective; what can fail for the user's reasons fails before the model."""
+    mesh: Mesh = build_mesh(
+        run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
+    )
+    source, options = open_run_data(run)
+    report = plan_run(run, source, options)
+    shape = run.shape(source.tokenizer.vocab_size)
+    data = data_record(run, source)
+    if run.checkpoint.save:
+        save = run.checkpoint.save
+        on_rank_zero(lambda: prepare_save_folder(save, run.checkpoint.load))
+    found = on_rank_zero(lambda: _find(run))
+    if found is not None:
+        check_continues(run, found, shape, data)
+
+    t = run.training
+    assert t.train_iters and t.global_batch_size and t.micro_batch_size and run.model.seq_length
+    datasets = build_datasets(
+        source,
+        options,
+        seq_length=run.model.seq_length,
+        train_samples=report.train_samples,
+        valid_samples=report.valid_samples,
+        seed=t.seed,
+    )
+    state = TrainState(SelectionState(alpha=run.selection.eslm_alpha))
+    recorder = Recorder()
+    peers = Peers(mesh.dp_rank, mesh.dp_size, mesh.dp_group)
+    policy = build_policy(run.selection, state.selection, peers, t.seed)
+    model = build_gpt(
+        shape,
+        mesh,
+        policy,
+        recorder,
+        ModelSettings(
+            hidden_dropout=run.model.hidden_dropout,
+            attention_dropout=run.model.attention_dropout,
+            head_logits=run.model.head_logits,
+        ),
+        seed=t.seed,
+        init_std=run.model.init_method_std,
+    )
+    if found is not None and found.kind == "weights":
+        load_weights(model, read_weights(found.folder).weights)
+        logger.info("weights from %s", found.folder)
+    engine = Engine(run, model)
+    if found is not None and found.kind == "training":
+        state = load_engine(engine.ds, found)
+        policy.state = state.selection
+        if state.iteration >= t.train_iters:
+            raise ConfigError(
+                f"{found.folder} is at iteration {state.iteration} and --train-iters is "
+                f"{t.train_iters}: nothing is left to train. Raise --train-iters."
+            )
+        logger.info("continuing from %s, iteration %d", found.folder, state.iteration)
+    resumed = state.iteration > 0
+    metrics = on_rank_zero_only(
+        lambda: MetricsFile(run.report.metrics_file, run_summary(run), resumed=resumed)
+        if run.report.metrics_file
+        else None
+    )
+    return Trainer(
+        run=run,
+        mesh=mesh,
+        engine=engine,
+        datasets=datasets,
+        state=state,
+        recorder=recorder,
+        flops=build_flops(run, shape, policy),
+        run_record={
+            "version": __version__,
+            "options": run.to_dict(),
+            "dtype": str(run.dtype),
+            "shape": shape.to_dict(),
+            "data": data,
+            "domains": [{"name": d.name, "epochs": d.epochs} for d in report.domains],
+        },
+        metrics=metrics,
+    )
+
+
+def on_rank_zero_only(make: Any) -> Any:
+    """Make something on rank 0 and None elsewhere; its ConfigError stops every rank."""
+    return on_every_rank(lambda: make() if dist.get_rank() == 0 else None)

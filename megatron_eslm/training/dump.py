@@ -1,0 +1,60 @@
+"""`--dump-selection`: what each micro-step kept, for the whole global micro-batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_eslm.parallel.mesh import Mesh
+from megatron_eslm.selection.state import MicroStepRecord
+
+
+def dump_selection(
+    folder: Path,
+    iteration: int,
+    micro_step: int,
+    tokens_MS: torch.Tensor,
+    loss: torch.Tensor,
+    record: MicroStepRecord,
+    mesh: Mesh,
+) -> None:
+    """Write `iter{iteration:07d}_micro{m:04d}.npz` on data-parallel rank 0. Collective.
+
+    Rows are in sampler order over all data-parallel ranks (B of them): tokens int [B, T+1],
+    instance_scores f32 [B], instance_kept bool [B], tau_instance, token_scores f32 [B, T] (nan where
+    nothing was scored), token_kept bool [B, T], tau_token, loss. Scopes `local` write rank 0's
+    thresholds.
+    """
+    rows, positions = tokens_MS.shape[0], tokens_MS.shape[1] - 1
+    nan_M, all_M = torch.full((rows,), torch.nan), torch.ones(rows, dtype=torch.bool)
+    nan_MT = torch.full((rows, positions), torch.nan)
+
+    def or_else(value: torch.Tensor | None, default: torch.Tensor) -> np.ndarray:
+        return (default if value is None else value).detach().cpu().numpy()
+
+    mine = {
+        "tokens": tokens_MS.cpu().numpy(),
+        "instance_scores": or_else(record.instance_scores_M, nan_M),
+        "instance_kept": or_else(record.instance_kept_M, all_M),
+        "token_scores": or_else(record.token_scores_MT, nan_MT),
+        "token_kept": or_else(record.token_kept_MT, torch.zeros(nan_MT.shape, dtype=torch.bool)),
+        "loss": float(loss) / mesh.dp_size,
+    }
+    everyone: list = [None] * mesh.dp_size
+    dist.all_gather_object(everyone, mine, group=mesh.dp_group)
+    if mesh.dp_rank:
+        return
+    arrays = {
+        key: np.concatenate([part[key] for part in everyone]) for key in mine if key != "loss"
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        folder / f"iter{iteration:07d}_micro{micro_step:04d}.npz",
+        **arrays,
+        tau_instance=np.float32(np.nan if record.tau_instance is None else record.tau_instance),
+        tau_token=np.float32(np.nan if record.tau_token is None else record.tau_token),
+        loss=np.float32(sum(part["loss"] for part in everyone)),
+    )

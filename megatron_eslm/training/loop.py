@@ -1,0 +1,214 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.data.loader import build_loader
+from megatron_eslm.data.mixture import Datasets
+from megatron_eslm.parallel.mesh import Mesh
+from megatron_eslm.parallel.seeding import derive_seed
+from megatron_eslm.selection.state import Recorder
+from megatron_eslm.training.checkpoint import save_checkpoint
+from megatron_eslm.training.dump import dump_selection
+from megatron_eslm.training.engine import Engine
+from megatron_eslm.training.evaluate import evaluate
+from megatron_eslm.training.flops import FlopsModel, device_peak_flops
+from megatron_eslm.training.nonfinite import NonfiniteGuard
+from megatron_eslm.training.report import (
+    MetricsFile,
+    metrics_line,
+    progress_line,
+    write_monitors,
+)
+from megatron_eslm.training.schedule import learning_rate
+from megatron_eslm.training.signals import StopSignal
+from megatron_eslm.training.state import TrainState
+from megatron_eslm.training.step_stats import StepAccumulator, StepStats
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Trainer:
+    """Everything that a run needs, built; `train()` runs it to its end or to a signal."""
+
+    run: RunConfig
+    mesh: Mesh
+    engine: Engine
+    datasets: Datasets
+    state: TrainState
+    recorder: Recorder
+    flops: FlopsModel
+    run_record: dict[str, Any]
+    """run.json of the checkpoints."""
+    metrics: MetricsFile | None
+
+    def __post_init__(self) -> None:
+        self.nonfinite = NonfiniteGuard(self.run.selection.max_nonfinite_steps, self.mesh)
+        self._saved_iteration = -1
+        self._last_seconds: list[float] = []
+
+    def train(self) -> signal.Signals | None:
+        """Train from the state's iteration to `--train-iters`.
+
+        Returns:
+            The signal that ended the run early, if one did.
+        """
+        t, state = self.run.training, self.state
+        assert t.train_iters and t.eval_interval
+        batches = self._batches()
+        stopped = None
+        with StopSignal() as stop:
+            if state.iteration == 0 and self.datasets.valid is not None:
+                self._report(None, None, valid_loss=self._evaluate())
+            while state.iteration < t.train_iters and stopped is None:
+                stats, norm = self._step(batches, stop.received is not None)
+                last = state.iteration == t.train_iters
+                if stats.stop_requested:
+                    stopped = stop.received or signal.SIGTERM
+                valid_loss = None
+                if self.datasets.valid is not None and not stopped and (
+                    last or state.iteration % t.eval_interval == 0
+                ):
+                    valid_loss = self._evaluate()
+                if valid_loss is not None or last or state.iteration % t.log_interval == 0:
+                    self._report(stats, norm, valid_loss=valid_loss)
+                leaves = t.exit_interval is not None and state.iteration % t.exit_interval == 0
+                if last or leaves or stopped or (
+                    state.iteration % self.run.checkpoint.save_interval == 0
+                ):
+                    self._save()
+                if leaves and not last:
+                    logger.info("stopped at --exit-interval, iteration %d", state.iteration)
+                    break
+        if stopped is not None:
+            logger.warning("%s: stopped after iteration %d", stopped.name, state.iteration)
+        return stopped
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        t = self.run.training
+        assert t.train_iters and t.global_batch_size and t.micro_batch_size
+        return build_loader(
+            self.datasets.train,
+            start_sample=self.state.consumed_samples,
+            num_samples=t.train_iters * t.global_batch_size - self.state.consumed_samples,
+            micro_batch_size=t.micro_batch_size,
+            dp_rank=self.mesh.dp_rank,
+            dp_size=self.mesh.dp_size,
+            num_workers=self.run.data.num_workers,
+            pin_memory=self.engine.device.type == "cuda",
+        )
+
+    def _step(
+        self, batches: Iterator[dict[str, torch.Tensor]], stop: bool
+    ) -> tuple[StepStats, float]:
+        """One optimizer step; advances the state."""
+        t, state, begin = self.run.training, self.state, time.perf_counter()
+        assert t.global_batch_size and self.run.model.seq_length
+        accumulator = StepAccumulator(self.run.model.seq_length)
+        for micro in range(self.run.gradient_accumulation_steps):
+            batch = next(batches)
+            tokens = batch["tokens"].to(self.engine.device, non_blocking=True)
+            valid = batch["valid"].to(self.engine.device, non_blocking=True)
+            state.selection.iteration, state.selection.micro_step = state.iteration, micro
+            if self.run.model.hidden_dropout or self.run.model.attention_dropout:
+                # A stream of its own for each micro-batch: a resumed run draws the same masks.
+                torch.manual_seed(
+                    derive_seed(t.seed, "dropout", state.iteration, micro, self.mesh.dp_rank)
+                )
+            loss = self.engine.micro_step(tokens, valid)
+            record = self.recorder.take()
+            self.nonfinite.note(record, batch["samples"])
+            if self.run.report.dump_selection:
+                folder = Path(self.run.report.dump_selection)
+                dump_selection(
+                    folder, state.iteration + 1, micro, tokens, loss, record, self.mesh
+                )
+            accumulator.add(loss, record)
+        norm, applied = self.engine.update(learning_rate(self.run.optimizer, state.iteration))
+        stats = accumulator.reduce(self.mesh, stop=stop)
+
+        state.iteration += 1
+        state.consumed_samples += t.global_batch_size
+        state.tokens += stats.tokens
+        state.tokens_trained += stats.tokens_kept
+        state.flops += self.flops.executed(stats.work)
+        state.flops_paper += self.flops.paper(stats.work)
+        seconds = time.perf_counter() - begin
+        state.elapsed_seconds += seconds
+        self._last_seconds.append(seconds)
+        # With loss scaling an overflow is part of the game; the loss itself tells them apart.
+        overflow = self.run.engine.fp16 and bool(torch.isfinite(torch.tensor(stats.loss)))
+        self.nonfinite.after_step(state, applied=applied or overflow)
+        return stats, norm
+
+    def _evaluate(self) -> float:
+        assert self.datasets.valid is not None and self.run.training.micro_batch_size
+        loss = evaluate(
+            self.engine, self.datasets.valid, self.mesh, self.run.training.micro_batch_size
+        )
+        if self.state.best_valid_loss is None or loss < self.state.best_valid_loss:
+            self.state.best_valid_loss = loss
+        return loss
+
+    def _report(
+        self, stats: StepStats | None, norm: float | None, *, valid_loss: float | None
+    ) -> None:
+        """Progress line, metrics file and monitors; only rank 0 has any of them."""
+        seconds = self._last_seconds
+        step_seconds = sum(seconds) / len(seconds) if seconds else None
+        self._last_seconds = []
+        mfu = None
+        tokens_per_second = 0.0
+        if stats is not None and step_seconds:
+            tokens_per_second = stats.work.tokens / step_seconds
+            mfu = self._mfu(stats, step_seconds)
+        line = metrics_line(
+            self.state,
+            stats,
+            valid_loss=valid_loss,
+            lr=learning_rate(self.run.optimizer, max(0, self.state.iteration - 1)),
+            grad_norm=norm,
+            step_seconds=step_seconds,
+            mfu=mfu,
+        )
+        assert self.run.training.train_iters
+        logger.info(progress_line(line, self.run.training.train_iters, tokens_per_second))
+        if self.metrics is not None:
+            self.metrics.write(line)
+        write_monitors(self.engine.ds, line)
+
+    def _mfu(self, stats: StepStats, step_seconds: float) -> float | None:
+        cuda = self.engine.device.type == "cuda"
+        half = self.run.dtype != torch.float32
+        name = torch.cuda.get_device_name() if cuda and half else ""
+        peak = device_peak_flops(name, self.run.report.peak_tflops)
+        if peak is None:
+            return None
+        executed = self.flops.executed(stats.work)
+        return executed / step_seconds / (peak * self.mesh.world_size)
+
+    def _save(self) -> None:
+        options = self.run.checkpoint
+        if options.save is None or self._saved_iteration == self.state.iteration:
+            return
+        self._saved_iteration = self.state.iteration
+        folder = save_checkpoint(
+            self.engine.ds,
+            options.save,
+            state=self.state,
+            run=self.run_record,
+            tokenizer=self.datasets.train.source.tokenizer,
+            keep_last=options.keep_last,
+        )
+        logger.info("saved %s", folder)

@@ -1,0 +1,70 @@
+"""Steps whose scores or gradients are not finite: counted, named, skipped, and too many stop."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+
+from megatron_eslm.parallel.mesh import Mesh
+from megatron_eslm.selection.state import MicroStepRecord
+from megatron_eslm.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 8
+
+
+class NonfiniteError(RuntimeError):
+    """Training cannot go on: too many steps in a row were not finite."""
+
+
+class NonfiniteGuard:
+    """Watches the records of each step. The engine does the skipping, on all ranks alike."""
+
+    def __init__(self, max_in_a_row: int, mesh: Mesh) -> None:
+        self.max_in_a_row = max_in_a_row
+        self.mesh = mesh
+        self._samples: list[int] = []
+
+    def note(self, record: MicroStepRecord, samples_M: torch.Tensor) -> None:
+        """Remember which of this rank's samples (global numbers, int64 [M]) were not finite."""
+        rows_M = record.nonfinite_rows_M
+        if rows_M is not None and bool(rows_M.any()):
+            self._samples += samples_M[rows_M.cpu()].tolist()
+
+    def after_step(self, state: TrainState, *, applied: bool) -> None:
+        """Count a step that was skipped. Collective where it was.
+
+        Raises:
+            NonfiniteError: `max_in_a_row` steps one after another were skipped.
+        """
+        samples, self._samples = self._samples, []
+        if applied:
+            state.nonfinite_in_a_row = 0
+            return
+        state.nonfinite_steps += 1
+        state.nonfinite_in_a_row += 1
+        everyone: list = [None] * self.mesh.dp_size
+        dist.all_gather_object(everyone, samples, group=self.mesh.dp_group)
+        where = "; ".join(
+            f"rank {rank}: samples {', '.join(map(str, found[:_NAMED]))}"
+            + (f" and {len(found) - _NAMED} more" if len(found) > _NAMED else "")
+            for rank, found in enumerate(everyone)
+            if found
+        )
+        what = f"scores ({where})" if where else "gradients"
+        logger.warning(
+            "iteration %d: %s not finite, step skipped (%d in a row, %d in all)",
+            state.iteration,
+            what,
+            state.nonfinite_in_a_row,
+            state.nonfinite_steps,
+        )
+        if state.nonfinite_in_a_row >= self.max_in_a_row:
+            raise NonfiniteError(
+                f"{state.nonfinite_in_a_row} steps in a row were not finite, the last with "
+                f"{what}. Lower --lr, lengthen --lr-warmup-iters, or look at those samples; the "
+                "last checkpoint is from before. --max-nonfinite-steps sets how many are borne."
+            )

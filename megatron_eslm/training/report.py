@@ -1,0 +1,138 @@
+"""What a run tells while it goes: the progress line, the metrics file, DeepSpeed's monitors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.training.state import TrainState
+from megatron_eslm.training.step_stats import StepStats
+
+logger = logging.getLogger(__name__)
+
+
+def _plain(value: Any) -> Any:
+    """nan and infinity are not JSON."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsFile:
+    """`--metrics-file`: one JSON object a line, the first one {"run": ...}. Rank 0 only."""
+
+    def __init__(self, path: str, run: dict[str, Any], *, resumed: bool) -> None:
+        target = Path(path)
+        if target.exists() and not resumed:
+            raise ConfigError(
+                f"--metrics-file {path} exists and this run does not continue one (--load). Name "
+                "another file or remove it."
+            )
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._file: TextIO = target.open("a")
+        except OSError as error:
+            raise ConfigError(f"--metrics-file {path}: {error.strerror}.") from error
+        self.write({"run": run})
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append a line and hand it to the operating system at once."""
+        self._file.write(json.dumps({k: _plain(v) for k, v in values.items()}) + "\n")
+        self._file.flush()
+
+
+def run_summary(run: RunConfig) -> dict[str, Any]:
+    """What a comparison of runs needs to know of this one; first line of the metrics file."""
+    s, t = run.selection, run.training
+    return {
+        "selection": s.selection,
+        "alpha": 0.0 if s.selection == "clm" else s.eslm_alpha,
+        "score": s.eslm_score if s.selection == "eslm" else None,
+        "level": s.eslm_level if s.selection != "clm" else None,
+        "proxy_layers": s.eslm_proxy_layers if s.selection == "eslm" else None,
+        "seed": t.seed,
+        "model_size": run.model.model_size,
+        "num_layers": run.model.num_layers,
+        "hidden_size": run.model.hidden_size,
+        "seq_length": run.model.seq_length,
+        "micro_batch_size": t.micro_batch_size,
+        "global_batch_size": t.global_batch_size,
+        "train_iters": t.train_iters,
+        "lr": run.optimizer.lr,
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "zero_stage": run.engine.zero_stage,
+        "data_parallel_size": run.dp_size,
+        "data_path": "demo corpus" if run.demo else " ".join(run.data.data_path),
+    }
+
+
+def metrics_line(
+    state: TrainState,
+    stats: StepStats | None,
+    *,
+    valid_loss: float | None,
+    lr: float,
+    grad_norm: float | None,
+    step_seconds: float | None,
+    mfu: float | None,
+) -> dict[str, Any]:
+    """The fields of docs/design.md, section 6. At iteration 0 nothing is trained yet."""
+    return {
+        "iteration": state.iteration,
+        "loss": stats.loss if stats else None,
+        "valid_loss": valid_loss,
+        "alpha": state.selection.alpha,
+        "kept_instances": stats.kept_instances_share if stats else None,
+        "kept_tokens": stats.kept_tokens_share if stats else None,
+        "tau_instance": stats.tau_instance if stats else None,
+        "tau_token": stats.tau_token if stats else None,
+        "cvar": stats.cvar if stats else None,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens": state.tokens,
+        "tokens_trained": state.tokens_trained,
+        "flops": state.flops,
+        "flops_paper": state.flops_paper,
+        "step_seconds": step_seconds,
+        "elapsed_seconds": state.elapsed_seconds,
+        "mfu": mfu,
+        "nonfinite_steps": state.nonfinite_steps,
+    }
+
+
+def progress_line(line: dict[str, Any], train_iters: int, tokens_per_second: float) -> str:
+    """One line for people."""
+    parts = [f"iteration {line['iteration']:>6d}/{train_iters}"]
+    if line["loss"] is not None:
+        left = (train_iters - line["iteration"]) * (line["step_seconds"] or 0.0)
+        parts += [
+            f"loss {line['loss']:.4f}",
+            f"kept {line['kept_instances']:.1%} of sequences, {line['kept_tokens']:.1%} of tokens",
+            f"lr {line['lr']:.2e}",
+            f"grad norm {line['grad_norm']:.2f}",
+            f"{tokens_per_second:,.0f} tokens/s",
+            f"left {time.strftime('%H:%M:%S', time.gmtime(left))}",
+        ]
+    if line["mfu"] is not None:
+        parts.append(f"MFU {line['mfu']:.1%}")
+    if line["valid_loss"] is not None:
+        parts.append(f"validation loss {line['valid_loss']:.4f}")
+    if line["nonfinite_steps"]:
+        parts.append(f"skipped {line['nonfinite_steps']}")
+    return " | ".join(parts)
+
+
+def write_monitors(ds_engine: Any, line: dict[str, Any]) -> None:
+    """TensorBoard, W&B and CSV as the DeepSpeed JSON switches them on."""
+    if not ds_engine.monitor.enabled:
+        return
+    events = [
+        (f"Train/{name}", value, line["iteration"])
+        for name, value in line.items()
+        if name != "iteration" and _plain(value) is not None
+    ]
+    ds_engine.monitor.write_events(events)

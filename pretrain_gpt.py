@@ -1,0 +1,11 @@
+"""Pretrain a GPT with selection inside the training step.
+
+    deepspeed pretrain_gpt.py --eslm-alpha 0.1 --eslm-proxy-layers 1
+
+Runs under deepspeed, torchrun and plain python. README.md has the first commands, --help the rest.
+"""
+
+from megatron_eslm.training.main import main
+
+if __name__ == "__main__":
+    main()

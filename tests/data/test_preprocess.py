@@ -1,0 +1,278 @@
+"""From text to the bytes that megatron-core reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.preprocess import preprocess
+from megatron_eslm.data.quiet import indexed_dataset
+from megatron_eslm.data.source import open_data
+from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.data.verify import verify_data
+from megatron_eslm.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def corpus(tmp_path, documents) -> str:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    return str(path)
+
+
+def read_pair(prefix: str) -> list[list[int]]:
+    data = indexed_dataset().IndexedDataset(prefix)
+    return [np.array(data[i]).tolist() for i in range(len(data))]  # copied: the map dies with it
+
+
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_megatron_core_reads_back_the_text(tmp_path, corpus, documents, gpt2, append_eod):
+    prefix = str(tmp_path / "sub" / "out")  # the folder is made
+    report = preprocess([corpus], prefix, gpt2, append_eod=append_eod)
+    sequences = read_pair(prefix)
+    assert report.documents == len(sequences) == len(documents)
+    assert report.tokens == sum(map(len, sequences))
+    assert report.text_bytes == sum(len(d.encode()) for d in documents)
+    if append_eod:
+        assert all(ids.pop() == gpt2.eod for ids in sequences)
+    assert [gpt2.decode(ids) for ids in sequences] == documents
+    source = open_data(DataOptions(data_path=(prefix,)))
+    assert source.tokenizer.identity == gpt2.identity
+    assert source.domains[0].tokens == report.tokens
+    verified = verify_data(prefix)
+    assert (verified.documents, verified.dtype) == (len(documents), "uint16")
+    assert verified.sample.startswith(documents[0][:50])
+    assert sorted(os.listdir(tmp_path / "sub")) == [
+        "out.bin",
+        "out.idx",
+        "out.meta.json",
+        "out.tokenizer",
+    ]
+
+
+def test_workers_write_the_same_bytes(tmp_path, corpus, gpt2, monkeypatch):
+    monkeypatch.setattr("megatron_eslm.data.preprocess._BATCH_CHARACTERS", 500)
+    for workers in (1, 2):
+        preprocess([corpus], str(tmp_path / f"w{workers}"), gpt2, workers=workers)
+    for suffix in ("bin", "idx"):
+        one, two = ((tmp_path / f"w{w}.{suffix}").read_bytes() for w in (1, 2))
+        assert one == two
+
+
+def test_large_vocabulary_is_int32(tmp_path, documents):
+    class Wide(ByteTokenizer):
+        def __init__(self):
+            super().__init__()
+            self.vocab_size = 70_000
+
+        def encode_arrays(self, texts):
+            return [ids.astype(np.int32) + 69_000 for ids in super().encode_arrays(texts)]
+
+    preprocess(["x"], str(tmp_path / "wide"), Wide(), documents=documents, append_eod=False)
+    assert min(read_pair(str(tmp_path / "wide"))[0]) > 69_000
+    assert (tmp_path / "wide.bin").stat().st_size == 4 * sum(len(d.encode()) for d in documents)
+
+
+def test_empty_texts_are_left_out(tmp_path):
+    report = preprocess(
+        ["x"], str(tmp_path / "out"), ByteTokenizer(), documents=["", "one", "", "\ud800"]
+    )
+    assert (report.documents, report.empty_documents) == (2, 2)
+    assert read_pair(str(tmp_path / "out")) == [[*b"one", 256], [*"\ufffd".encode(), 256]]
+
+
+def test_existing_output(tmp_path, corpus, gpt2):
+    prefix = str(tmp_path / "out")
+    preprocess([corpus], prefix, gpt2)
+    before = (tmp_path / "out.bin").read_bytes()
+    with pytest.raises(ConfigError, match=r"out\.bin and .*out\.idx exists already.*--overwrite"):
+        preprocess([corpus], prefix, ByteTokenizer())
+    assert (tmp_path / "out.bin").read_bytes() == before
+    preprocess([corpus], prefix, ByteTokenizer(), overwrite=True)
+    assert open_data(DataOptions(data_path=(prefix,))).tokenizer.name == "ByteTokenizer"
+
+
+def nothing_but(tmp_path: Path, *names: str) -> bool:
+    return sorted(os.listdir(tmp_path)) == sorted(names)
+
+
+def test_bad_input_leaves_nothing(tmp_path, corpus, gpt2):
+    with open(corpus, "a") as file:
+        file.write("{broken\n")
+    for workers in (1, 2):
+        with pytest.raises(ConfigError, match="line 121 is not valid JSON"):
+            preprocess([corpus], str(tmp_path / "out"), gpt2, workers=workers)
+    with pytest.raises(ConfigError, match="no document with any text"):
+        preprocess(["x"], str(tmp_path / "out"), gpt2, documents=["", ""])
+    with pytest.raises(ConfigError, match="--workers 0"):
+        preprocess([corpus], str(tmp_path / "out"), gpt2, workers=0)
+    assert nothing_but(tmp_path, "corpus.jsonl")
+
+
+def test_full_disk_and_missing_permission(tmp_path, corpus, gpt2, monkeypatch):
+    import errno
+
+    def no_space(self, *args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    builder = indexed_dataset().IndexedDatasetBuilder
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "add_document", no_space)
+        with pytest.raises(ConfigError, match=r"--output-prefix .*No space left on device"):
+            preprocess([corpus], str(tmp_path / "out"), gpt2)
+    assert nothing_but(tmp_path, "corpus.jsonl")
+    with pytest.raises(ConfigError, match=r"--output-prefix .* cannot be written"):
+        preprocess([corpus], str(tmp_path / "corpus.jsonl" / "out"), gpt2)
+
+
+def test_killed_worker_is_an_error(tmp_path, documents):
+    class Fatal(ByteTokenizer):
+        def encode_arrays(self, texts):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ConfigError, match="was killed, most likely for want of memory"):
+        preprocess(["x"], str(tmp_path / "out"), Fatal(), documents=documents, workers=2)
+    assert nothing_but(tmp_path)
+
+
+def test_kill_leaves_nothing_that_reads_as_data(tmp_path, corpus, gpt2):
+    prefix = str(tmp_path / "out")
+    with pytest.raises(ConfigError, match="there is no file"):
+        open_data(DataOptions(data_path=(prefix,)))
+    pid = os.fork()
+    if pid == 0:
+
+        def endless():
+            while True:
+                yield "text " * 1000
+                time.sleep(0.001)
+
+        try:
+            preprocess(["x"], prefix, ByteTokenizer(), documents=endless())
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 20
+    while not any(p.stat().st_size > 0 for p in tmp_path.glob("out.building-*/bin")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with pytest.raises(ConfigError, match="there is no file"):
+        open_data(DataOptions(data_path=(prefix,)))
+    preprocess([corpus], prefix, gpt2)
+    open_data(DataOptions(data_path=(prefix,)))
+
+
+def test_kill_while_publishing_over_old_files(tmp_path, corpus, gpt2, monkeypatch):
+    """Wherever the renames stop, the pair is whole or refused."""
+    prefix = str(tmp_path / "out")
+    replace = os.replace
+    for stop_after in range(4):
+        preprocess([corpus], prefix, ByteTokenizer(), overwrite=True)
+        left = [stop_after]
+
+        def dying(a, b, left=left):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            replace(a, b)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", dying)
+            with pytest.raises(KeyboardInterrupt):
+                preprocess([corpus], prefix, gpt2, overwrite=True)
+        with pytest.raises(ConfigError):
+            open_data(DataOptions(data_path=(prefix,)))
+
+
+def test_file_of_megatron_without_facts(tmp_path, documents, gpt2, bpe_files):
+    mcore = indexed_dataset()
+    builder = mcore.IndexedDatasetBuilder(str(tmp_path / "old.bin"), dtype=np.int32)
+    for document in documents:
+        builder.add_item(torch.tensor([*gpt2.encode(document), gpt2.eod]))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "old.idx"))
+    options = DataOptions(data_path=(str(tmp_path / "old"),))
+    with pytest.raises(ConfigError, match=r"its tokenizer is unknown.*--tokenizer-type"):
+        open_data(options)
+    options = dataclasses.replace(
+        options,
+        tokenizer_type="GPT2BPETokenizer",
+        vocab_file=str(bpe_files / "vocab.json"),
+        merge_file=str(bpe_files / "merges.txt"),
+    )
+    source = open_data(options)
+    assert source.domains[0].documents == len(documents)
+    assert verify_data(str(tmp_path / "old")).tokenizer is None
+    bad = dataclasses.replace(
+        options, tokenizer_type="ByteTokenizer", vocab_file=None, merge_file=None
+    )
+    ids = [i for d in documents for i in [*gpt2.encode(d), gpt2.eod]]
+    first = next(n for n, i in enumerate(ids) if i >= 257)
+    with pytest.raises(
+        ConfigError,
+        match=rf"old\.bin holds the id {ids[first]} at position {first}, outside .* of 257",
+    ):
+        open_data(bad)
+
+
+def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_tools(tmp_path, corpus):
+    prefix = str(tmp_path / "out")
+    made = run_tool(
+        "preprocess_data.py", "--input", corpus, "--output-prefix", prefix,
+        "--tokenizer-type", "ByteTokenizer", "--workers", "2", "--append-eod",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "docs/s" in made.stdout
+    assert "MB/s" in made.stdout
+    checked = run_tool("verify_data.py", prefix)
+    assert checked.returncode == 0, checked.stderr
+    assert "120 documents" in checked.stdout
+    assert "0: " in checked.stdout
+    with open(f"{prefix}.bin", "r+b") as file:
+        file.write(b"x")
+    checked = run_tool("verify_data.py", prefix)
+    assert checked.returncode == 2
+    assert "checksum" in checked.stderr
+    assert "Traceback" not in checked.stderr
+    refused = run_tool(
+        "preprocess_data.py", "--input", corpus, "--output-prefix", prefix,
+        "--tokenizer-type", "GPT2BPETokenizer",
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: --tokenizer-type GPT2BPETokenizer needs --vocab-file")
+
+
+def test_verify_finds_what_open_data_does_not_read(tmp_path, corpus, gpt2):
+    prefix = str(tmp_path / "out")
+    preprocess([corpus], prefix, gpt2)
+    idx = bytearray((tmp_path / "out.idx").read_bytes())
+    offset = 34 + 4 * 120 + 8 * 5
+    idx[offset] ^= 1
+    (tmp_path / "out.idx").write_bytes(idx)
+    open_data(DataOptions(data_path=(prefix,)))
+    with pytest.raises(ConfigError, match="sequence 5 does not begin where"):
+        verify_data(prefix)

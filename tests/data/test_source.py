@@ -1,0 +1,169 @@
+"""Every way in which --data-path, its files and the tokenizer flags can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.preprocess import preprocess
+from megatron_eslm.data.source import open_data, parse_data_path, parse_split
+from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.errors import ConfigError
+
+
+def opened(*words: str, **options):
+    return open_data(DataOptions(data_path=words, **options))
+
+
+def test_domains_and_weights(domains):
+    source = opened("3", domains[0], "1", domains[1])
+    assert [d.name for d in source.domains] == ["alpha", "beta"]
+    assert [d.weight for d in source.domains] == [0.75, 0.25]
+    assert [d.documents for d in source.domains] == [150, 90]
+    assert source.tokenizer.name == "ByteTokenizer"
+    single = opened(domains[0])
+    assert single.domains[0].weight == 1
+
+
+def test_fingerprint_follows_contents(tmp_path, domains, documents):
+    first = opened(domains[0]).fingerprint
+    (tmp_path / "moved").mkdir()
+    for path in tmp_path.glob("alpha.*"):
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, tmp_path / "moved" / path.name)
+    assert opened(str(tmp_path / "moved" / "alpha")).fingerprint == first
+    assert opened(domains[1]).fingerprint != first
+    changed = [*documents[:-1], documents[-1][:-1] + "#"]  # one byte, same sizes
+    fingerprints = set()
+    for n, texts in enumerate((documents, changed)):
+        prefix = str(tmp_path / f"d{n}")
+        preprocess(["x"], prefix, ByteTokenizer(), documents=texts)
+        fingerprints.add(opened(prefix).fingerprint)
+        os.unlink(f"{prefix}.meta.json")
+        fingerprints.add(opened(prefix, tokenizer_type="ByteTokenizer").fingerprint)
+    assert len(fingerprints) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "is empty"),
+        (("1", "a", "2"), "has 3 words .*a weight before every prefix"),
+        (("a", "b"), "'a' before b .*not a number"),
+        (("0", "a", "1", "b"), "weight 0 of a must be positive"),
+        (("-1", "a", "1", "b"), "weight -1 of a must be positive"),
+        (("nan", "a", "1", "b"), "weight nan of a must be positive"),
+        (("1", "x/a", "1", "x/../x/a"), "names x/../x/a twice"),
+    ],
+)
+def test_data_path_words(words, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_data_path(words)
+
+
+@pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "-1,2", "0,1", "nan,1", "98;1;1"])
+def test_bad_split(domains, split):
+    with pytest.raises(ConfigError, match="--split"):
+        opened(domains[0], split=split)
+
+
+def test_good_split():
+    assert parse_split("98,1,1") == (0.98, 0.01, 0.01)
+    assert parse_split("3,1") == (0.75, 0.25, 0)
+    assert parse_split("1") == (1, 0, 0)
+
+
+def test_missing_files(tmp_path, domains):
+    with pytest.raises(ConfigError, match=r"there is no file .*absent\.bin .*preprocess_data"):
+        opened(str(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match=r"Give the prefix without its ending: .*alpha\."):
+        opened(domains[0] + ".bin")
+    os.unlink(domains[0] + ".idx")
+    with pytest.raises(ConfigError, match=r"there is no file .*alpha\.idx"):
+        opened(domains[0])
+
+
+def test_damaged_bin(domains):
+    data = Path(domains[0] + ".bin").read_bytes()
+    Path(domains[0] + ".bin").write_bytes(data[:-100])
+    with pytest.raises(ConfigError, match=r"alpha\.bin is truncated: it has"):
+        opened(domains[0])
+    Path(domains[0] + ".bin").write_bytes(data + b"xx")
+    with pytest.raises(ConfigError, match="longer than its index says"):
+        opened(domains[0])
+    Path(domains[0] + ".bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match="the data set is empty"):
+        opened(domains[0])
+
+
+def test_damaged_idx(domains):
+    idx = Path(domains[0] + ".idx")
+    good = idx.read_bytes()
+
+    def refused(data: bytes, message: str) -> None:
+        idx.write_bytes(data)
+        with pytest.raises(ConfigError, match=message):
+            opened(domains[0])
+
+    refused(good[:-8], "is damaged: .* bytes, its header asks for")
+    refused(good[:20], "ends inside its header")
+    refused(b"", "is not a Megatron index")
+    refused(b"PK" + good[2:], "is not a Megatron index")
+    refused(good[:9] + struct.pack("<Q", 2) + good[17:], "index version 2")
+    refused(good[:17] + b"\x07" + good[18:], "type code 7")
+    refused(good[:34] + struct.pack("<i", 1) + good[38:], "contradict each other")
+    idx.write_bytes(good)
+    opened(domains[0])
+
+
+def test_facts_of_another_run(tmp_path, domains):
+    shutil.copy(domains[1] + ".meta.json", domains[0] + ".meta.json")
+    with pytest.raises(ConfigError, match="They are not of one run"):
+        opened(domains[0])
+    Path(domains[0] + ".meta.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"alpha\.meta\.json is damaged"):
+        opened(domains[0])
+    meta = json.loads(Path(domains[1] + ".meta.json").read_text())
+    Path(domains[1] + ".meta.json").write_text(json.dumps({**meta, "format_version": 99}))
+    with pytest.raises(ConfigError, match="format version 99"):
+        opened(domains[1])
+
+
+def test_tokenizer_of_the_data(tmp_path, domains, gpt2, hf, documents, bpe_files):
+    other = str(tmp_path / "other")
+    preprocess(["x"], other, gpt2, documents=documents)
+    with pytest.raises(
+        ConfigError, match=r"alpha was made with ByteTokenizer .*other with GPT2BPETokenizer"
+    ):
+        opened("1", domains[0], "1", other)
+    with pytest.raises(
+        ConfigError, match=r"HuggingFaceTokenizer .*but .*other was made with GPT2BPETokenizer"
+    ):
+        opened(
+            other,
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=str(bpe_files / "tokenizer.json"),
+        )
+    with pytest.raises(ConfigError, match="say nothing without --tokenizer-type"):
+        opened(other, vocab_file=str(bpe_files / "vocab.json"))
+    opened(domains[0], tokenizer_type="ByteTokenizer")
+    shutil.rmtree(f"{other}.tokenizer")
+    with pytest.raises(ConfigError, match="holds no stored tokenizer"):
+        opened(other)
+    hf.save(f"{other}.tokenizer")
+    with pytest.raises(ConfigError, match="but the data was made with GPT2BPETokenizer"):
+        opened(other)
+
+
+def test_ids_beyond_the_vocabulary_by_the_facts(domains):
+    path = Path(domains[0] + ".meta.json")
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "max_token_id": 300}))
+    with pytest.raises(ConfigError, match="holds the id 300, beyond the vocabulary of 257"):
+        opened(domains[0])

@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""Make a checkpoint that `--load` starts from out of a Hugging Face GPT-2 folder.
+
+    python tools/convert_from_hf.py --input gpt2 --save runs/gpt2
+
+The checkpoint appears only if it computes the same logits as transformers does (1e-4).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.interop.convert import LogitMismatch, folder_to_checkpoint
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 0 if converted, 1 if the logits differ, 2 if the input cannot be used."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", required=True, help="local Hugging Face folder")
+    parser.add_argument("--save", required=True, help="folder of checkpoints to make")
+    parser.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
+        metavar="N",
+        help="pad the vocabulary to a multiple of this (default: 128)",
+    )
+    args = parser.parse_args(argv)
+    try:
+        difference = folder_to_checkpoint(args.input, args.save, args.make_vocab_size_divisible_by)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except LogitMismatch as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"largest logit difference: {difference:.3g}")
+    print(f"converted {args.input} to {args.save}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

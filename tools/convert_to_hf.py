@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Export a checkpoint as a Hugging Face folder and prove it by equal logits.
+
+    python tools/convert_to_hf.py --load runs/eslm --output runs/eslm-hf
+
+The folder appears only if transformers, loading it from disk, computes the same logits (1e-4).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.interop.convert import LogitMismatch, checkpoint_to_folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 0 if exported, 1 if the logits differ, 2 if the input cannot be used."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--load", required=True, help="folder of checkpoints")
+    parser.add_argument("--tag", help="which checkpoint; default: the newest complete one")
+    parser.add_argument("--output", required=True, help="Hugging Face folder to make")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier export at --output"
+    )
+    args = parser.parse_args(argv)
+    try:
+        difference = checkpoint_to_folder(args.load, args.output, args.tag, args.overwrite)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except LogitMismatch as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"largest logit difference: {difference:.3g}")
+    print(f"exported {args.load} to {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Turn text into Megatron .bin/.idx files.
+
+    python tools/preprocess_data.py --input corpus.jsonl.zst --output-prefix data/corpus \\
+        --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt \\
+        --workers 8 --append-eod
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import get_args
+
+from megatron_eslm.data.options import TokenizerType
+from megatron_eslm.data.preprocess import preprocess
+from megatron_eslm.data.tokenizers import build_tokenizer
+from megatron_eslm.errors import ConfigError
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="INPUT",
+        help=".jsonl/.json (also .gz, .zst), .parquet or .txt files (a .txt file is one document), "
+        "folders of those, folders of Hugging Face datasets, or data set names as "
+        "NAME[:CONFIG[:SPLIT]]")  # fmt: skip
+    add("--output-prefix", required=True, help="path of the output without ending")
+    add("--tokenizer-type", required=True, choices=get_args(TokenizerType))
+    add("--vocab-file", help="GPT2BPETokenizer: vocab.json")
+    add("--merge-file", help="GPT2BPETokenizer: merges.txt")
+    add("--tokenizer-model", help="SentencePieceTokenizer: the .model file; HuggingFaceTokenizer: "
+        "a tokenizer.json or a folder with one")  # fmt: skip
+    add("--workers", type=int, default=1, help="processes that tokenize")
+    add("--append-eod", action="store_true", help="end each document with the end-of-document id")
+    add("--text-key", "--json-keys", default="text", help="field or column that holds the text")
+    add("--overwrite", action="store_true", help="replace existing output")
+    add("--log-interval", type=float, default=10.0, help="seconds between progress lines")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        tokenizer = build_tokenizer(
+            options.tokenizer_type,
+            options.vocab_file,
+            options.merge_file,
+            options.tokenizer_model,
+        )
+        preprocess(
+            options.input,
+            options.output_prefix,
+            tokenizer,
+            workers=options.workers,
+            append_eod=options.append_eod,
+            text_key=options.text_key,
+            overwrite=options.overwrite,
+            log_interval_seconds=options.log_interval,
+        )
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
