@@ -66,8 +66,10 @@ def check_agreement(path: str, content: Json, name: str, flag: str, value: Any) 
     """ConfigError if the file and a flag that was given set `name` differently."""
     other = values_from(content).get(name)
     if other is not None and other != value:
-        key = "zero_optimization.offload_optimizer" if name == "cpu_offload" else ".".join(
-            _SAME[name]
+        key = (
+            "zero_optimization.offload_optimizer"
+            if name == "cpu_offload"
+            else ".".join(_SAME[name])
         )
         raise ConfigError(
             f"{flag} says {value} and {path} says {key} = {other}. Remove one of them or set the "
@@ -87,7 +89,7 @@ def complete(
     zero_stage: int,
     cpu_offload: bool,
 ) -> Json:
-    """The JSON that the engine gets: the user's, with everything that the flags decide filled in."""
+    """The JSON that the engine gets: the user's, with all that the flags decide filled in."""
     full = copy.deepcopy({k: v for k, v in content.items() if not k.startswith("_")})
     steps = _get(full, ("gradient_accumulation_steps",))
     if steps is not None and steps != gradient_accumulation_steps:

@@ -1,7 +1,7 @@
 """Flags, their help and YAML keys, derived from option dataclasses.
 
-A field's name is its flag, its annotation the type, the string under it the help. There is no second
-list of options anywhere.
+A field's name is its flag, its annotation the type, the string under it the help. There is no
+second list of options anywhere.
 """
 
 from __future__ import annotations

@@ -320,4 +320,3 @@ def _fill_optimizer(
         lr_decay_iters=decay,
         clip_grad=fill(optimizer, "clip_grad"),
     )
-

@@ -215,10 +215,17 @@ def _rows(dataset, where: str, text_key: str) -> Iterator[str]:
                 "Name the column that holds the text with --text-key."
             )
         dataset = dataset.select_columns([text_key])
-    for row, record in enumerate(dataset, start=1):
-        if text_key not in record:
-            raise ConfigError(f"{where}, row {row} has no field {text_key!r}; see --text-key.")
-        yield _text_of(record[text_key], text_key, f"{where}, row {row}")
+    row = 0
+    try:
+        for record in dataset:
+            row += 1
+            if text_key not in record:
+                raise ConfigError(f"{where}, row {row} has no field {text_key!r}; see --text-key.")
+            yield _text_of(record[text_key], text_key, f"{where}, row {row}")
+    except ConfigError:
+        raise
+    except Exception as error:  # the network, a damaged shard: many kinds
+        raise ConfigError(f"{where} cannot be read beyond row {row}: {error}.") from error
 
 
 def _read_saved_dataset(path: Path, text_key: str) -> Iterator[str]:

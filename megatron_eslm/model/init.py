@@ -18,8 +18,8 @@ def init_parameters(
 ) -> None:
     """Fill all parameters of `module` in place, as GPT-2 does.
 
-    Weights are normal(0, std), projections into the residual stream normal(0, std / sqrt(2 layers)),
-    norms one and zero, biases zero. A tensor-parallel shard is cut from the full draw.
+    Weights are normal(0, std), projections into the residual stream normal(0, std / sqrt(2
+    layers)), norms one and zero, biases zero. A tensor-parallel shard is cut from the full draw.
     """
     for name, parameter in module.named_parameters():
         if name.endswith(".bias"):
@@ -31,9 +31,10 @@ def init_parameters(
             scale = std / math.sqrt(2 * shape.num_layers) if residual else std
             full = list(parameter.shape)
             sharded = getattr(parameter, "tensor_model_parallel", False) and mesh.tp_size > 1
+            dim: int = getattr(parameter, "partition_dim", 0)
             if sharded:
-                full[parameter.partition_dim] *= mesh.tp_size
+                full[dim] *= mesh.tp_size
             draw = torch.empty(full).normal_(0.0, scale, generator=generator(seed, "init", name))
             if sharded:
-                draw = draw.chunk(mesh.tp_size, dim=parameter.partition_dim)[mesh.tp_rank]
+                draw = draw.chunk(mesh.tp_size, dim=dim)[mesh.tp_rank]
             parameter.copy_(draw)

@@ -48,7 +48,7 @@ def selective_linear_cross_entropy(
         them, without it recomputes them chunk by chunk.
     """
     loss_N, lse_N = statistics.loss_N, statistics.log_sum_exp_N
-    return _SelectiveLinearCrossEntropy.apply(  # type: ignore[no-any-return]
+    return _SelectiveLinearCrossEntropy.apply(
         hidden_KD,
         weight_VD,
         labels_K,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import logging
 import os
 import socket
@@ -26,7 +27,9 @@ _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_
 
 def quiet_imports() -> None:
     """Import deepspeed and megatron-core without their notices about optional packages."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # Said, it is taken without a warning that no GPU was found.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed  # noqa: F401
@@ -85,12 +88,15 @@ def init_distributed(timeout_seconds: float = 600.0) -> torch.device:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        # DeepSpeed's own group builder compiles a shared-memory extension first; a group that
-        # exists already is taken as it is.
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=datetime.timedelta(seconds=timeout_seconds),
         )
+    if device.type == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce, for inference only, on first use:
+        # half a minute, and a C++ compiler, for nothing that training calls.
+        backend = importlib.import_module("deepspeed.comm.torch")
+        backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
     )

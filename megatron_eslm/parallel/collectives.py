@@ -31,7 +31,9 @@ def all_gather_same_shape(x: torch.Tensor, group: dist.ProcessGroup | None) -> t
 
 
 def all_reduce_(
-    x: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    x: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
 ) -> torch.Tensor:
     """Reduce a contiguous tensor in place over `group` (None: this rank alone) and return it."""
     assert x.is_contiguous(), "a non-contiguous tensor would come back unreduced"

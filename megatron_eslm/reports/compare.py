@@ -266,4 +266,4 @@ def _count(value: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:,.1f}"
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}"

@@ -79,10 +79,14 @@ class RandomControl(_Levels):
 
     def _uniform_rows(self, level: str, valid_MT: torch.Tensor) -> torch.Tensor:
         rows, positions = valid_MT.shape
-        shape = (self.peers.size, rows) if level == "instance" else (
-            self.peers.size,
-            rows,
-            positions,
+        shape = (
+            (self.peers.size, rows)
+            if level == "instance"
+            else (
+                self.peers.size,
+                rows,
+                positions,
+            )
         )
         rng = generator(self.seed, "random", level, self.state.iteration, self.state.micro_step)
         return torch.rand(shape, generator=rng)[self.peers.rank].to(valid_MT.device)

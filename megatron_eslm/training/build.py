@@ -1,4 +1,4 @@
-"""From a resolved run to a Trainer: data, model, engine, state, in the order in which they can fail."""
+"""From a resolved run to a Trainer: data, model, engine, state; what can fail comes first."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from megatron_eslm.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-DEMO_FOLDER = Path("demo/corpus")
+DEMO_FOLDER = "demo/corpus"
 
 
 def open_run_data(run: RunConfig) -> tuple[DataSource, DataOptions]:
@@ -104,10 +104,10 @@ def _find(run: RunConfig) -> Found | None:
     load, save = run.checkpoint.load, run.checkpoint.save
     if load is None:
         return None
-    if save is not None and Path(load).resolve() == Path(save).resolve():
-        if not list_checkpoints(Path(load)):
-            logger.info("--load %s holds no checkpoint yet: starting a new run", load)
-            return None
+    same = save is not None and Path(load).resolve() == Path(save).resolve()
+    if same and not list_checkpoints(Path(load)):
+        logger.info("--load %s holds no checkpoint yet: starting a new run", load)
+        return None
     return find_checkpoint(load)
 
 
@@ -115,9 +115,11 @@ def check_continues(run: RunConfig, found: Found, shape: ModelShape, data: dict[
     """ConfigError unless the checkpoint fits this run; differences that may be are logged."""
     if found.shape != shape:
         ours, theirs = shape.to_dict(), found.shape.to_dict()
-        differ = ", ".join(f"{k}: {theirs[k]} there, {ours[k]} here" for k in ours
-                           if ours[k] != theirs[k])
-        raise ConfigError(f"{found.folder} holds a model of another shape ({differ}).")
+        unequal = [f"{k}: {theirs[k]} there, {v} here" for k, v in ours.items() if v != theirs[k]]
+        raise ConfigError(
+            f"{found.folder} holds a model of another shape ({', '.join(unequal)}). Start with the "
+            "same model flags and tokenizer, or load another checkpoint."
+        )
     if found.kind == "weights":
         return
     options = found.run["options"]
@@ -230,9 +232,11 @@ def build_trainer(run: RunConfig) -> Trainer:
         logger.info("continuing from %s, iteration %d", found.folder, state.iteration)
     resumed = state.iteration > 0
     metrics = on_rank_zero_only(
-        lambda: MetricsFile(run.report.metrics_file, run_summary(run), resumed=resumed)
-        if run.report.metrics_file
-        else None
+        lambda: (
+            MetricsFile(run.report.metrics_file, run_summary(run), resumed=resumed)
+            if run.report.metrics_file
+            else None
+        )
     )
     return Trainer(
         run=run,

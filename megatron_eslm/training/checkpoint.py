@@ -2,8 +2,8 @@
 
 A folder `iter_0000100` holds DeepSpeed's files (weights, optimizer), run.json (the resolved
 options and the model's shape), state.json (TrainState), the tokenizer, and the manifest that makes
-it complete. A weights-only checkpoint, as tools/convert_from_hf.py writes, holds weights.safetensors
-in place of DeepSpeed's files.
+it complete. A weights-only checkpoint, as tools/convert_from_hf.py writes, holds
+weights.safetensors in place of DeepSpeed's files.
 """
 
 from __future__ import annotations
@@ -211,9 +211,7 @@ def load_engine(ds_engine: Any, found: Found) -> TrainState:
             str(found.folder.parent), tag=found.folder.name, load_lr_scheduler_states=False
         )
     except (AssertionError, RuntimeError, KeyError, ValueError, FileNotFoundError) as error:
-        raise ConfigError(
-            f"DeepSpeed cannot load {found.folder} into this run: {error}"
-        ) from error
+        raise ConfigError(f"DeepSpeed cannot load {found.folder} into this run: {error}") from error
     if path is None:
         raise ConfigError(f"DeepSpeed found no state for this layout in {found.folder}.")
     return found.state()

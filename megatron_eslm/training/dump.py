@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,9 @@ def dump_selection(
     """Write `iter{iteration:07d}_micro{m:04d}.npz` on data-parallel rank 0. Collective.
 
     Rows are in sampler order over all data-parallel ranks (B of them): tokens int [B, T+1],
-    instance_scores f32 [B], instance_kept bool [B], tau_instance, token_scores f32 [B, T] (nan where
-    nothing was scored), token_kept bool [B, T], tau_token, loss. Scopes `local` write rank 0's
-    thresholds.
+    instance_scores f32 [B], instance_kept bool [B], tau_instance, token_scores f32 [B, T] (nan
+    where nothing was scored), token_kept bool [B, T], tau_token, loss. With scope `local` the
+    thresholds are rank 0's.
     """
     rows, positions = tokens_MS.shape[0], tokens_MS.shape[1] - 1
     nan_M, all_M = torch.full((rows,), torch.nan), torch.ones(rows, dtype=torch.bool)
@@ -47,7 +48,7 @@ def dump_selection(
     dist.all_gather_object(everyone, mine, group=mesh.dp_group)
     if mesh.dp_rank:
         return
-    arrays = {
+    arrays: dict[str, Any] = {
         key: np.concatenate([part[key] for part in everyone]) for key in mine if key != "loss"
     }
     folder.mkdir(parents=True, exist_ok=True)

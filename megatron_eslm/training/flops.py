@@ -76,9 +76,7 @@ class FlopsModel:
         total = work.tokens_deep * (6.0 * s.num_params + 12 * s.num_layers * hqt)
         total -= (work.tokens_deep - work.tokens_trained) * (4.0 * d * v + 32 * d * d + 8 * d)
         if self.proxy:
-            n_proxy = (
-                s.num_params_embedding + self.selector_depth * s.num_params_block + 2 * d
-            )
+            n_proxy = s.num_params_embedding + self.selector_depth * s.num_params_block + 2 * d
             total += work.tokens * (2.0 * n_proxy + 6 * self.selector_depth * hqt + 2 * d * v)
         return total
 

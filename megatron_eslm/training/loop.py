@@ -77,15 +77,20 @@ class Trainer:
                 if stats.stop_requested:
                     stopped = stop.received or signal.SIGTERM
                 valid_loss = None
-                if self.datasets.valid is not None and not stopped and (
-                    last or state.iteration % t.eval_interval == 0
+                if (
+                    self.datasets.valid is not None
+                    and not stopped
+                    and (last or state.iteration % t.eval_interval == 0)
                 ):
                     valid_loss = self._evaluate()
                 if valid_loss is not None or last or state.iteration % t.log_interval == 0:
                     self._report(stats, norm, valid_loss=valid_loss)
                 leaves = t.exit_interval is not None and state.iteration % t.exit_interval == 0
-                if last or leaves or stopped or (
-                    state.iteration % self.run.checkpoint.save_interval == 0
+                if (
+                    last
+                    or leaves
+                    or stopped
+                    or (state.iteration % self.run.checkpoint.save_interval == 0)
                 ):
                     self._save()
                 if leaves and not last:
@@ -131,9 +136,7 @@ class Trainer:
             self.nonfinite.note(record, batch["samples"])
             if self.run.report.dump_selection:
                 folder = Path(self.run.report.dump_selection)
-                dump_selection(
-                    folder, state.iteration + 1, micro, tokens, loss, record, self.mesh
-                )
+                dump_selection(folder, state.iteration + 1, micro, tokens, loss, record, self.mesh)
             accumulator.add(loss, record)
         norm, applied = self.engine.update(learning_rate(self.run.optimizer, state.iteration))
         stats = accumulator.reduce(self.mesh, stop=stop)

@@ -1,4 +1,4 @@
-"""A checkpoint folder that is complete or absent: written aside, listed, published by one rename."""
+"""A checkpoint folder, complete or absent: written aside, listed, published by one rename."""
 
 from __future__ import annotations
 

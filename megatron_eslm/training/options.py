@@ -11,9 +11,7 @@ def _at_least(options: object, minimum: float, *flags: str) -> None:
     for flag in flags:
         value = getattr(options, flag)
         if value is not None and value < minimum:
-            raise ConfigError(
-                f"--{flag.replace('_', '-')} {value:g} must be {minimum:g} or more."
-            )
+            raise ConfigError(f"--{flag.replace('_', '-')} {value:g} must be {minimum:g} or more.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,17 @@ from megatron_eslm.training.step_stats import StepStats
 logger = logging.getLogger(__name__)
 
 
-def _plain(value: Any) -> Any:
-    """nan and infinity are not JSON."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _plain(name: str, value: Any) -> Any:
+    """nan and infinity are not JSON; only a diverged validation loss must not pass for a missing
+    one, and Python's reader takes NaN."""
+    keep = name == "valid_loss" or not isinstance(value, float) or math.isfinite(value)
+    return value if keep else None
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as f:
+        f.seek(-1, 2)
+        return f.read(1)
 
 
 class MetricsFile:
@@ -34,14 +42,17 @@ class MetricsFile:
             )
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            torn = target.exists() and target.stat().st_size > 0 and _last_byte(target) != b"\n"
             self._file: TextIO = target.open("a")
+            if torn:  # by a kill in mid-line; the next line must not grow out of it
+                self._file.write("\n")
         except OSError as error:
             raise ConfigError(f"--metrics-file {path}: {error.strerror}.") from error
         self.write({"run": run})
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line and hand it to the operating system at once."""
-        self._file.write(json.dumps({k: _plain(v) for k, v in values.items()}) + "\n")
+        self._file.write(json.dumps({k: _plain(k, v) for k, v in values.items()}) + "\n")
         self._file.flush()
 
 
@@ -133,6 +144,6 @@ def write_monitors(ds_engine: Any, line: dict[str, Any]) -> None:
     events = [
         (f"Train/{name}", value, line["iteration"])
         for name, value in line.items()
-        if name != "iteration" and _plain(value) is not None
+        if name != "iteration" and _plain(name, value) is not None
     ]
     ds_engine.monitor.write_events(events)

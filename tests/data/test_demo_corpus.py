@@ -108,5 +108,5 @@ def test_no_library_and_no_room(tmp_path, monkeypatch, small):
         prepare_demo_corpus(str(tmp_path / "file" / "demo"))
     monkeypatch.undo()
     monkeypatch.setattr(demo_corpus.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(ConfigError, match="no source in .*--data-path"):
+    with pytest.raises(ConfigError, match=r"no source in .*--data-path"):
         prepare_demo_corpus(str(tmp_path / "demo"))

@@ -95,6 +95,21 @@ def test_unknown_hub_dataset(monkeypatch):
         list(read_documents(["owner/nothing"]))
 
 
+def test_hub_dataset_that_breaks_off(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def rows():
+        yield {"text": "one"}
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **k: datasets.IterableDataset.from_generator(rows)
+    )
+    reader = read_documents(["owner/name"])
+    with pytest.raises(ConfigError, match="owner/name cannot be read beyond row"):
+        list(reader)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

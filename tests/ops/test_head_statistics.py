@@ -200,8 +200,6 @@ def test_nan_in_one_shard_reaches_all() -> None:
     def on_rank(rank: int) -> torch.Tensor:
         shard = VocabShard.of(8, 8, dist.group.WORLD)
         weight_VD = case.weight_VD.chunk(2)[rank]
-        return head_statistics(
-            case.hidden_ND, weight_VD, case.labels_N, shard, entropy=True
-        ).loss_N
+        return head_statistics(case.hidden_ND, weight_VD, case.labels_N, shard, entropy=True).loss_N
 
     assert all(loss_N.isnan().all() for loss_N in run_ranks(2, on_rank))

@@ -84,9 +84,7 @@ def assert_close_in_norm(mine: torch.Tensor, other: torch.Tensor, tolerance: flo
 @pytest.mark.parametrize("keep_logits", [False, True], ids=["recompute", "keep"])
 @pytest.mark.parametrize("which", ["none", "some", "all by index", "all"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_autograd(
-    shape: tuple, which: str, keep_logits: bool, dtype: torch.dtype
-) -> None:
+def test_against_autograd(shape: tuple, which: str, keep_logits: bool, dtype: torch.dtype) -> None:
     case = make_case(*shape, dtype=dtype, scale=0.5)
     before = case.clone()
     kept_K = kept_of(shape[0], which)

@@ -1,0 +1,54 @@
+# Everything a newcomer needs: `make demo` and `make test`. Each makes .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# So that the launchers find this environment's deepspeed and ninja.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+DEMO := demo
+DEMO_FLAGS ?= --eval-interval 25 --log-interval 25
+
+.PHONY: help install demo test test-all check clean
+
+help:
+	@echo "make demo      train the same small GPT with clm, eslm and random selection, compare, export"
+	@echo "make test      run the tests (make test-all: the slow ones too)"
+	@echo "make check     formatter, linter, types, spelling, direction of imports"
+	@echo "make clean     remove $(VENV) and $(DEMO)"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 12); sys.exit(None if ok else "error: Python 3.10, 3.11 or 3.12 is needed and " + sys.executable + " is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments; install its venv package (python3-venv on Debian and Ubuntu)."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	rm -rf $(DEMO)/clm* $(DEMO)/eslm* $(DEMO)/random* $(DEMO)/hf $(DEMO)/report.*
+	deepspeed pretrain_gpt.py --selection clm --save $(DEMO)/clm --metrics-file $(DEMO)/clm.jsonl $(DEMO_FLAGS)
+	deepspeed pretrain_gpt.py --eslm-alpha 0.1 --eslm-proxy-layers 1 --save $(DEMO)/eslm --metrics-file $(DEMO)/eslm.jsonl $(DEMO_FLAGS)
+	deepspeed pretrain_gpt.py --selection random --save $(DEMO)/random --metrics-file $(DEMO)/random.jsonl $(DEMO_FLAGS)
+	$(BIN)/python tools/compare_runs.py $(DEMO)/clm.jsonl $(DEMO)/eslm.jsonl $(DEMO)/random.jsonl --labels clm eslm random --output-prefix $(DEMO)/report
+	$(BIN)/python tools/convert_to_hf.py --load $(DEMO)/eslm --output $(DEMO)/hf
+	$(BIN)/python tools/generate.py --load $(DEMO)/hf --prompt "def " --max-new-tokens 80 --temperature 0.8
+	@echo
+	@echo "table and curves: $(DEMO)/report.md, $(DEMO)/report.png   Hugging Face model: $(DEMO)/hf"
+
+test: install
+	$(BIN)/python -m pytest
+
+test-all: install
+	$(BIN)/python -m pytest -m ''
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell .
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) $(DEMO)

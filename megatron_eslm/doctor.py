@@ -1,0 +1,102 @@
+"""`python -m megatron_eslm.doctor`: what is installed and used, what is missing, the remedy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+
+REQUIRED = (
+    "torch",
+    "deepspeed",
+    "megatron-core",
+    "tiktoken",
+    "sentencepiece",
+    "tokenizers",
+    "transformers",
+    "datasets",
+    "safetensors",
+    "zstandard",
+    "pyarrow",
+)
+OPTIONAL = {
+    "mpi4py": "only to launch with MPI: pip install 'megatron-eslm[mpi]' (needs an MPI library)",
+    "wandb": "only for DeepSpeed's W&B monitor: pip install 'megatron-eslm[wandb]'",
+}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> Iterator[tuple[str, str]]:
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    for name in REQUIRED:
+        yield name, _version(name) or "MISSING: pip install --constraint constraints.txt -e ."
+    for name, remedy in OPTIONAL.items():
+        yield name, _version(name) or f"not installed ({remedy})"
+
+
+def _accelerator() -> Iterator[tuple[str, str]]:
+    import torch
+
+    from megatron_eslm.parallel.bootstrap import quiet_imports
+
+    quiet_imports()
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield "accelerator", f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}, NCCL"
+        yield "precisions", "float32, bf16, fp16"
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    why = "torch was built without CUDA" if torch.version.cuda is None else "no GPU is visible"
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    yield "accelerator", f"CPU ({why}), {cores}, gloo"
+    fp16 = ", fp16" if get_accelerator().is_fp16_supported() else " (no fp16 on this processor)"
+    yield "precisions", f"float32, bf16{fp16}"
+
+
+def _kernels() -> Iterator[tuple[str, str]]:
+    import torch
+
+    yield "attention", "torch scaled_dot_product_attention (flash kernels)"
+    yield "layer norm", "torch (fused on CUDA)"
+    yield "optimizer", "torch AdamW, fused"
+    yield "head", "selective linear cross-entropy in row chunks (ours)"
+    apex = _version("apex")
+    yield (
+        "apex",
+        f"{apex or 'not installed'}; not needed: torch's fused kernels are used",
+    )
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    yield (
+        "C++ compiler",
+        compiler or "none; only --cpu-offload needs one (and ninja): install g++ or clang",
+    )
+    if torch.cuda.is_available():
+        yield "nvcc", shutil.which("nvcc") or "none; nothing here needs it"
+
+
+def main() -> None:
+    """Print the report; exit code 1 if a required package is missing."""
+    facts = [*_packages()]
+    missing = [name for name, value in facts if value.startswith("MISSING")]
+    if "torch" not in missing and "deepspeed" not in missing:
+        facts += [*_accelerator(), *_kernels()]
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        sys.stdout.write(f"{name:<{width}}  {value}\n")
+    if missing:
+        sys.stdout.write(f"\nmissing: {', '.join(missing)}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
