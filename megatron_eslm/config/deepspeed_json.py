@@ -20,6 +20,7 @@ _SAME = {
     "fp16": ("fp16", "enabled"),
     "zero_stage": ("zero_optimization", "stage"),
 }
+_NUMBERS = (int, float)
 
 
 def read_json(path: str) -> Json:
@@ -32,10 +33,8 @@ def read_json(path: str) -> Json:
         content = json.loads(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"--deepspeed_config {path} cannot be read: {error.strerror}.") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"--deepspeed_config {path} is not JSON: line {error.lineno}: {error.msg}."
-        ) from error
+    except ValueError as error:  # not JSON, or not even text
+        raise ConfigError(f"--deepspeed_config {path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--deepspeed_config {path} must hold one JSON object.")
     for section in ("optimizer", "scheduler"):
@@ -44,7 +43,29 @@ def read_json(path: str) -> Json:
                 f'--deepspeed_config {path} has a "{section}" section, which would compete with '
                 "--lr, --adam-beta1, --lr-warmup-iters and the like. Remove it."
             )
+    _check_types(path, content)
     return content
+
+
+def _check_types(path: str, content: Json) -> None:
+    """ConfigError where a value that we read has a type that DeepSpeed would not take."""
+    for section in ("bf16", "fp16", "zero_optimization"):
+        if not isinstance(content.get(section, {}), dict):
+            raise ConfigError(
+                f"--deepspeed_config {path}: {section} must be an object, as in "
+                f'"{section}": {{...}}.'
+            )
+    for name, keys in {**_SAME, "": ("gradient_accumulation_steps",)}.items():
+        value, key = _get(content, keys), ".".join(keys)
+        if name in ("bf16", "fp16"):
+            if not (value is None or isinstance(value, bool)):
+                raise ConfigError(f"--deepspeed_config {path}: {key} must be true or false.")
+        elif value is not None and (isinstance(value, bool) or not isinstance(value, _NUMBERS)):
+            raise ConfigError(f"--deepspeed_config {path}: {key} must be a number, not {value!r}.")
+        elif isinstance(value, float) and name != "clip_grad":
+            raise ConfigError(f"--deepspeed_config {path}: {key} must be a whole number.")
+        elif value is not None and value < 1 and name not in ("clip_grad", "zero_stage"):
+            raise ConfigError(f"--deepspeed_config {path}: {key} {value} must be 1 or more.")
 
 
 def _get(content: Json, keys: tuple[str, ...]) -> Any:
@@ -60,6 +81,11 @@ def values_from(content: Json) -> dict[str, Any]:
     if (device := _get(content, ("zero_optimization", "offload_optimizer", "device"))) is not None:
         found["cpu_offload"] = device == "cpu"
     return {name: value for name, value in found.items() if value is not None}
+
+
+def accumulation_steps(content: Json) -> int | None:
+    """gradient_accumulation_steps where the file sets it; there is no flag for it."""
+    return _get(content, ("gradient_accumulation_steps",))
 
 
 def check_agreement(path: str, content: Json, name: str, flag: str, value: Any) -> None:
@@ -91,7 +117,7 @@ def complete(
 ) -> Json:
     """The JSON that the engine gets: the user's, with all that the flags decide filled in."""
     full = copy.deepcopy({k: v for k, v in content.items() if not k.startswith("_")})
-    steps = _get(full, ("gradient_accumulation_steps",))
+    steps = accumulation_steps(full)
     if steps is not None and steps != gradient_accumulation_steps:
         raise ConfigError(
             f"gradient_accumulation_steps = {steps} in the DeepSpeed JSON does not fit: "

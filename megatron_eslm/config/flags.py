@@ -85,7 +85,7 @@ def build_parser(groups: Mapping[str, type], description: str) -> argparse.Argum
         for field in dataclasses.fields(cls):
             kind, choices, several = _kind(hints[field.name])
             text = field_help(cls).get(field.name, "").replace("%", "%%")
-            if field.default not in (None, (), False) and field.default is not dataclasses.MISSING:
+            if not (field.default is None or field.default is False or field.default == ()):
                 text += f" [{field.default}]"
             names = {flag_of(field.name), f"--{field.name.replace('_', '-')}"}
             if field.name == "local_rank":
@@ -113,7 +113,7 @@ def read_yaml(path: str, known: Iterable[str]) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a mapping of flags to values.")

@@ -44,7 +44,7 @@ DEMO_PRESET = Preset(
     num_layers=4,
     hidden_size=192,
     num_attention_heads=6,
-    seq_length=256,
+    seq_length=128,
     micro_batch_size=DEMO_ROWS,
     gradient_accumulation_steps=1,
     lr=2e-3,
@@ -189,7 +189,9 @@ def resolve(
     if preset is DEMO_PRESET:
         preset = dataclasses.replace(preset, micro_batch_size=max(1, DEMO_ROWS // dp_size))
         fill = _Filler(given, json, preset)
-    training = _fill_training(training, fill, preset, dp_size)
+    training = _fill_training(
+        training, fill, preset, dp_size, deepspeed_json.accumulation_steps(json)
+    )
     optimizer = _fill_optimizer(optimizer, fill, training)
 
     assert training.micro_batch_size and training.global_batch_size
@@ -265,13 +267,19 @@ def _check_selection(model: ModelOptions, selection: SelectionOptions) -> None:
 
 
 def _fill_training(
-    training: TrainingOptions, fill: _Filler, preset: Preset | None, dp_size: int
+    training: TrainingOptions,
+    fill: _Filler,
+    preset: Preset | None,
+    dp_size: int,
+    accumulation_steps: int | None,
 ) -> TrainingOptions:
     micro = fill(training, "micro_batch_size")
     # The presets' 40 micro-steps are shared out over the ranks, as in the paper's runs.
     default = micro * (preset.gradient_accumulation_steps if preset else 1)
     if preset is None or preset.gradient_accumulation_steps == 1:
         default *= dp_size
+    if accumulation_steps is not None:
+        default = micro * accumulation_steps * dp_size
     total = fill(training, "global_batch_size", default)
     if total % (micro * dp_size):
         raise ConfigError(

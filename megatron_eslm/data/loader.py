@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,11 +68,22 @@ def build_loader(
         pin_memory=pin_memory,
         # fork: workers share the maps of the parent and start at once.
         multiprocessing_context="fork" if num_workers else None,
+        worker_init_fn=_outlive_signals,
         # Its own generator: the loader would draw a seed from the global one, and a resumed run
         # would then see another random state than an uninterrupted one.
         generator=torch.Generator(),
     )
     return _checked(iter(loader), dataset)
+
+
+def _outlive_signals(worker: int) -> None:
+    """Launchers signal the whole process tree; the training process decides when loading ends.
+
+    A loader that died of SIGTERM would take the step and the checkpoint before leaving with it. One
+    whose parent is gone ends by itself within seconds.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _RankBatches(torch.utils.data.Sampler):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.head import SelectiveHead
+from megatron_eslm.model.head import Objective, SelectiveHead
 from megatron_eslm.model.init import init_parameters
 from megatron_eslm.model.instance_selector import InstanceSelector
 from megatron_eslm.model.layers import Block, Carry, Embedding, layer_norm
@@ -43,6 +43,7 @@ class GPT(nn.Module):
         mesh: Mesh,
         policy: SelectionPolicy,
         recorder: Recorder,
+        objective: Objective,
         settings: ModelSettings,
     ) -> None:
         super().__init__()
@@ -71,7 +72,13 @@ class GPT(nn.Module):
         self.final_norm = layer_norm(shape)
         self.selector = InstanceSelector(policy, recorder, self.embedding, self.final_norm, shard)
         self.head = SelectiveHead(
-            policy, recorder, self.embedding, self.final_norm, shard, settings.head_logits
+            policy,
+            recorder,
+            objective,
+            self.embedding,
+            self.final_norm,
+            shard,
+            settings.head_logits,
         )
         self._depth = policy.selector_depth
 
@@ -92,13 +99,14 @@ def build_gpt(
     mesh: Mesh,
     policy: SelectionPolicy,
     recorder: Recorder,
+    objective: Objective,
     settings: ModelSettings,
     *,
     seed: int,
     init_std: float = 0.02,
 ) -> GPT:
     """A GPT in float32 on the CPU with its initial weights."""
-    model = GPT(shape, mesh, policy, recorder, settings)
+    model = GPT(shape, mesh, policy, recorder, objective, settings)
     init_parameters(model, shape, mesh, seed=seed, std=init_std)
     return model
 
@@ -126,6 +134,10 @@ def load_weights(model: GPT, weights: dict[str, torch.Tensor]) -> None:
         parameter.copy_(weights[name])
 
 
+def _no_objective(loss_S: torch.Tensor, num_kept: int, dp_size: int) -> torch.Tensor:
+    raise AssertionError("a model without an objective was asked for its loss")
+
+
 @torch.no_grad()
 def reference_logits(
     weights: dict[str, torch.Tensor], shape: ModelShape, tokens: torch.Tensor
@@ -145,7 +157,7 @@ def reference_logits(
     mesh = build_mesh()
     options = SelectionOptions(selection="clm")
     policy = build_policy(options, SelectionState(alpha=0.0), Peers(0, 1, None), seed=0)
-    model = GPT(shape, mesh, policy, Recorder(), ModelSettings()).eval()
+    model = GPT(shape, mesh, policy, Recorder(), _no_objective, ModelSettings()).eval()
     load_weights(model, weights)
     # The embedding takes T+1 tokens and drops the last; any id does there.
     padded = torch.cat([tokens, tokens[:, :1]], dim=1)

@@ -6,17 +6,21 @@ order, S selected tokens, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from megatron_eslm.model.layers import Carry, Embedding
-from megatron_eslm.objectives.causal_lm import causal_lm_loss
 from megatron_eslm.ops.head_statistics import HeadStatistics, VocabShard, head_statistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.ops.selective_linear_cross_entropy import selective_linear_cross_entropy
 from megatron_eslm.parallel.collectives import all_reduce_
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.state import Recorder
+
+Objective = Callable[[torch.Tensor, int, int], torch.Tensor]
+"""(losses of this rank's kept tokens [S], their global number, data-parallel ranks) -> scalar."""
 
 AUTO_KEEP_LOGITS_BYTES = 2 * 2**30
 
@@ -32,6 +36,7 @@ class SelectiveHead(nn.Module):
         self,
         policy: SelectionPolicy,
         recorder: Recorder,
+        objective: Objective,
         embedding: Embedding,
         final_norm: nn.Module,
         shard: VocabShard,
@@ -40,6 +45,7 @@ class SelectiveHead(nn.Module):
         super().__init__()
         self.policy = policy
         self.recorder = recorder
+        self.objective = objective
         self.shard = shard
         self.head_logits = head_logits
         # In a tuple, so that the shared modules are not registered under a second name.
@@ -87,7 +93,7 @@ class SelectiveHead(nn.Module):
             normed_SD, weight_VD, labels_N[chosen_S], rows_S, statistics, self.shard
         )
         self._record(loss_S, chosen_S, kept_K, valid_MT)
-        loss = causal_lm_loss(loss_S, num_kept, self.policy.peers.size)
+        loss = self.objective(loss_S, num_kept, self.policy.peers.size)
         if self.recorder.record.num_nonfinite:
             # Every gradient becomes nan, and the engine skips the step on all ranks.
             loss = loss * torch.nan

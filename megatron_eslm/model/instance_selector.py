@@ -79,4 +79,10 @@ class InstanceSelector(nn.Module):
             entropy=self.policy.needs_entropy,
         )
         risk_MS = self.policy.token_risk(statistics).view(hidden_SMD.shape[:2]).t()
-        return self.policy.instance_scores(risk_MS, valid_MT[:, ::stride])
+        seen_MS = valid_MT[:, ::stride]
+        if stride > 1:
+            # A row whose labels all fall between the scored positions is scored where they are not,
+            # so that it has a score and is not dropped for ever.
+            unseen_M1 = ~seen_MS.any(1, keepdim=True) & valid_MT.any(1, keepdim=True)
+            seen_MS = seen_MS | unseen_M1
+        return self.policy.instance_scores(risk_MS, seen_MS)

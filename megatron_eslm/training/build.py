@@ -19,6 +19,7 @@ from megatron_eslm.data.source import DataSource, open_data
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import ModelSettings, build_gpt, load_weights
 from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.objectives.causal_lm import causal_lm_loss
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.selection.policy import SelectionPolicy, build_policy
@@ -209,6 +210,7 @@ def build_trainer(run: RunConfig) -> Trainer:
         mesh,
         policy,
         recorder,
+        causal_lm_loss,
         ModelSettings(
             hidden_dropout=run.model.hidden_dropout,
             attention_dropout=run.model.attention_dropout,
@@ -224,6 +226,10 @@ def build_trainer(run: RunConfig) -> Trainer:
     if found is not None and found.kind == "training":
         state = load_engine(engine.ds, found)
         policy.state = state.selection
+        # The same number, unless the batch size changed (--allow-data-change).
+        state.consumed_samples = state.iteration * t.global_batch_size
+        if found.run["options"]["selection"]["eslm_alpha"] != run.selection.eslm_alpha:
+            state.selection.alpha = run.selection.eslm_alpha
         if state.iteration >= t.train_iters:
             raise ConfigError(
                 f"{found.folder} is at iteration {state.iteration} and --train-iters is "

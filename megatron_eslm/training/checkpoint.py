@@ -126,7 +126,6 @@ def prepare_save_folder(save: str, load: str | None) -> None:
         probe = folder / ".write-probe"
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()
-    manifests.clean(folder)
     continues = load is not None and Path(load).resolve() in (
         folder.resolve(),
         *(p.resolve() for p in manifests.list_checkpoints(folder)),
@@ -136,6 +135,7 @@ def prepare_save_folder(save: str, load: str | None) -> None:
             f"--save {folder} already holds checkpoints of a run. Continue that run with --load "
             f"{folder}, or save to another folder."
         )
+    manifests.clean(folder)
 
 
 def save_checkpoint(
@@ -193,7 +193,10 @@ def save_checkpoint(
             files = {name: facts for share in shares for name, facts in share.items()}
             manifests.publish(folder, head, dict(sorted(files.items())))
             if keep_last:
-                for old in manifests.list_checkpoints(Path(save))[keep_last:]:
+                # Never this one, although a run that went back to an earlier step has newer ones
+                # beside it, or damaged ones.
+                saved = manifests.list_checkpoints(Path(save))
+                for old in saved[saved.index(folder) + 1 :][keep_last - 1 :]:
                     manifests.remove(old)
 
     on_rank_zero(finish)

@@ -66,13 +66,13 @@ class Trainer:
         """
         t, state = self.run.training, self.state
         assert t.train_iters and t.eval_interval
-        batches = self._batches()
         stopped = None
         with StopSignal() as stop:
+            batches = self._batches()
             if state.iteration == 0 and self.datasets.valid is not None:
                 self._report(None, None, valid_loss=self._evaluate())
             while state.iteration < t.train_iters and stopped is None:
-                stats, norm = self._step(batches, stop.received is not None)
+                stats, norm = self._step(batches, stop)
                 last = state.iteration == t.train_iters
                 if stats.stop_requested:
                     stopped = stop.received or signal.SIGTERM
@@ -115,7 +115,7 @@ class Trainer:
         )
 
     def _step(
-        self, batches: Iterator[dict[str, torch.Tensor]], stop: bool
+        self, batches: Iterator[dict[str, torch.Tensor]], stop: StopSignal
     ) -> tuple[StepStats, float]:
         """One optimizer step; advances the state."""
         t, state, begin = self.run.training, self.state, time.perf_counter()
@@ -139,7 +139,7 @@ class Trainer:
                 dump_selection(folder, state.iteration + 1, micro, tokens, loss, record, self.mesh)
             accumulator.add(loss, record)
         norm, applied = self.engine.update(learning_rate(self.run.optimizer, state.iteration))
-        stats = accumulator.reduce(self.mesh, stop=stop)
+        stats = accumulator.reduce(self.mesh, stop=stop.received is not None)
 
         state.iteration += 1
         state.consumed_samples += t.global_batch_size

@@ -14,6 +14,7 @@ from megatron_eslm.errors import ConfigError
 
 FORMAT = "megatron_eslm/1"
 MANIFEST = "manifest.json"
+KINDS = ("training", "weights")
 _NAME = re.compile(r"iter_(\d{7,})")
 _ASIDE = ".saving-"
 
@@ -110,12 +111,13 @@ def verify(folder: Path) -> dict[str, Any]:
             f"{folder} is not a checkpoint of this system: it has no {MANIFEST}. Hugging Face "
             "folders come in through tools/convert_from_hf.py."
         ) from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # not JSON, or not even text
         raise ConfigError(f"{folder / MANIFEST} cannot be read: {error}.") from error
-    if manifest.get("format") != FORMAT:
-        raise ConfigError(
-            f"{folder} has format {manifest.get('format')!r}; this version reads {FORMAT!r}."
-        )
+    form = manifest.get("format") if isinstance(manifest, dict) else None
+    if form != FORMAT:
+        raise ConfigError(f"{folder} has format {form!r}; this version reads {FORMAT!r}.")
+    if manifest.get("kind") not in KINDS or not isinstance(manifest.get("files"), dict):
+        raise ConfigError(f"{folder} is damaged: {MANIFEST} is not as it was written.")
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():

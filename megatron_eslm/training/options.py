@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_eslm.errors import ConfigError
@@ -10,7 +11,7 @@ from megatron_eslm.errors import ConfigError
 def _at_least(options: object, minimum: float, *flags: str) -> None:
     for flag in flags:
         value = getattr(options, flag)
-        if value is not None and value < minimum:
+        if value is not None and not minimum <= value < math.inf:
             raise ConfigError(f"--{flag.replace('_', '-')} {value:g} must be {minimum:g} or more.")
 
 
@@ -40,7 +41,8 @@ class TrainingOptions:
     last step is always evaluated."""
 
     eval_iters: int = 200
-    """Global micro-batches an evaluation reads at most; it never reads a token twice."""
+    """Global micro-batches an evaluation reads at most; it never reads a token twice. 0 evaluates
+    nothing."""
 
     exit_interval: int | None = None
     """Save and stop after the step whose number is a multiple of this."""
@@ -54,9 +56,9 @@ class TrainingOptions:
             "global_batch_size",
             "log_interval",
             "eval_interval",
-            "eval_iters",
             "exit_interval",
         )
+        _at_least(self, 0, "eval_iters")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ def assert_same(step: Step, outcome: Outcome) -> None:
     assert max(worst.values()) < 1e-4, worst
 
 
-def run_both(batch: Batch, *, reference: dict | None = None, **options) -> tuple[Step, Outcome]:
+def run_both(batch: Batch, **options) -> tuple[Step, Outcome]:
     model, recorder = small_gpt(**options)
     step = run_step(model, recorder, batch)
     plain = {
@@ -47,7 +47,7 @@ def run_both(batch: Batch, *, reference: dict | None = None, **options) -> tuple
         "stride": options.get("eslm_proxy_stride", 1),
     }
     weights = dict(model.named_parameters())
-    outcome = algorithm1(weights, CONFIG, batch.tokens_MS, batch.valid_MT, **(reference or plain))
+    outcome = algorithm1(weights, CONFIG, batch.tokens_MS, batch.valid_MT, **plain)
     return step, outcome
 
 
@@ -203,6 +203,21 @@ def test_alpha_zero_is_clm_to_the_last_bit(options: dict, padding: bool) -> None
     assert step.loss == plain.loss
     assert step.kept_tokens == plain.kept_tokens
     for name, gradient in plain.gradients.items():
+        assert torch.equal(step.gradients[name], gradient), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("score", ["loss", "entropy"])
+def test_alpha_zero_is_clm_in_half_precision(score: str, dtype: torch.dtype) -> None:
+    batch = make_batch(8, seed=8)
+    steps = []
+    for options in ({"selection": "clm"}, {"alpha": 0.0, "eslm_score": score}):
+        model, recorder = small_gpt(**options)
+        steps.append(run_step(model.to(dtype), recorder, batch))
+    plain, step = steps
+    assert step.loss == plain.loss
+    for name, gradient in plain.gradients.items():
+        assert gradient.dtype == dtype
         assert torch.equal(step.gradients[name], gradient), name
 
 

@@ -1,0 +1,230 @@
+"""What a command line resolves to: the paper's presets, the demo, the batch triple, the rules."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from megatron_eslm.config.run import RunConfig, parse_run
+from megatron_eslm.errors import ConfigError
+
+SMALL = ("--num-layers 3 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --lr 1e-3 "
+         "--micro-batch-size 4 --train-iters 10 --data-path x").split()  # fmt: skip
+
+
+def small(*flags: str, world: int = 1) -> RunConfig:
+    return parse_run([*SMALL, *flags], world)
+
+
+def message(*flags: str, world: int = 1, base: list[str] = SMALL) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_run([*base, *flags], world)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# Tables 4 and 5 of the paper.
+@pytest.mark.parametrize(
+    ("size", "layers", "heads", "width", "batch", "lr", "params"),
+    [
+        ("124M", 12, 12, 768, 12, 6e-4, 124e6),
+        ("350M", 24, 16, 1024, 8, 6e-4, 355e6),
+        ("774M", 36, 20, 1280, 8, 1e-4, 774e6),
+        ("1.5B", 48, 25, 1600, 4, 1e-4, 1.558e9),
+    ],
+)
+def test_presets_are_the_papers(
+    size: str, layers: int, heads: int, width: int, batch: int, lr: float, params: float
+) -> None:
+    run = parse_run(["--data-path", "x", "--model-size", size], 1)
+    assert not run.demo
+    m, t, o = run.model, run.training, run.optimizer
+    assert (m.num_layers, m.num_attention_heads, m.hidden_size) == (layers, heads, width)
+    assert (m.seq_length, m.hidden_dropout, m.attention_dropout) == (1024, 0.0, 0.0)
+    assert (t.micro_batch_size, t.global_batch_size) == (batch, 40 * batch)
+    assert run.gradient_accumulation_steps == 40
+    assert (t.eval_interval, t.eval_iters) == (1000, 200)
+    assert t.train_iters == 200_000
+    assert (o.lr, o.min_lr, o.lr_warmup_iters, o.lr_decay_iters) == (lr, 6e-5, 2000, 200_000)
+    assert (o.adam_beta1, o.adam_beta2, o.weight_decay, o.clip_grad) == (0.9, 0.95, 0.1, 1.0)
+    assert (run.selection.selection, run.selection.eslm_alpha) == ("eslm", 0.1)
+    shape = run.shape(50_257)
+    assert (shape.vocab_size, shape.padded_vocab_size) == (50_257, 50_304)
+    assert shape.ffn_hidden_size == 4 * width
+    assert shape.num_params == pytest.approx(params, rel=5e-3)
+
+
+def test_forty_micro_steps_are_shared_over_the_ranks() -> None:
+    run = parse_run(["--data-path", "x", "--model-size", "124M"], 8)
+    assert run.training.global_batch_size == 480
+    assert (run.gradient_accumulation_steps, run.dp_size) == (5, 8)
+    assert run.deepspeed["train_batch_size"] == 480
+    assert run.deepspeed["gradient_accumulation_steps"] == 5
+
+
+def test_flags_win_over_the_preset() -> None:
+    run = parse_run(
+        "--data-path x --model-size 124M --num-layers 2 --lr 1e-5 --micro-batch-size 3".split(), 1
+    )
+    assert (run.model.num_layers, run.model.hidden_size) == (2, 768)
+    assert (run.training.micro_batch_size, run.training.global_batch_size) == (3, 120)
+    # The preset's lowest learning rate would lie above the highest.
+    assert run.optimizer.min_lr == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_without_data_path_a_small_model_trains_on_the_demo_corpus(world: int) -> None:
+    run = parse_run("--eslm-alpha 0.1 --eslm-proxy-layers 1".split(), world)
+    assert run.demo and run.model.num_layers == 4
+    # The same global micro-batch however many ranks there are.
+    assert run.training.global_batch_size == 20
+    assert run.training.micro_batch_size == 20 // world
+    assert run.gradient_accumulation_steps == 1
+    assert run.training.train_iters == 300
+
+
+def test_a_bare_run_takes_defaults_from_its_own_flags() -> None:
+    run = small("--train-iters", "100", world=2)
+    assert (run.training.global_batch_size, run.gradient_accumulation_steps) == (8, 1)
+    assert (run.optimizer.min_lr, run.optimizer.lr_warmup_iters) == (pytest.approx(1e-4), 5)
+    assert (run.optimizer.lr_decay_iters, run.training.eval_interval) == (100, 10)
+    assert (run.engine.zero_stage, run.dtype) == (0, torch.float32)
+    assert run.model.ffn_hidden_size is None and run.shape(257).ffn_hidden_size == 128
+
+
+def test_half_precision_takes_zero_1_and_float32_accumulation() -> None:
+    run = small("--bf16")
+    assert (run.engine.zero_stage, run.dtype) == (1, torch.bfloat16)
+    assert run.deepspeed["bf16"]["enabled"] and not run.deepspeed["fp16"]["enabled"]
+    assert run.deepspeed["data_types"]["grad_accum_dtype"] == "fp32"
+    assert small("--bf16", "--zero-stage", "0").engine.zero_stage == 0
+    assert run.to_dict()["engine"]["bf16"] is True
+
+
+def test_batch_triple() -> None:
+    run = small("--global-batch-size", "24", world=3)
+    assert run.gradient_accumulation_steps == 2
+    text = message("--global-batch-size", "20", world=3)
+    assert "--global-batch-size 20" in text and "--micro-batch-size 4 x 3" in text
+    assert "= 12; change one of them" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        # ModelOptions
+        ("--num-layers 0", ["--num-layers 0 must be 1 or more"]),
+        ("--hidden-size -1", ["--hidden-size -1 must be 1 or more"]),
+        ("--num-attention-heads 0", ["--num-attention-heads 0 must be 1 or more"]),
+        ("--ffn-hidden-size 0", ["--ffn-hidden-size 0 must be 1 or more"]),
+        ("--seq-length 1", ["--seq-length 1 must be 2 or more"]),
+        ("--make-vocab-size-divisible-by 0", ["--make-vocab-size-divisible-by must be 1"]),
+        ("--hidden-dropout 1", ["--hidden-dropout 1 is outside [0, 1)"]),
+        ("--attention-dropout -0.1", ["--attention-dropout -0.1 is outside [0, 1)"]),
+        # SelectionOptions
+        ("--eslm-alpha 1", ["--eslm-alpha 1 is outside [0, 1)"]),
+        ("--eslm-alpha -0.1", ["--eslm-alpha -0.1 is outside [0, 1)"]),
+        ("--eslm-alpha nan", ["--eslm-alpha nan is outside [0, 1)"]),
+        ("--eslm-proxy-layers 0", ["--eslm-proxy-layers 0 must be 1 or more"]),
+        ("--eslm-proxy-stride 0", ["--eslm-proxy-stride 0 must be 1 or more"]),
+        ("--max-nonfinite-steps 0", ["--max-nonfinite-steps 0 must be 1 or more"]),
+        ("--selection rho", ["argument --selection: invalid choice: 'rho'"]),
+        # DataOptions
+        ("--num-workers -1", ["--num-workers -1 is negative"]),
+        ("--max-epochs 0", ["--max-epochs 0 must be positive"]),
+        # TrainingOptions
+        ("--train-iters 0", ["--train-iters 0 must be 1 or more"]),
+        ("--micro-batch-size 0", ["--micro-batch-size 0 must be 1 or more"]),
+        ("--global-batch-size -8", ["--global-batch-size -8 must be 1 or more"]),
+        ("--log-interval 0", ["--log-interval 0 must be 1 or more"]),
+        ("--eval-interval 0", ["--eval-interval 0 must be 1 or more"]),
+        ("--eval-iters -1", ["--eval-iters -1 must be 0 or more"]),
+        ("--exit-interval 0", ["--exit-interval 0 must be 1 or more"]),
+        # OptimizerOptions
+        ("--lr -1", ["--lr -1 must be 0 or more"]),
+        ("--lr nan", ["--lr nan"]),
+        ("--min-lr -1", ["--min-lr -1 must be 0 or more"]),
+        ("--lr-warmup-iters -1", ["--lr-warmup-iters -1 must be 0 or more"]),
+        ("--lr-decay-iters -1", ["--lr-decay-iters -1 must be 0 or more"]),
+        ("--weight-decay -1", ["--weight-decay -1 must be 0 or more"]),
+        ("--adam-eps -1", ["--adam-eps -1 must be 0 or more"]),
+        ("--clip-grad -1", ["--clip-grad -1 must be 0 or more"]),
+        ("--adam-beta1 1", ["--adam-beta1 1 is outside [0, 1)"]),
+        ("--adam-beta2 -0.5", ["--adam-beta2 -0.5 is outside [0, 1)"]),
+        ("--min-lr 1", ["--min-lr 1 is above --lr 0.001"]),
+        (
+            "--lr-warmup-iters 10",
+            ["--lr-warmup-iters 10", "--lr-decay-iters 10", "change one"],
+        ),
+        # EngineOptions
+        ("--bf16 --fp16", ["--bf16 and --fp16 exclude each other"]),
+        ("--zero-stage 4", ["--zero-stage 4 is not one of 0, 1, 2, 3"]),
+        ("--distributed-timeout-minutes 0", ["--distributed-timeout-minutes must be positive"]),
+        ("--cpu-offload", ["--cpu-offload", "--zero-stage 0", "Use --zero-stage 1, 2 or 3"]),
+        ("--cpu-offload --zero-stage 0", ["--cpu-offload", "--zero-stage 0"]),
+        (
+            "--tensor-model-parallel-size 0",
+            ["--tensor-model-parallel-size 0", "must be 1 or more"],
+        ),
+        # CheckpointOptions, ReportOptions
+        ("--save-interval 0", ["--save-interval 0 must be 1 or more"]),
+        ("--keep-last -1", ["--keep-last -1 must be 0 or more"]),
+        ("--peak-tflops 0", ["--peak-tflops 0 must be positive"]),
+        # Across components
+        (
+            "--num-attention-heads 5",
+            ["--hidden-size 32 is not a multiple of --num-attention-heads 5", "change one"],
+        ),
+        ("--eslm-proxy-layers 3", ["--eslm-proxy-layers 3", "smaller than --num-layers 3"]),
+        ("--eslm-proxy-stride 33", ["--eslm-proxy-stride 33", "--seq-length 32"]),
+        ("--eslm-alhpa 0.1", ["There is no option --eslm-alhpa", "Did you mean --eslm-alpha?"]),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(flags: str, parts: list[str]) -> None:
+    text = message(*flags.split())
+    for part in parts:
+        assert part in text
+
+
+def test_layouts_that_this_version_cannot_train() -> None:
+    text = message("--tensor-model-parallel-size", "2", world=2)
+    assert "--tensor-model-parallel-size 2" in text and "Leave both at 1" in text
+    assert "--pipeline-model-parallel-size 2" in message(
+        "--pipeline-model-parallel-size", "2", world=2
+    )
+    text = message("--tensor-model-parallel-size", "2", world=3)
+    assert "3 processes cannot be divided" in text and "--tensor-model-parallel-size 2" in text
+
+
+def test_a_deep_proxy_is_no_matter_where_nothing_uses_it() -> None:
+    for flags in (["--selection", "clm"], ["--selection", "random"], ["--eslm-level", "token"]):
+        assert small("--eslm-proxy-layers", "3", *flags).model.num_layers == 3
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--lr",
+     "--micro-batch-size", "--train-iters"],
+)  # fmt: skip
+def test_what_nothing_determines_is_asked_for(flag: str) -> None:
+    at = SMALL.index(flag)
+    text = message(base=SMALL[:at] + SMALL[at + 2 :])
+    assert text.startswith(f"{flag} is not set") and "--model-size 124M|350M|774M|1.5B" in text
+
+
+def test_fp16_where_the_processor_cannot() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().is_fp16_supported():
+        assert small("--fp16").dtype == torch.float16
+    else:
+        assert "--fp16 is not supported by this processor; use --bf16" in message("--fp16")
+
+
+def test_a_warm_up_longer_than_the_run_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        parse_run("--data-path x --model-size 124M --train-iters 100".split(), 1)
+    assert "--train-iters 100 ends before the warm-up of --lr-warmup-iters 2000" in caplog.text

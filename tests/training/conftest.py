@@ -1,0 +1,45 @@
+"""Two small preprocessed domains that the whole test session trains on."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from megatron_eslm.data.preprocess import preprocess
+from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.parallel.bootstrap import quiet_imports
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_WORDS = {
+    "prose": "the quick riskiest token is kept and the easy one is dropped again today".split(),
+    "code": "def return import x = y + z ( ) [ ] : self . loss 0 1 2".split(),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported() -> None:
+    """Ranks are forked from this process: what it has imported they need not."""
+    quiet_imports()
+    import megatron_eslm.training.build  # noqa: F401
+
+
+def make_domain(prefix: Path, name: str, documents: int, seed: int = 0) -> str:
+    """Preprocess deterministic documents of one kind; returns the prefix."""
+    rng = random.Random(f"{name}{seed}")
+    texts = [
+        f"{n} " + " ".join(rng.choices(_WORDS[name], k=rng.randint(4, 60)))
+        for n in range(documents)
+    ]
+    preprocess([name], str(prefix), ByteTokenizer(), documents=texts)
+    return str(prefix)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Prefixes of two domains; about 3,000 sequences of 32 tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    return [make_domain(folder / name, name, 400) for name in _WORDS]
