@@ -39,6 +39,9 @@ GROUPS: dict[str, type] = {
     "report": ReportOptions,
 }
 
+AUTO_KEEP_LOGITS_BYTES = 2 * 2**30
+"""Logits of a micro-batch that `--head-logits auto` keeps at most."""
+
 DEMO_ROWS = 20
 DEMO_PRESET = Preset(
     num_layers=4,
@@ -81,6 +84,14 @@ class RunConfig:
         if self.engine.bf16:
             return torch.bfloat16
         return torch.float16 if self.engine.fp16 else torch.float32
+
+    def keeps_logits(self, shape: ModelShape) -> bool:
+        """Whether the head keeps its logits for the backward pass: `--head-logits`, resolved."""
+        assert self.training.micro_batch_size and self.model.seq_length
+        tokens = self.training.micro_batch_size * self.model.seq_length
+        width = shape.padded_vocab_size // self.engine.tensor_model_parallel_size
+        fits = tokens * width * self.dtype.itemsize <= AUTO_KEEP_LOGITS_BYTES
+        return self.model.head_logits == "keep" or (self.model.head_logits == "auto" and fits)
 
     def shape(self, vocab_size: int) -> ModelShape:
         """The model's shape once the tokenizer, and with it the vocabulary, is known."""

@@ -26,7 +26,8 @@ class ModelSettings:
 
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
-    head_logits: str = "auto"
+    keep_logits: bool = True
+    """Keep the head's logits for the backward pass instead of computing them again."""
 
 
 class GPT(nn.Module):
@@ -78,7 +79,7 @@ class GPT(nn.Module):
             self.embedding,
             self.final_norm,
             shard,
-            settings.head_logits,
+            settings.keep_logits,
         )
         self._depth = policy.selector_depth
 

@@ -22,8 +22,6 @@ from megatron_eslm.selection.state import Recorder
 Objective = Callable[[torch.Tensor, int, int], torch.Tensor]
 """(losses of this rank's kept tokens [S], their global number, data-parallel ranks) -> scalar."""
 
-AUTO_KEEP_LOGITS_BYTES = 2 * 2**30
-
 
 class SelectiveHead(nn.Module):
     """(hidden [T,K,D], kept [K]) with labels [M,T] and valid [M,T] -> loss.
@@ -40,14 +38,14 @@ class SelectiveHead(nn.Module):
         embedding: Embedding,
         final_norm: nn.Module,
         shard: VocabShard,
-        head_logits: str,
+        keep_logits: bool,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.recorder = recorder
         self.objective = objective
         self.shard = shard
-        self.head_logits = head_logits
+        self.keep_logits = keep_logits
         # In a tuple, so that the shared modules are not registered under a second name.
         self._tied = (embedding, final_norm)
 
@@ -102,17 +100,13 @@ class SelectiveHead(nn.Module):
     def _statistics(
         self, normed_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: torch.Tensor
     ) -> HeadStatistics:
-        logits_bytes = len(normed_ND) * self.shard.num_rows * normed_ND.element_size()
-        keep = self.head_logits == "keep" or (
-            self.head_logits == "auto" and logits_bytes <= AUTO_KEEP_LOGITS_BYTES
-        )
         return head_statistics(
             normed_ND,
             weight_VD,
             labels_N,
             self.shard,
             entropy=self.policy.needs_entropy and self.policy.token_source == "head",
-            keep_logits=keep,
+            keep_logits=self.keep_logits,
         )
 
     @torch.no_grad()

@@ -82,7 +82,7 @@ def build_flops(run: RunConfig, shape: ModelShape, policy: SelectionPolicy) -> F
         selector_depth=policy.selector_depth,
         proxy=policy.instance_source == "head",
         proxy_stride=policy.proxy_stride,
-        logits_recomputed=run.model.head_logits == "recompute",
+        logits_recomputed=not run.keeps_logits(shape),
     )
 
 
@@ -214,7 +214,7 @@ def build_trainer(run: RunConfig) -> Trainer:
         ModelSettings(
             hidden_dropout=run.model.hidden_dropout,
             attention_dropout=run.model.attention_dropout,
-            head_logits=run.model.head_logits,
+            keep_logits=run.keeps_logits(shape),
         ),
         seed=t.seed,
         init_std=run.model.init_method_std,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.plan import MixtureReport
-from megatron_eslm.model.head import AUTO_KEEP_LOGITS_BYTES
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.head_statistics import CHUNK_BYTES
 from megatron_eslm.ops.keep_rule import num_to_keep
@@ -48,15 +47,12 @@ def estimate_memory(run: RunConfig, shape: ModelShape) -> MemoryEstimate:
     tokens = run.training.micro_batch_size * run.model.seq_length
     block = tokens * element * (9 * shape.hidden_size + 2 * shape.ffn_hidden_size)
     logits = tokens * shape.padded_vocab_size * element
-    keeps = run.model.head_logits == "keep" or (
-        run.model.head_logits == "auto" and logits <= AUTO_KEEP_LOGITS_BYTES
-    )
     return MemoryEstimate(
         weights=n * element / share_weights,
         gradients=n * gradient_element / share_gradients,
         optimizer=0.0 if run.engine.cpu_offload else optimizer,
         activations=float(block * shape.num_layers),
-        head=float((logits if keeps else 0) + 2 * CHUNK_BYTES)
+        head=float((logits if run.keeps_logits(shape) else 0) + 2 * CHUNK_BYTES)
         + 4.0 * shape.padded_vocab_size * shape.hidden_size,
     )
 

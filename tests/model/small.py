@@ -35,7 +35,7 @@ def small_gpt(
     *,
     seed: int = 0,
     mesh: Mesh | None = None,
-    head_logits: str = "auto",
+    keep_logits: bool = True,
     shape: ModelShape = SHAPE,
     iteration: int = 0,
     alpha: float = 0.1,
@@ -54,7 +54,7 @@ def small_gpt(
         policy,
         recorder,
         causal_lm_loss,
-        ModelSettings(head_logits=head_logits),
+        ModelSettings(keep_logits=keep_logits),
         seed=seed,
         init_std=INIT_STD,
     )

@@ -76,9 +76,9 @@ def test_depths_and_levels_of_confidence(score: str, proxy_layers: int, alpha: f
     assert_same(*run_both(batch, **options))
 
 
-@pytest.mark.parametrize("head_logits", ["keep", "recompute"])
-def test_memory_modes_of_the_head(head_logits: str) -> None:
-    assert_same(*run_both(make_batch(8, seed=2), alpha=0.3, head_logits=head_logits))
+@pytest.mark.parametrize("keep_logits", [True, False])
+def test_memory_modes_of_the_head(keep_logits: bool) -> None:
+    assert_same(*run_both(make_batch(8, seed=2), alpha=0.3, keep_logits=keep_logits))
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.3])
@@ -183,10 +183,10 @@ def test_clm_is_the_mean_over_all_valid_tokens() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"eslm_score": score, "eslm_level": level, "head_logits": head_logits}
+        {"eslm_score": score, "eslm_level": level, "keep_logits": keep_logits}
         for score in ("loss", "entropy")
         for level in ("both", "instance", "token")
-        for head_logits in ("keep", "recompute")
+        for keep_logits in (True, False)
     ]
     + [{"selection": "random"}, {"eslm_proxy_stride": 3}, {"eslm_scope": "local"}],
     ids=lambda options: "-".join(str(x) for x in options.values()),
@@ -197,7 +197,7 @@ def test_alpha_zero_is_clm_to_the_last_bit(options: dict, padding: bool) -> None
         batch.valid_MT[:, 4] = False
         batch.valid_MT[2:5, 6:] = False
     plain = run_step(
-        *small_gpt(selection="clm", head_logits=options.get("head_logits", "auto")), batch
+        *small_gpt(selection="clm", keep_logits=options.get("keep_logits", True)), batch
     )
     step = run_step(*small_gpt(alpha=0.0, **options), batch)
     assert step.loss == plain.loss
