@@ -61,34 +61,30 @@ class SelectiveHead(nn.Module):
             return self._evaluate(hidden_TKD, weight_VD, labels_N, valid_KT.t().flatten())
 
         hidden_ND = hidden_TKD.flatten(0, 1)
+        statistics = rows_S = None
         if self.policy.token_source == "head":
             # Logits of all tokens first, then the choice, then the backward pass of the chosen.
             with torch.no_grad():
-                normed_ND = final_norm(hidden_ND)
-            statistics = self._statistics(normed_ND, weight_VD, labels_N)
+                statistics = self._statistics(final_norm(hidden_ND), weight_VD, labels_N)
             risk_KT = self.policy.token_risk(statistics).view(hidden_TKD.shape[:2]).t()
             chosen_S, num_kept = self._choose(risk_KT, kept_K, valid_MT)
-            all_chosen = len(chosen_S) == len(hidden_ND)
-            rows_S = None if all_chosen else chosen_S
-            selected_SD = hidden_ND if all_chosen else hidden_ND.index_select(0, chosen_S)
-            normed_SD = final_norm(selected_SD)
-            self.recorder.record.num_tokens_scored = len(hidden_ND)
+        elif self.policy.token_source == "policy":
+            chosen_S, num_kept = self._choose(None, kept_K, valid_MT)
         else:
-            # The choice needs no logits, so only those of the chosen tokens are ever computed.
-            if self.policy.token_source == "policy":
-                no_risk = hidden_ND.new_empty(0, dtype=torch.float32)
-                chosen_S, num_kept = self._choose(no_risk, kept_K, valid_MT)
-            else:
-                chosen_S, num_kept = self._all_valid(valid_KT)
-            all_chosen = len(chosen_S) == len(hidden_ND)
-            selected_SD = hidden_ND if all_chosen else hidden_ND.index_select(0, chosen_S)
-            normed_SD = final_norm(selected_SD)
-            statistics = self._statistics(normed_SD.detach(), weight_VD, labels_N[chosen_S])
-            rows_S = None
-            self.recorder.record.num_tokens_scored = len(chosen_S)
+            chosen_S, num_kept = self._all_valid(valid_KT)
+
+        keeps_all = len(chosen_S) == len(hidden_ND)
+        labels_S = labels_N[chosen_S]
+        normed_SD = final_norm(hidden_ND if keeps_all else hidden_ND.index_select(0, chosen_S))
+        if statistics is None:
+            # The choice needed no logits, so only those of the chosen tokens are ever computed.
+            statistics = self._statistics(normed_SD.detach(), weight_VD, labels_S)
+        elif not keeps_all:
+            rows_S = chosen_S
+        self.recorder.record.num_tokens_scored = len(statistics.loss_N)
 
         loss_S = selective_linear_cross_entropy(
-            normed_SD, weight_VD, labels_N[chosen_S], rows_S, statistics, self.shard
+            normed_SD, weight_VD, labels_S, rows_S, statistics, self.shard
         )
         self._record(loss_S, chosen_S, kept_K, valid_MT)
         loss = self.objective(loss_S, num_kept, self.policy.peers.size)
@@ -111,14 +107,14 @@ class SelectiveHead(nn.Module):
 
     @torch.no_grad()
     def _choose(
-        self, risk_KT: torch.Tensor, kept_K: torch.Tensor, valid_MT: torch.Tensor
+        self, risk_KT: torch.Tensor | None, kept_K: torch.Tensor, valid_MT: torch.Tensor
     ) -> tuple[torch.Tensor, int]:
         """Indices into N of the tokens that the keep rule keeps, and their global number."""
         record = self.recorder.record
         in_kept_row_M = torch.zeros(len(valid_MT), dtype=torch.bool, device=valid_MT.device)
         in_kept_row_M[kept_K] = True
         risk_MT = torch.zeros(valid_MT.shape, dtype=torch.float32, device=valid_MT.device)
-        if risk_KT.numel():
+        if risk_KT is not None:
             risk_MT[kept_K] = risk_KT
         scores_MT = self.policy.token_scores(risk_MT, valid_MT)
         takes_part_MT = valid_MT & in_kept_row_M[:, None]
