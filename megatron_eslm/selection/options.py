@@ -39,6 +39,11 @@ class SelectionOptions:
     max_nonfinite_steps: int = 10
     """Stop after so many steps in a row with scores or gradients that are not finite."""
 
+    @property
+    def initial_alpha(self) -> float:
+        """Share to drop at the first step: 0 for plain training, whatever --eslm-alpha says."""
+        return 0.0 if self.selection == "clm" else self.eslm_alpha
+
     def __post_init__(self) -> None:
         if not 0.0 <= self.eslm_alpha < 1.0:
             raise ConfigError(

@@ -13,7 +13,7 @@ class SelectionState:
     """The part of a run's state that policies read and a controller may move; checkpointed."""
 
     alpha: float
-    """Share to drop now."""
+    """Share to drop now; 0 where nothing is selected."""
     iteration: int = 0
     """Optimizer step under way, from 0."""
     micro_step: int = 0

@@ -31,6 +31,7 @@ from megatron_eslm.training.checkpoint import (
     prepare_save_folder,
     read_weights,
 )
+from megatron_eslm.training.dump import prepare_dump_folder
 from megatron_eslm.training.engine import Engine
 from megatron_eslm.training.estimate import dry_run_text
 from megatron_eslm.training.flops import FlopsModel
@@ -170,7 +171,7 @@ def dry_run(run: RunConfig) -> str:
     source, options = open_run_data(run)
     report = plan_run(run, source, options)
     shape = run.shape(source.tokenizer.vocab_size)
-    state = SelectionState(alpha=run.selection.eslm_alpha)
+    state = SelectionState(alpha=run.selection.initial_alpha)
     policy = build_policy(run.selection, state, Peers(0, run.dp_size, None), run.training.seed)
     return dry_run_text(run, shape, build_flops(run, shape, policy), report)
 
@@ -187,6 +188,9 @@ def build_trainer(run: RunConfig) -> Trainer:
     if run.checkpoint.save:
         save = run.checkpoint.save
         on_rank_zero(lambda: prepare_save_folder(save, run.checkpoint.load))
+    if run.report.dump_selection:
+        folder = run.report.dump_selection
+        on_rank_zero(lambda: prepare_dump_folder(folder))
     found = on_rank_zero(lambda: _find(run))
     if found is not None:
         check_continues(run, found, shape, data)
@@ -201,7 +205,7 @@ def build_trainer(run: RunConfig) -> Trainer:
         valid_samples=report.valid_samples,
         seed=t.seed,
     )
-    state = TrainState(SelectionState(alpha=run.selection.eslm_alpha))
+    state = TrainState(SelectionState(alpha=run.selection.initial_alpha))
     recorder = Recorder()
     peers = Peers(mesh.dp_rank, mesh.dp_size, mesh.dp_group)
     policy = build_policy(run.selection, state.selection, peers, t.seed)

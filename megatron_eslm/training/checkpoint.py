@@ -238,6 +238,8 @@ def read_weights(load: str | Path, tag: str | None = None) -> Weights:
             found.folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
         )
         weights = content["module"]
+    elif (masters := _bf16_masters(found.folder)) is not None:
+        weights = masters
     else:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -250,6 +252,34 @@ def read_weights(load: str | Path, tag: str | None = None) -> Weights:
         if isinstance(tensor, torch.Tensor) and not name.endswith("_extra_state")
     }
     return Weights(weights, found.shape, found.tokenizer_dir, found.state().iteration)
+
+
+def _bf16_masters(folder: Path) -> dict[str, torch.Tensor] | None:
+    """float32 weights that DeepSpeed's BF16_Optimizer (bf16 under ZeRO 1) saved; None for others.
+
+    DeepSpeed's own converter reads those of the other optimizers, not these.
+    """
+    parts: dict[str, list[torch.Tensor]] = {}
+    for rank in range(len(list(folder.glob("bf16_zero_pp_rank_*_optim_states.pt")))):
+        file = folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        state = torch.load(file, map_location="cpu", weights_only=False)["optimizer_state_dict"]
+        if "zero_stage" in state:
+            return None
+        for flat, pieces in zip(
+            state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True
+        ):
+            for name, piece in pieces.items():
+                parts.setdefault(name, []).append(flat[piece.start : piece.start + piece.numel])
+    if not parts:
+        return None
+    model = torch.load(
+        folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
+    )
+    return {
+        name: torch.cat(parts[name]).view(shape)
+        for group in model["param_shapes"]
+        for name, shape in group.items()
+    }
 
 
 def write_weights(

@@ -9,8 +9,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.state import MicroStepRecord
+
+
+def prepare_dump_folder(path: str) -> None:
+    """Make the folder of `--dump-selection` before anything is trained.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe = Path(path) / ".write-probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--dump-selection {path} cannot be written: {error.strerror}. Name another folder."
+        ) from error
 
 
 def dump_selection(

@@ -58,11 +58,13 @@ class Engine:
 
         self.run = run
         optimizer = build_optimizer(model, run.optimizer, cpu_offload=run.engine.cpu_offload)
-        self.ds, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=run.deepspeed, dist_init_required=False
-        )
-        # float32 without ZeRO is a bare optimizer: neither gradient norm nor skipping of steps.
+        # float32 without ZeRO is a bare optimizer: neither gradient norm nor skipping of steps, and
+        # clipping that fails where a step is skipped. All three are done in update().
         self._bare = run.engine.zero_stage == 0 and run.dtype == torch.float32
+        config = {**run.deepspeed, "gradient_clipping": 0.0} if self._bare else run.deepspeed
+        self.ds, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
 
     @property
     def device(self) -> torch.device:
@@ -88,11 +90,16 @@ class Engine:
             group["lr"] = lr
         norm = None
         if self._bare:
-            gradients = [p.grad for p in self.ds.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
+            parameters = [p for p in self.ds.module.parameters() if p.grad is not None]
+            total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            norm = float(total)
             if not math.isfinite(norm):
                 # An optimizer step over parameters without gradients changes nothing.
                 self.ds.zero_grad()
+            elif self.run.optimizer.clip_grad:
+                torch.nn.utils.clip_grads_with_norm_(
+                    parameters, self.run.optimizer.clip_grad, total
+                )
         self.ds.step()
         if norm is None:
             norm = float(self.ds.get_global_grad_norm() or math.nan)

@@ -64,7 +64,7 @@ def step_work(run: RunConfig) -> Work:
     rows = t.micro_batch_size * (run.dp_size if s.eslm_scope == "global" else 1)
     groups = 1 if s.eslm_scope == "global" else run.dp_size
     steps = run.gradient_accumulation_steps * groups
-    alpha = 0.0 if s.selection == "clm" else s.eslm_alpha
+    alpha = s.initial_alpha
     kept = rows if s.eslm_level == "token" else num_to_keep(rows, alpha)
     deep = kept * run.model.seq_length
     trained = deep if s.eslm_level == "instance" else num_to_keep(deep, alpha)

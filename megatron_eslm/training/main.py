@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 from megatron_eslm.config.run import parse_run
@@ -23,16 +24,16 @@ def configure_logging() -> None:
 
 
 def fail(message: str, code: int) -> None:
-    """Say why on rank 0 and end the process.
+    """Say why, once, and end the process.
 
-    Every rank comes here with the same message. Launchers kill all processes as soon as the first
-    has ended, so the others give rank 0 the time to speak.
+    Mostly every rank comes here with the same message. Launchers kill all processes as soon as the
+    first has ended, so the others give rank 0 the time to speak; one that is still alive then is
+    the only one that knows.
     """
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"error: {message}\n")
-        sys.stderr.flush()
-    else:
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(3.0)
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
     # Skips the destructors of process groups, which may wait for ranks that are gone.
     os._exit(code)
 
@@ -64,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 fail(str(error), 1)
     except ConfigError as error:
         fail(str(error), 2)
+    except (Exception, KeyboardInterrupt) as error:
+        # Not handed on: the interpreter would wait for its loader processes before it ends, and the
+        # launcher, or another rank, for this one.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
     import torch.distributed as dist
 

@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"
 KINDS = ("training", "weights")
 _NAME = re.compile(r"iter_(\d{7,})")
 _ASIDE = ".saving-"
+_REMOVED = ".removing-"
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -86,7 +87,8 @@ def publish(folder: Path, head: dict[str, Any], files: dict[str, dict[str, int]]
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint so that a kill in the middle leaves nothing that looks like one."""
-    temporary = aside(folder)
+    # Not aside(folder): there the same step may be waiting to be published in its place.
+    temporary = folder.with_name(_REMOVED + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
     folder.rename(temporary)
     shutil.rmtree(temporary)
@@ -94,8 +96,9 @@ def remove(folder: Path) -> None:
 
 def clean(save: Path) -> None:
     """Remove what a killed save left aside."""
-    for leftover in save.glob(_ASIDE + "*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for prefix in (_ASIDE, _REMOVED):
+        for leftover in save.glob(prefix + "*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
     s, t = run.selection, run.training
     return {
         "selection": s.selection,
-        "alpha": 0.0 if s.selection == "clm" else s.eslm_alpha,
+        "alpha": s.initial_alpha,
         "score": s.eslm_score if s.selection == "eslm" else None,
         "level": s.eslm_level if s.selection != "clm" else None,
         "proxy_layers": s.eslm_proxy_layers if s.selection == "eslm" else None,

@@ -12,8 +12,10 @@ import pytest
 from megatron_eslm.config.run import RunConfig, parse_run
 from megatron_eslm.errors import ConfigError
 
-BASE = ("--num-layers 3 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --lr 1e-3 "
-        "--train-iters 10 --data-path x").split()  # fmt: skip
+BASE = [
+    *("--num-layers", "3", "--hidden-size", "32", "--num-attention-heads", "2"),
+    *("--seq-length", "32", "--lr", "1e-3", "--train-iters", "10", "--data-path", "x"),
+]
 
 Parse = Callable[..., RunConfig]
 

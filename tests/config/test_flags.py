@@ -132,8 +132,7 @@ def test_what_cannot_be_used_is_refused(argv: list[str], message: str) -> None:
 def test_yaml_sets_flags(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
-        "num-layers: 4\nrate: 1e-3\nenabled: false\npaths: [a, 2, b]\nkind: two\n"
-        "local_rank: null\n"
+        "num-layers: 4\nrate: 1e-3\nenabled: false\npaths: [a, 2, b]\nkind: two\nlocal_rank: null\n"
     )
     sample, given = parse("--config", str(file))
     assert sample == Sample(

@@ -10,8 +10,11 @@ import torch
 from megatron_eslm.config.run import RunConfig, parse_run
 from megatron_eslm.errors import ConfigError
 
-SMALL = ("--num-layers 3 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --lr 1e-3 "
-         "--micro-batch-size 4 --train-iters 10 --data-path x").split()  # fmt: skip
+SMALL = [
+    *("--num-layers", "3", "--hidden-size", "32", "--num-attention-heads", "2"),
+    *("--seq-length", "32", "--lr", "1e-3", "--micro-batch-size", "4"),
+    *("--train-iters", "10", "--data-path", "x"),
+]
 
 
 def small(*flags: str, world: int = 1) -> RunConfig:
@@ -67,7 +70,19 @@ def test_forty_micro_steps_are_shared_over_the_ranks() -> None:
 
 def test_flags_win_over_the_preset() -> None:
     run = parse_run(
-        "--data-path x --model-size 124M --num-layers 2 --lr 1e-5 --micro-batch-size 3".split(), 1
+        [
+            "--data-path",
+            "x",
+            "--model-size",
+            "124M",
+            "--num-layers",
+            "2",
+            "--lr",
+            "1e-5",
+            "--micro-batch-size",
+            "3",
+        ],
+        1,
     )
     assert (run.model.num_layers, run.model.hidden_size) == (2, 768)
     assert (run.training.micro_batch_size, run.training.global_batch_size) == (3, 120)
@@ -77,7 +92,7 @@ def test_flags_win_over_the_preset() -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_without_data_path_a_small_model_trains_on_the_demo_corpus(world: int) -> None:
-    run = parse_run("--eslm-alpha 0.1 --eslm-proxy-layers 1".split(), world)
+    run = parse_run(["--eslm-alpha", "0.1", "--eslm-proxy-layers", "1"], world)
     assert run.demo and run.model.num_layers == 4
     # The same global micro-batch however many ranks there are.
     assert run.training.global_batch_size == 20
@@ -226,5 +241,5 @@ def test_fp16_where_the_processor_cannot() -> None:
 
 def test_a_warm_up_longer_than_the_run_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        parse_run("--data-path x --model-size 124M --train-iters 100".split(), 1)
+        parse_run(["--data-path", "x", "--model-size", "124M", "--train-iters", "100"], 1)
     assert "--train-iters 100 ends before the warm-up of --lr-warmup-iters 2000" in caplog.text

@@ -1,4 +1,4 @@
-"""Two small preprocessed domains that the whole test session trains on."""
+"""Two small preprocessed domains that the whole folder trains on."""
 
 from __future__ import annotations
 
@@ -15,8 +15,43 @@ from megatron_eslm.parallel.bootstrap import quiet_imports
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _WORDS = {
-    "prose": "the quick riskiest token is kept and the easy one is dropped again today".split(),
-    "code": "def return import x = y + z ( ) [ ] : self . loss 0 1 2".split(),
+    "prose": [
+        "the",
+        "quick",
+        "riskiest",
+        "token",
+        "is",
+        "kept",
+        "and",
+        "the",
+        "easy",
+        "one",
+        "is",
+        "dropped",
+        "again",
+        "today",
+    ],
+    "code": [
+        "def",
+        "return",
+        "import",
+        "x",
+        "=",
+        "y",
+        "+",
+        "z",
+        "(",
+        ")",
+        "[",
+        "]",
+        ":",
+        "self",
+        ".",
+        "loss",
+        "0",
+        "1",
+        "2",
+    ],
 }
 
 

@@ -61,6 +61,7 @@ def test_zero_stages_follow_one_course(data: list[str], tmp_path: Path) -> None:
     assert one.column("loss")[-1] < one.column("loss")[0] - 0.5
 
 
+@pytest.mark.slow  # the first use compiles for about a minute
 @pytest.mark.skipif(shutil.which("g++") is None, reason="offload compiles DeepSpeed's CPU Adam")
 def test_cpu_offload_follows_the_same_course(data: list[str], tmp_path: Path) -> None:
     one = single(data, tmp_path)
@@ -79,7 +80,6 @@ def test_cpu_offload_follows_the_same_course(data: list[str], tmp_path: Path) ->
             for stage in (1, 2, 3)
         ]
 
-    # The first use compiles for up to a minute.
     for stage, outcome in zip((1, 2, 3), run_ranks(2, fn, timeout=300)[0], strict=True):
         assert_same_course(outcome, one)
         assert_same_dumps(tmp_path / f"dump-offload{stage}", tmp_path / "dump1")

@@ -1,0 +1,173 @@
+"""Both FLOPs ledgers: the executed one against torch's own counter, the paper's by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from megatron_eslm.config.run import parse_run
+from megatron_eslm.training.build import build_flops
+from megatron_eslm.training.flops import FlopsModel, Work, device_peak_flops
+from megatron_eslm.training.loop import Trainer
+from tests.harness import run_ranks
+
+from .runs import train, words
+
+SHAPE_124M = parse_run(["--data-path", "x", "--model-size", "124M"], 1).shape(50_257)
+
+CASES = {
+    "clm": ("--selection", "clm"),
+    "eslm": ("--eslm-alpha", "0.3"),
+    "two layers": ("--eslm-alpha", "0.3", "--eslm-proxy-layers", "2"),
+    "stride": ("--eslm-alpha", "0.3", "--eslm-proxy-stride", "4"),
+    "entropy": ("--eslm-alpha", "0.3", "--eslm-score", "entropy"),
+    "instance": ("--eslm-alpha", "0.3", "--eslm-level", "instance"),
+    "token": ("--eslm-alpha", "0.3", "--eslm-level", "token"),
+    "random": ("--eslm-alpha", "0.3", "--selection", "random"),
+    "recompute": ("--eslm-alpha", "0.3", "--head-logits", "recompute"),
+}
+
+
+def _addmm_(total, a, b, *args, **kwargs) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def _attention(q, k, v, *args, **kwargs) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward(grad, q, k, v, *args, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+aten = torch.ops.aten
+UNKNOWN_TO_TORCH = {
+    # torch's own formulas for operations that its counter takes for nothing: attention as the CPU
+    # runs it, and the product that is added in place.
+    aten.addmm_: _addmm_,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH)
+
+
+def counted(trainer: Trainer) -> list[int]:
+    """FLOPs that torch's dispatcher counts in each micro-step, forward and backward."""
+    found: list[int] = []
+    ordinary = trainer.engine.micro_step
+
+    def micro_step(*args):
+        with counter() as mode:
+            loss = ordinary(*args)
+        found.append(mode.get_total_flops())
+        return loss
+
+    trainer.engine.micro_step = micro_step
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_executed_is_what_torch_counts(data: list[str], tmp_path: Path, case: str) -> None:
+    def fn(rank: int) -> tuple[list[int], list[float]]:
+        found: list[list[int]] = []
+        argv = words(data, *CASES[case], "--seq-length", "64", iters=2)
+        outcome = train(argv, tmp_path / "m.jsonl", lambda t: found.append(counted(t)))
+        return found[0], outcome.column("flops")
+
+    found, ledger = run_ranks(1, fn)[0]
+    assert ledger[0] == pytest.approx(found[0], rel=0.01)
+    assert ledger[1] == pytest.approx(sum(found), rel=0.01)
+
+
+def test_what_attention_counts() -> None:
+    """What the ledger's comparison rests on: 4 T^2 d forward, 2.5 times that backward, per head."""
+    q, k, v = (torch.randn(2, 3, 64, 16, requires_grad=True) for _ in range(3))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with counter() as forward:
+        out = attention(q, k, v, is_causal=True)
+    with counter() as backward:
+        out.sum().backward()
+    assert forward.get_total_flops() == 2 * 3 * 4 * 64 * 64 * 16
+    assert backward.get_total_flops() == 2.5 * forward.get_total_flops()
+
+
+def test_the_papers_ledger_by_hand() -> None:
+    """124M, one micro-batch of 12 x 1024 at alpha 0.1 with one proxy layer.
+
+    Parameters, tied head counted once (D = 768, L = 12, T = 1024, V = 50,304):
+        word 50,304 x 768 = 38,633,472; positions 1,024 x 768 = 786,432
+        a block: 3D^2 + 3D + D^2 + D + 4D^2 + 4D + 4D^2 + D + 4D = 12 x 589,824 + 13 x 768
+               = 7,077,888 + 9,984 = 7,087,872
+        N = 39,419,904 + 12 x 7,087,872 + 2 x 768 = 124,475,904
+    A token of a kept sequence: 6N + 12 L (HQ) T = 746,855,424 + 12 x 12 x 768 x 1,024
+        = 746,855,424 + 113,246,208 = 860,101,632
+    A token read, proxy: N_proxy = 39,419,904 + 7,087,872 + 1,536 = 46,509,312
+        2 N_proxy + 6 x 1 x 768 x 1,024 + 2 x 768 x 50,304
+        = 93,018,624 + 4,718,592 + 77,266,944 = 175,004,160
+    A masked token saves 4DV + 32D^2 + 8D = 154,533,888 + 18,874,368 + 6,144 = 173,414,400
+    Of 12 rows 10 are kept (10,240 tokens), of those floor(0.9 x 10,240) = 9,216 are trained on,
+    1,024 masked.
+    """
+    shape = SHAPE_124M
+    assert shape.num_params_block == 7_087_872
+    assert shape.num_params == 124_475_904
+    flops = FlopsModel(shape=shape, seq_length=1024, selector_depth=1, proxy=True)
+    work = Work(tokens=12_288, tokens_deep=10_240, tokens_scored=10_240, tokens_trained=9_216)
+    expected = 10_240 * 860_101_632 + 12_288 * 175_004_160 - 1_024 * 173_414_400
+    assert flops.paper(work) == pytest.approx(expected, rel=1e-12)
+
+    plain = FlopsModel(shape=shape, seq_length=1024, selector_depth=0, proxy=False)
+    everything = Work(
+        tokens=12_288, tokens_deep=12_288, tokens_scored=12_288, tokens_trained=12_288
+    )
+    assert plain.paper(everything) == pytest.approx(12_288 * 860_101_632, rel=1e-12)
+
+
+def test_the_executed_ledger_by_hand() -> None:
+    """The same step, by products that run.
+
+    A block, a token: linear layers 2 x 12 D^2 = 14,155,776 forward, three times that with backward
+    = 42,467,328; attention 4 T D = 3,145,728 forward, 3.5 times = 11,010,048; together 53,477,376.
+    The head 2DV = 77,266,944: once for the proxy, once for the scores, twice in backward.
+    """
+    flops = FlopsModel(shape=SHAPE_124M, seq_length=1024, selector_depth=1, proxy=True)
+    work = Work(tokens=12_288, tokens_deep=10_240, tokens_scored=10_240, tokens_trained=9_216)
+    expected = (
+        12_288 * (53_477_376 + 77_266_944)
+        + 10_240 * 11 * 53_477_376
+        + 77_266_944 * (10_240 + 2 * 9_216)
+    )
+    assert flops.executed(work) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_policy_without_proxy_pays_for_none() -> None:
+    from megatron_eslm.selection.policy import build_policy
+    from megatron_eslm.selection.state import Peers, SelectionState
+
+    for flags, proxy, depth in (
+        ("--selection clm", False, 0),
+        ("--selection random", False, 0),
+        ("--eslm-level token", False, 0),
+        ("--eslm-proxy-layers 2", True, 2),
+    ):
+        run = parse_run(f"--data-path x --model-size 124M {flags}".split(), 1)
+        policy = build_policy(run.selection, SelectionState(alpha=0.1), Peers(0, 1, None), 0)
+        flops = build_flops(run, SHAPE_124M, policy)
+        assert (flops.proxy, flops.selector_depth) == (proxy, depth)
+
+
+def test_peaks() -> None:
+    assert device_peak_flops("NVIDIA A100-SXM4-80GB", None) == 312e12
+    assert device_peak_flops("NVIDIA H100 80GB HBM3", None) == 989e12
+    assert device_peak_flops("some CPU", None) is None
+    assert device_peak_flops("some CPU", 2.5) == 2.5e12
