@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -79,11 +81,19 @@ def build_loader(
 def _outlive_signals(worker: int) -> None:
     """Launchers signal the whole process tree; the training process decides when loading ends.
 
-    A loader that died of SIGTERM would take the step and the checkpoint before leaving with it. One
-    whose parent is gone ends by itself within seconds.
+    A loader that died of SIGTERM would take the step and the checkpoint before leaving with it. So
+    only a SIGTERM of the parent, which is how multiprocessing ends its children, ends this process;
+    one whose parent is gone ends by itself within seconds.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_for_parent, daemon=True).start()
+
+
+def _end_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class _RankBatches(torch.utils.data.Sampler):

@@ -101,16 +101,31 @@ def data_record(run: RunConfig, source: DataSource) -> dict[str, Any]:
     }
 
 
+def continues_itself(run: RunConfig) -> bool:
+    """Whether the run loads from where it saves: the habit of jobs that are requeued."""
+    load, save = run.checkpoint.load, run.checkpoint.save
+    return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
+
+
 def _find(run: RunConfig) -> Found | None:
     """The checkpoint to start from; None starts a new run."""
     load, save = run.checkpoint.load, run.checkpoint.save
     if load is None:
         return None
-    same = save is not None and Path(load).resolve() == Path(save).resolve()
-    if same and not list_checkpoints(Path(load)):
+    if continues_itself(run) and not list_checkpoints(Path(load)):
         logger.info("--load %s holds no checkpoint yet: starting a new run", load)
         return None
-    return find_checkpoint(load)
+    found = find_checkpoint(load)
+    siblings = list_checkpoints(Path(save)) if save is not None else []
+    if found.folder.resolve() == Path(load).resolve() and found.folder.resolve() in (
+        path.resolve() for path in siblings[1:]
+    ):
+        raise ConfigError(
+            f"--load {load} goes back behind {siblings[0].name} in the same --save {save}, and a "
+            "later --load of that folder would take the newer one. Save to another folder, or "
+            "remove the newer checkpoints."
+        )
+    return found
 
 
 def check_continues(run: RunConfig, found: Found, shape: ModelShape, data: dict[str, Any]) -> None:
@@ -232,9 +247,12 @@ def build_trainer(run: RunConfig) -> Trainer:
         policy.state = state.selection
         # The same number, unless the batch size changed (--allow-data-change).
         state.consumed_samples = state.iteration * t.global_batch_size
-        if found.run["options"]["selection"]["eslm_alpha"] != run.selection.eslm_alpha:
-            state.selection.alpha = run.selection.eslm_alpha
-        if state.iteration >= t.train_iters:
+        before = found.run["options"]["selection"]
+        if any(before[key] != getattr(run.selection, key) for key in ("selection", "eslm_alpha")):
+            state.selection.alpha = run.selection.initial_alpha
+        if state.iteration == t.train_iters and continues_itself(run):
+            logger.info("%s is the end of this run: nothing is left to train", found.folder)
+        elif state.iteration >= t.train_iters:
             raise ConfigError(
                 f"{found.folder} is at iteration {state.iteration} and --train-iters is "
                 f"{t.train_iters}: nothing is left to train. Raise --train-iters."

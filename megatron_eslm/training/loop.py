@@ -74,7 +74,7 @@ class Trainer:
             while state.iteration < t.train_iters and stopped is None:
                 stats, norm = self._step(batches, stop)
                 last = state.iteration == t.train_iters
-                if stats.stop_requested:
+                if stats.stop_requested and not last:
                     stopped = stop.received or signal.SIGTERM
                 valid_loss = None
                 if (
