@@ -22,7 +22,16 @@ __all__ = [
     "Tokenizer",
     "build_tokenizer",
     "load_tokenizer",
+    "same_ids",
 ]
+
+# Words, digits, spaces, code, accents, another script, an emoji: where tokenizers differ, they
+# differ here.
+_SAMPLES = (
+    "The riskiest tokens of a sequence aren't always the rarest: 3.14159, 2048 and 007 are not.",
+    "def f(x: int) -> str:\n    return f'{x:>8}'  # \t tabs\n\n",
+    "Überraschend naïve façade — 東京 привет \u00a0 \U0001f642 \\frac{a}{b} <|endoftext|>",
+)
 
 _NEEDS: dict[str, tuple[str, ...]] = {
     "GPT2BPETokenizer": ("--vocab-file", "--merge-file"),
@@ -117,3 +126,16 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"{tokenizer.identity[:12]}, stored {identity[:12]}). Put the original files back."
         )
     return tokenizer
+
+
+def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers give the same ids, whatever files they come from.
+
+    Equal contents settle it. Otherwise (GPT-2's merges.txt and a tokenizer.json made of it, say)
+    vocabulary size, end of document and the ids of a few texts of all kinds have to agree.
+    """
+    if a.identity == b.identity:
+        return True
+    return (a.vocab_size, a.eod) == (b.vocab_size, b.eod) and all(
+        a.encode(text) == b.encode(text) for text in _SAMPLES
+    )

@@ -16,8 +16,9 @@ from megatron_eslm.data.mixture import build_datasets
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.plan import MixtureReport, check_epochs, plan_mixture
 from megatron_eslm.data.source import DataSource, open_data
+from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.gpt import ModelSettings, build_gpt, load_weights
+from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt, load_weights
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.objectives.causal_lm import causal_lm_loss
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
@@ -128,7 +129,9 @@ def _find(run: RunConfig) -> Found | None:
     return found
 
 
-def check_continues(run: RunConfig, found: Found, shape: ModelShape, data: dict[str, Any]) -> None:
+def check_continues(
+    run: RunConfig, found: Found, shape: ModelShape, data: dict[str, Any], tokenizer: Tokenizer
+) -> None:
     """ConfigError unless the checkpoint fits this run; differences that may be are logged."""
     if found.shape != shape:
         ours, theirs = shape.to_dict(), found.shape.to_dict()
@@ -138,6 +141,13 @@ def check_continues(run: RunConfig, found: Found, shape: ModelShape, data: dict[
             "same model flags and tokenizer, or load another checkpoint."
         )
     if found.kind == "weights":
+        theirs_dir = found.tokenizer_dir
+        if theirs_dir is not None and not same_ids(load_tokenizer(theirs_dir), tokenizer):
+            raise ConfigError(
+                f"The weights in {found.folder} were trained with another tokenizer than the one "
+                f"of --data-path ({tokenizer.name}): the same text has other ids. Preprocess the "
+                f"text with the tokenizer in {theirs_dir}."
+            )
         return
     options = found.run["options"]
     for name, here, there in (
@@ -193,79 +203,42 @@ def dry_run(run: RunConfig) -> str:
 
 def build_trainer(run: RunConfig) -> Trainer:
     """Build everything. Collective; what can fail for the user's reasons fails before the model."""
-    mesh: Mesh = build_mesh(
+    mesh = build_mesh(
         run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
     )
     source, options = open_run_data(run)
     report = plan_run(run, source, options)
     shape = run.shape(source.tokenizer.vocab_size)
     data = data_record(run, source)
-    if run.checkpoint.save:
-        save = run.checkpoint.save
+    if save := run.checkpoint.save:
         on_rank_zero(lambda: prepare_save_folder(save, run.checkpoint.load))
-    if run.report.dump_selection:
-        folder = run.report.dump_selection
+    if folder := run.report.dump_selection:
         on_rank_zero(lambda: prepare_dump_folder(folder))
     found = on_rank_zero(lambda: _find(run))
     if found is not None:
-        check_continues(run, found, shape, data)
+        check_continues(run, found, shape, data, source.tokenizer)
 
-    t = run.training
-    assert t.train_iters and t.global_batch_size and t.micro_batch_size and run.model.seq_length
+    assert run.model.seq_length
     datasets = build_datasets(
         source,
         options,
         seq_length=run.model.seq_length,
         train_samples=report.train_samples,
         valid_samples=report.valid_samples,
-        seed=t.seed,
+        seed=run.training.seed,
     )
     state = TrainState(SelectionState(alpha=run.selection.initial_alpha))
     recorder = Recorder()
     peers = Peers(mesh.dp_rank, mesh.dp_size, mesh.dp_group)
-    policy = build_policy(run.selection, state.selection, peers, t.seed)
-    model = build_gpt(
-        shape,
-        mesh,
-        policy,
-        recorder,
-        causal_lm_loss,
-        ModelSettings(
-            hidden_dropout=run.model.hidden_dropout,
-            attention_dropout=run.model.attention_dropout,
-            keep_logits=run.keeps_logits(shape),
-        ),
-        seed=t.seed,
-        init_std=run.model.init_method_std,
-    )
+    policy = build_policy(run.selection, state.selection, peers, run.training.seed)
+    model = build_model(run, shape, mesh, policy, recorder)
     if found is not None and found.kind == "weights":
         load_weights(model, read_weights(found.folder).weights)
         logger.info("weights from %s", found.folder)
     engine = Engine(run, model)
     if found is not None and found.kind == "training":
-        state = load_engine(engine.ds, found)
+        state = resume(run, engine, found)
         policy.state = state.selection
-        # The same number, unless the batch size changed (--allow-data-change).
-        state.consumed_samples = state.iteration * t.global_batch_size
-        before = found.run["options"]["selection"]
-        if any(before[key] != getattr(run.selection, key) for key in ("selection", "eslm_alpha")):
-            state.selection.alpha = run.selection.initial_alpha
-        if state.iteration == t.train_iters and continues_itself(run):
-            logger.info("%s is the end of this run: nothing is left to train", found.folder)
-        elif state.iteration >= t.train_iters:
-            raise ConfigError(
-                f"{found.folder} is at iteration {state.iteration} and --train-iters is "
-                f"{t.train_iters}: nothing is left to train. Raise --train-iters."
-            )
-        logger.info("continuing from %s, iteration %d", found.folder, state.iteration)
-    resumed = state.iteration > 0
-    metrics = on_rank_zero_only(
-        lambda: (
-            MetricsFile(run.report.metrics_file, run_summary(run), resumed=resumed)
-            if run.report.metrics_file
-            else None
-        )
-    )
     return Trainer(
         run=run,
         mesh=mesh,
@@ -282,10 +255,60 @@ def build_trainer(run: RunConfig) -> Trainer:
             "data": data,
             "domains": [{"name": d.name, "epochs": d.epochs} for d in report.domains],
         },
-        metrics=metrics,
+        metrics=open_metrics(run, resumed=state.iteration > 0),
     )
 
 
-def on_rank_zero_only(make: Any) -> Any:
-    """Make something on rank 0 and None elsewhere; its ConfigError stops every rank."""
-    return on_every_rank(lambda: make() if dist.get_rank() == 0 else None)
+def build_model(
+    run: RunConfig, shape: ModelShape, mesh: Mesh, policy: SelectionPolicy, recorder: Recorder
+) -> GPT:
+    """The model of a run with its initial weights, in float32 on the CPU."""
+    settings = ModelSettings(
+        hidden_dropout=run.model.hidden_dropout,
+        attention_dropout=run.model.attention_dropout,
+        keep_logits=run.keeps_logits(shape),
+    )
+    return build_gpt(
+        shape,
+        mesh,
+        policy,
+        recorder,
+        causal_lm_loss,
+        settings,
+        seed=run.training.seed,
+        init_std=run.model.init_method_std,
+    )
+
+
+def resume(run: RunConfig, engine: Engine, found: Found) -> TrainState:
+    """Restore the engine from a checkpoint and return where the run stands. Collective."""
+    t = run.training
+    assert t.train_iters and t.global_batch_size
+    state = load_engine(engine.ds, found)
+    # The same number, unless the batch size changed (--allow-data-change).
+    state.consumed_samples = state.iteration * t.global_batch_size
+    before = found.run["options"]["selection"]
+    if any(before[key] != getattr(run.selection, key) for key in ("selection", "eslm_alpha")):
+        state.selection.alpha = run.selection.initial_alpha
+    if state.iteration == t.train_iters and continues_itself(run):
+        logger.info("%s is the end of this run: nothing is left to train", found.folder)
+    elif state.iteration >= t.train_iters:
+        raise ConfigError(
+            f"{found.folder} is at iteration {state.iteration} and --train-iters is "
+            f"{t.train_iters}: nothing is left to train. Raise --train-iters."
+        )
+    else:
+        logger.info("continuing from %s, iteration %d", found.folder, state.iteration)
+    return state
+
+
+def open_metrics(run: RunConfig, *, resumed: bool) -> MetricsFile | None:
+    """The metrics file, on rank 0 only; if it cannot be written every rank stops. Collective."""
+    path = run.report.metrics_file
+
+    def make() -> MetricsFile | None:
+        if path is None or dist.get_rank() != 0:
+            return None
+        return MetricsFile(path, run_summary(run), resumed=resumed)
+
+    return on_every_rank(make)

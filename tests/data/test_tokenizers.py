@@ -16,6 +16,7 @@ from megatron_eslm.data.tokenizers import (
     SentencePieceTokenizer,
     build_tokenizer,
     load_tokenizer,
+    same_ids,
 )
 from megatron_eslm.data.train_bpe import train_bpe
 from megatron_eslm.errors import ConfigError
@@ -244,3 +245,11 @@ def test_end_of_document_token_is_found(bpe_files, tmp_path):
     assert tokenizer.eod == 0
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").identity == tokenizer.identity
+
+
+def test_same_ids_whatever_the_files(gpt2, hf, documents, tmp_path):
+    assert gpt2.identity != hf.identity
+    assert same_ids(gpt2, hf) and same_ids(hf, gpt2) and same_ids(gpt2, gpt2)
+    train_bpe(documents[:60], gpt2.vocab_size, tmp_path / "other.json")
+    assert not same_ids(gpt2, HuggingFaceTokenizer(tmp_path / "other.json"))
+    assert not same_ids(gpt2, ByteTokenizer())

@@ -478,3 +478,32 @@ def test_a_run_can_start_from_weights_alone(data: list[str], saved: Path, tmp_pa
     lines = (saved.parent / "m.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])["valid_loss"]
     assert outcome.valid_losses()[0] == pytest.approx(last, abs=1e-5)
+
+
+def test_weights_of_another_tokenizer_are_refused(
+    data: list[str], saved: Path, tmp_path: Path
+) -> None:
+    """Same vocabulary size, other ids."""
+    source = read_weights(saved)
+    folder = tmp_path / "tokenizer"
+    texts = ["other text, other merges " * 3, "0123456789 zyx"]
+    train_bpe(texts, source.shape.vocab_size, tmp_path / "tokenizer.json")
+    HuggingFaceTokenizer(tmp_path / "tokenizer.json").save(folder)
+    start = tmp_path / "start"
+    write_weights(start, source.weights, source.shape, folder, "a test")
+
+    (message,) = run_ranks(1, lambda rank: refusal(words(data, "--load", start)))
+    assert "trained with another tokenizer" in message and "Preprocess the text" in message
+
+
+def test_a_finished_run_that_is_requeued_ends_well(data: list[str], copy: Path) -> None:
+    def fn(rank: int) -> Outcome:
+        return train(words(data, "--load", copy, "--save", copy), copy / "m.jsonl")
+
+    assert run_ranks(1, fn)[0].column("iteration") == []
+
+
+def test_going_back_in_the_same_folder_is_refused(data: list[str], copy: Path) -> None:
+    older = manifests.list_checkpoints(copy)[-1]
+    (message,) = run_ranks(1, lambda rank: refusal(words(data, "--load", older, "--save", copy)))
+    assert "goes back behind" in message and "Save to another folder" in message
