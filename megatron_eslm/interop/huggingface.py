@@ -118,7 +118,7 @@ def from_gpt2(
         num_layers=config.n_layer,
         hidden_size=config.n_embd,
         num_attention_heads=config.n_head,
-        ffn_hidden_size=4 * config.n_embd,
+        ffn_hidden_size=config.n_inner or 4 * config.n_embd,
         max_position_embeddings=config.n_positions,
         vocab_size=config.vocab_size,
         padded_vocab_size=pad_vocab_size(config.vocab_size, multiple),
@@ -135,10 +135,6 @@ def check_config(config: Any) -> None:
         wanted = " or ".join(map(repr, _ACTIVATIONS))
         raise _unsupported(
             "activation_function", config.activation_function, wanted, "the MLP uses GELU-tanh"
-        )
-    if config.n_inner not in (None, 4 * config.n_embd):
-        raise _unsupported(
-            "n_inner", config.n_inner, f"null or {4 * config.n_embd}", "the MLP is 4 times as wide"
         )
     for field, (value, reason) in _FIXED_FIELDS.items():
         if getattr(config, field, value) != value:
