@@ -179,10 +179,11 @@ def test_training_goes_on_from_the_newest_whole_one(
 def test_the_checkpoint_just_saved_stays_beside_newer_ones(
     data: list[str], copy: Path, tmp_path: Path
 ) -> None:
-    """Back at iteration 2, saving 3 must not remove 3 because 4 is there, whole or damaged."""
+    """Back at iteration 2 for damage, saving 3 must not remove 3 because 4 is there."""
+    truncate(copy / "iter_0000004")
 
     def fn(rank: int) -> None:
-        argv = ("--save", copy, "--load", copy / "iter_0000002", "--keep-last", "1")
+        argv = ("--save", copy, "--load", copy, "--keep-last", "1")
         train(words(data, *argv, "--exit-interval", "3"))
 
     run_ranks(1, fn)

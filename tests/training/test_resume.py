@@ -116,16 +116,16 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(data: list[str], tmp_p
 
 
 def test_requeue_with_load_equal_to_save(data: list[str], tmp_path: Path) -> None:
-    """The same command again and again: a new run, its continuation, and an end that says so."""
+    """The same command again and again: a new run, its continuation, and nothing left to do."""
     save = tmp_path / "run"
 
     def fn(rank: int) -> tuple[list[int], str]:
         argv = words(data, "--save", save, "--load", save, "--exit-interval", "2")
-        reached = [train(argv).iteration for _ in range(2)]
-        return reached, refusal(argv)
+        reached = [train(argv).iteration for _ in range(3)]
+        return reached, refusal(words(data, "--load", save))
 
     reached, text = run_ranks(1, fn)[0]
-    assert reached == [2, 4]
+    assert reached == [2, 4, 4]
     assert "iter_0000004 is at iteration 4 and --train-iters is 4" in text
     assert "Raise --train-iters" in text
 
