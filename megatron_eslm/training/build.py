@@ -61,18 +61,16 @@ def open_run_data(run: RunConfig) -> tuple[DataSource, DataOptions]:
 
 
 def plan_run(run: RunConfig, source: DataSource, options: DataOptions) -> MixtureReport:
-    """What the run reads of each domain; ConfigError where that is more than was consented to."""
+    """What the run reads of each domain."""
     t = run.training
     assert t.train_iters and t.global_batch_size and t.micro_batch_size and run.model.seq_length
-    report = plan_mixture(
+    return plan_mixture(
         source,
         options,
         run.model.seq_length,
         train_samples=t.train_iters * t.global_batch_size,
         valid_samples=t.eval_iters * t.micro_batch_size * run.dp_size,
     )
-    check_epochs(report, options.max_epochs)
-    return report
 
 
 def build_flops(run: RunConfig, shape: ModelShape, policy: SelectionPolicy) -> FlopsModel:
@@ -191,14 +189,22 @@ def check_continues(
                 )
 
 
-def dry_run(run: RunConfig) -> str:
-    """The text of `--dry-run`."""
+def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
+    """The text of `--dry-run`, and why the run would be refused all the same (None: it would not).
+
+    What a run would read is what one wants to know of a run that reads too much.
+    """
     source, options = open_run_data(run)
     report = plan_run(run, source, options)
     shape = run.shape(source.tokenizer.vocab_size)
     state = SelectionState(alpha=run.selection.initial_alpha)
     policy = build_policy(run.selection, state, Peers(0, run.dp_size, None), run.training.seed)
-    return dry_run_text(run, shape, build_flops(run, shape, policy), report)
+    text = dry_run_text(run, shape, build_flops(run, shape, policy), report)
+    try:
+        check_epochs(report, options.max_epochs)
+    except ConfigError as error:
+        return text, error
+    return text, None
 
 
 def build_trainer(run: RunConfig) -> Trainer:
@@ -208,6 +214,7 @@ def build_trainer(run: RunConfig) -> Trainer:
     )
     source, options = open_run_data(run)
     report = plan_run(run, source, options)
+    check_epochs(report, options.max_epochs)
     shape = run.shape(source.tokenizer.vocab_size)
     data = data_record(run, source)
     if save := run.checkpoint.save:

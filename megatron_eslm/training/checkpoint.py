@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.parallel.bootstrap import quiet_imports
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.training import manifest as manifests
 from megatron_eslm.training.state import TrainState
@@ -232,6 +233,7 @@ def read_weights(load: str | Path, tag: str | None = None) -> Weights:
 
         weights = load_file(found.folder / WEIGHTS)
         return Weights(weights, found.shape, found.tokenizer_dir, 0)
+    quiet_imports()  # reading DeepSpeed's files imports it
     zero_stage = found.run["options"]["engine"]["zero_stage"]
     if zero_stage == 0:
         content = torch.load(

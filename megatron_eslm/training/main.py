@@ -54,9 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megatron_eslm.training.nonfinite import NonfiniteError
 
         if run.report.dry_run:
-            text = dry_run(run)
+            text, refusal = dry_run(run)
             if os.environ["RANK"] == "0":
                 sys.stdout.write(text + "\n")
+                sys.stdout.flush()
+            if refusal is not None:
+                raise refusal
             stopped = None
         else:
             try:

@@ -44,7 +44,8 @@ def test_promised_and_done(
             data, *flags, "--global-batch-size", "16", iters=3, micro_batch_size=8 // world
         )
         init_distributed()
-        text = dry_run(parse_run([*argv, "--dry-run"], world))
+        text, refusal = dry_run(parse_run([*argv, "--dry-run"], world))
+        assert refusal is None
         return text, train(argv, tmp_path / "m.jsonl")
 
     text, outcome = run_ranks(world, fn)[0]
@@ -60,7 +61,7 @@ def test_promised_and_done(
 def test_what_it_says_of_model_and_data(data: list[str]) -> None:
     def fn(rank: int) -> str:
         init_distributed()
-        return dry_run(parse_run(words(data), 1))
+        return dry_run(parse_run(words(data), 1))[0]
 
     text = run_ranks(1, fn)[0]
     # 384 x 32 + 32 x 32 + 3 x (12 x 32^2 + 13 x 32) + 64
@@ -72,3 +73,14 @@ def test_what_it_says_of_model_and_data(data: list[str]) -> None:
     assert re.search(r"domain code +weight 0\.4000", text)
     assert "validation           16 sequences an evaluation" in text
     assert "GiB = weights" in text
+
+
+def test_a_run_that_reads_too_much_is_described_and_refused(data: list[str]) -> None:
+    def fn(rank: int) -> tuple[str, str]:
+        init_distributed()
+        text, refusal = dry_run(parse_run(words(data, iters=100_000), 1))
+        return text, str(refusal)
+
+    text, refusal = run_ranks(1, fn)[0]
+    assert number(text, "steps") == 100_000 and re.search(r"domain prose .* [\d,.]+ epochs", text)
+    assert "--max-epochs 1 allows" in refusal
