@@ -30,6 +30,12 @@ def quiet_imports() -> None:
     if not torch.cuda.is_available():
         # Said, it is taken without a warning that no GPU was found.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # What megatron-core asks for, so that its overlapped collectives start in order.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Its sequence parallelism calls collectives by names that torch is renaming.
+    warnings.filterwarnings(
+        "ignore", r".*is deprecated. Please use `torch\.distributed", FutureWarning
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed  # noqa: F401
@@ -45,7 +51,8 @@ def prepare_device() -> torch.device:
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"Local rank {local_rank} has no GPU of its own: this machine shows "
-                f"{torch.cuda.device_count()}. Start at most that many processes a machine."
+                f"{torch.cuda.device_count()}. Start at most that many processes a machine, or "
+                "export LOCAL_RANK=0 where the launcher shows each process one GPU only."
             )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)

@@ -26,6 +26,18 @@ class Mesh:
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    ends_group: dist.ProcessGroup
+    """First and last pipeline stage, which share the word embedding."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Reads tokens, selects sequences."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Has the head, selects tokens, knows the loss."""
+        return self.pp_rank == self.pp_size - 1
 
     @property
     def rank(self) -> int:
@@ -65,14 +77,16 @@ def build_mesh(tp: int = 1, pp: int = 1) -> Mesh:
     me = dist.get_rank()
 
     def groups(of: list[list[int]]) -> dist.ProcessGroup:
-        mine = None
+        mine: dist.ProcessGroup | None = None
         for ranks in of:
             # new_group is collective over the world, so every rank walks the same list.
             group = dist.group.WORLD if len(ranks) == world else dist.new_group(ranks)
             if me in ranks:
                 mine = group
-        assert mine is not None
-        return mine
+        # A stage in the middle is in no group of ends; any one does where it is never used.
+        group = mine if mine is not None else dist.group.WORLD
+        assert group is not None
+        return group
 
     def rank_of(t: int, d: int, p: int) -> int:
         return t + tp * (d + dp * p)
@@ -93,4 +107,42 @@ def build_mesh(tp: int = 1, pp: int = 1) -> Mesh:
         pp_group=groups(
             [[rank_of(t, d, p) for p in range(pp)] for d in range(dp) for t in range(tp)]
         ),
+        ends_group=groups(
+            [[rank_of(t, d, p) for p in sorted({0, pp - 1})] for d in range(dp) for t in range(tp)]
+        ),
     )
+
+
+class ModelParallelUnit:
+    """The mesh as DeepSpeed asks for it (`mpu`), where there is no pipeline."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same shard."""
+        return self._mesh.dp_group
+
+    def get_data_parallel_rank(self) -> int:
+        """Place among them."""
+        return self._mesh.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._mesh.dp_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks that share each layer's columns."""
+        return self._mesh.tp_group
+
+    def get_model_parallel_rank(self) -> int:
+        """Place among them."""
+        return self._mesh.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._mesh.tp_size
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size

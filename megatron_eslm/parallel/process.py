@@ -1,0 +1,66 @@
+"""A process of the job, and what this machine's kernel says of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+State = Literal["runs", "stopped", "gone"]
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """State letter and start time (ticks since boot) of a process; None if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The name, in parentheses, may itself hold spaces and parentheses.
+    fields = text[text.rindex(")") + 2 :].split()
+    return fields[0], int(fields[19])
+
+
+@dataclass(frozen=True)
+class Process:
+    """Identity of a process, across machines and for as long as they are up."""
+
+    host: str
+    pid: int
+    place: str
+    """Processes with the same place see each other in /proc: one machine since its boot, and one
+    namespace of process numbers (containers of one machine may share its name, not its numbers)."""
+    started: int
+    """Clock ticks from boot to its start: tells it from a later process with the same number."""
+
+    @classmethod
+    def this(cls) -> Process:
+        """The calling process. Where the system shows no processes it has a place of its own."""
+        host, pid = socket.gethostname(), os.getpid()
+        stat = _stat(pid)
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            place = f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+        except OSError:
+            stat = None
+        if stat is None:
+            return cls(host, pid, str(uuid.uuid4()), 0)
+        return cls(host, pid, place, stat[1])
+
+    def state(self) -> State:
+        """To be asked by a process of the same place. A zombie is gone."""
+        stat = _stat(self.pid)
+        if stat is None or stat[0] in "ZX" or stat[1] != self.started:
+            return "gone"
+        # Not "t", which is a debugger's doing.
+        return "stopped" if stat[0] == "T" else "runs"
+
+    def kill(self) -> None:
+        """SIGKILL, unless it is gone."""
+        if self.state() != "gone":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
