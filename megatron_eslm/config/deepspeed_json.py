@@ -20,6 +20,14 @@ _SAME = {
     "fp16": ("fp16", "enabled"),
     "zero_stage": ("zero_optimization", "stage"),
 }
+# Sections that would compete with flags, and those flags.
+_FLAGS_INSTEAD = {
+    "optimizer": "--lr, --adam-beta1, --lr-warmup-iters and the like",
+    "scheduler": "--lr, --adam-beta1, --lr-warmup-iters and the like",
+    "pipeline": "--pipeline-model-parallel-size, --pipeline-split and "
+    "--activation-checkpoint-interval",
+    "tensor_parallel": "--tensor-model-parallel-size",
+}
 _NUMBERS = (int, float)
 
 
@@ -27,7 +35,7 @@ def read_json(path: str) -> Json:
     """Parse a DeepSpeed JSON file.
 
     Raises:
-        ConfigError: it is missing, not JSON, or sets an optimizer or scheduler (flags do).
+        ConfigError: it is missing, not JSON, or has a section for what flags set.
     """
     try:
         content = json.loads(Path(path).read_text())
@@ -37,11 +45,11 @@ def read_json(path: str) -> Json:
         raise ConfigError(f"--deepspeed_config {path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--deepspeed_config {path} must hold one JSON object.")
-    for section in ("optimizer", "scheduler"):
+    for section, flags in _FLAGS_INSTEAD.items():
         if section in content:
             raise ConfigError(
                 f'--deepspeed_config {path} has a "{section}" section, which would compete with '
-                "--lr, --adam-beta1, --lr-warmup-iters and the like. Remove it."
+                f"{flags}. Remove it."
             )
     _check_types(path, content)
     return content
@@ -114,6 +122,7 @@ def complete(
     fp16: bool,
     zero_stage: int,
     cpu_offload: bool,
+    pipeline_stages: int,
 ) -> Json:
     """The JSON that the engine gets: the user's, with all that the flags decide filled in."""
     full = copy.deepcopy({k: v for k, v in content.items() if not k.startswith("_")})
@@ -143,4 +152,9 @@ def complete(
     if (bf16 or fp16) and zero_stage > 0:
         # 40 micro-steps added up in 8 bits of mantissa lose the small ones.
         full.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if pipeline_stages > 1:
+        # By default tensor-parallel ranks would each send a part of the activations, cut as in the
+        # first micro-step. Every micro-step keeps another number of rows, and with sequence
+        # parallelism each rank's activations are its own.
+        full["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return full

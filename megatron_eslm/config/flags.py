@@ -12,10 +12,11 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,12 +74,30 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def build_parser(groups: Mapping[str, type], description: str) -> argparse.ArgumentParser:
+Pages = Mapping[str, tuple[str, Callable[[], str]]]
+"""Flags that, like --help, print a page and end: flag -> (its help, what writes the page)."""
+
+
+class _ShowPage(argparse.Action):
+    def __init__(self, page: Callable[[], str], **kwargs: Any) -> None:
+        super().__init__(nargs=0, **kwargs)
+        self._page = page
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        sys.stdout.write(self._page() + "\n")
+        parser.exit()
+
+
+def build_parser(
+    groups: Mapping[str, type], description: str, pages: Pages | None = None
+) -> argparse.ArgumentParser:
     """A parser with one group of flags per dataclass. Unset flags stay out of the namespace."""
     parser = _Parser(
         description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; flags win over it.")
+    for flag, (text, page) in (pages or {}).items():
+        parser.add_argument(flag, action=_ShowPage, page=page, help=text)
     for cls in groups.values():
         group = parser.add_argument_group((cls.__doc__ or cls.__name__).rstrip("."))
         hints = typing.get_type_hints(cls)
@@ -139,9 +158,9 @@ def _as_words(name: str, value: Any) -> list[str]:
 
 
 def parse_groups(
-    groups: Mapping[str, type], argv: Sequence[str], description: str
+    groups: Mapping[str, type], argv: Sequence[str], description: str, pages: Pages | None = None
 ) -> dict[str, Any]:
-    """Parse `argv` into one option object per group.
+    """Parse `argv` into one option object per group. A flag of `pages` ends the process, as --help.
 
     Returns:
         {group name: instance, ..., "given": names of the flags that were set}.
@@ -149,7 +168,7 @@ def parse_groups(
     Raises:
         ConfigError: any flag or value that cannot be used.
     """
-    parser = build_parser(groups, description)
+    parser = build_parser(groups, description, pages)
     names = {field.name for cls in groups.values() for field in dataclasses.fields(cls)}
     values = vars(parser.parse_args(list(argv)))
     if path := values.pop("config", None):

@@ -12,6 +12,13 @@ import torch
 
 from megatron_eslm.config import deepspeed_json
 from megatron_eslm.config.flags import flag_of, parse_groups
+from megatron_eslm.config.layouts import (
+    AskedLayout,
+    check_layout_rules,
+    early_exit_layers,
+    layout_table,
+    layout_warnings,
+)
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.options import ModelOptions
@@ -37,6 +44,13 @@ GROUPS: dict[str, type] = {
     "engine": EngineOptions,
     "checkpoint": CheckpointOptions,
     "report": ReportOptions,
+}
+
+PAGES = {
+    "--help-layouts": (
+        "Show which parallel sizes, ZeRO stages and offloads combine, and exit.",
+        layout_table,
+    )
 }
 
 AUTO_KEEP_LOGITS_BYTES = 2 * 2**30
@@ -120,8 +134,10 @@ def parse_run(argv: Sequence[str], world_size: int) -> RunConfig:
     Raises:
         ConfigError: whatever cannot be used, before anything is built.
     """
-    parsed = parse_groups(GROUPS, argv, "Pretrain a GPT with selection in the training step.")
-    return resolve(world_size=world_size, **parsed)
+    parsed = parse_groups(
+        GROUPS, argv, "Pretrain a GPT with selection in the training step.", PAGES
+    )
+    return resolve(world_size=parsed["report"].dry_run_world_size or world_size, **parsed)
 
 
 class _Filler:
@@ -196,7 +212,7 @@ def resolve(
         num_attention_heads=fill(model, "num_attention_heads"),
         seq_length=fill(model, "seq_length"),
     )
-    _check_selection(model, selection)
+    _check_model(model, selection)
     if preset is DEMO_PRESET:
         preset = dataclasses.replace(preset, micro_batch_size=max(1, DEMO_ROWS // dp_size))
         fill = _Filler(given, json, preset)
@@ -208,6 +224,7 @@ def resolve(
     assert training.micro_batch_size and training.global_batch_size
     steps = training.global_batch_size // (training.micro_batch_size * dp_size)
     assert engine.zero_stage is not None
+    _check_layout(model, selection, engine, steps)
     full_json = deepspeed_json.complete(
         json,
         micro_batch_size=training.micro_batch_size,
@@ -218,6 +235,7 @@ def resolve(
         fp16=engine.fp16,
         zero_stage=engine.zero_stage,
         cpu_offload=engine.cpu_offload,
+        pipeline_stages=engine.pipeline_model_parallel_size,
     )
     return RunConfig(
         model=model,
@@ -236,19 +254,8 @@ def resolve(
 
 
 def _check_engine(engine: EngineOptions) -> None:
-    tp, pp = engine.tensor_model_parallel_size, engine.pipeline_model_parallel_size
-    if tp > 1 or pp > 1:
-        raise ConfigError(
-            f"--tensor-model-parallel-size {tp} and --pipeline-model-parallel-size {pp}: this "
-            "version trains data parallel with ZeRO 0 to 3 only. Leave both at 1."
-        )
     if engine.bf16 and engine.fp16:
         raise ConfigError("bf16 and fp16 are both enabled, by flags and DeepSpeed JSON together.")
-    if engine.cpu_offload and engine.zero_stage == 0:
-        raise ConfigError(
-            "--cpu-offload keeps ZeRO's partitions in CPU memory and --zero-stage 0 has none. Use "
-            "--zero-stage 1, 2 or 3."
-        )
     if engine.fp16 and not torch.cuda.is_available():
         from deepspeed.accelerator import get_accelerator
 
@@ -256,25 +263,51 @@ def _check_engine(engine: EngineOptions) -> None:
             raise ConfigError("--fp16 is not supported by this processor; use --bf16 or neither.")
 
 
-def _check_selection(model: ModelOptions, selection: SelectionOptions) -> None:
+def _check_model(model: ModelOptions, selection: SelectionOptions) -> None:
     assert model.num_layers and model.hidden_size and model.num_attention_heads
     if model.hidden_size % model.num_attention_heads:
         raise ConfigError(
             f"--hidden-size {model.hidden_size} is not a multiple of --num-attention-heads "
             f"{model.num_attention_heads}; change one of them."
         )
-    if selection.selection == "eslm" and selection.eslm_level != "token":
-        if selection.eslm_proxy_layers >= model.num_layers:
-            raise ConfigError(
-                f"--eslm-proxy-layers {selection.eslm_proxy_layers} must be smaller than "
-                f"--num-layers {model.num_layers}: the early exit would be the whole model."
-            )
-        assert model.seq_length
-        if selection.eslm_proxy_stride > model.seq_length:
-            raise ConfigError(
-                f"--eslm-proxy-stride {selection.eslm_proxy_stride} is longer than --seq-length "
-                f"{model.seq_length}; it would score one position a sequence."
-            )
+    depth = early_exit_layers(selection)
+    if depth >= model.num_layers:
+        raise ConfigError(
+            f"--eslm-proxy-layers {depth} must be smaller than --num-layers {model.num_layers}: "
+            "the early exit would be the whole model."
+        )
+    assert model.seq_length
+    if depth and selection.eslm_proxy_stride > model.seq_length:
+        raise ConfigError(
+            f"--eslm-proxy-stride {selection.eslm_proxy_stride} is longer than --seq-length "
+            f"{model.seq_length}; it would score one position a sequence."
+        )
+
+
+def _check_layout(
+    model: ModelOptions, selection: SelectionOptions, engine: EngineOptions, micro_steps: int
+) -> None:
+    assert model.num_layers and model.hidden_size and model.num_attention_heads
+    assert model.seq_length and engine.zero_stage is not None
+    asked = AskedLayout(
+        tp=engine.tensor_model_parallel_size,
+        pp=engine.pipeline_model_parallel_size,
+        zero_stage=engine.zero_stage,
+        cpu_offload=engine.cpu_offload,
+        bf16=engine.bf16,
+        fp16=engine.fp16,
+        sequence_parallel=engine.sequence_parallel,
+        split=engine.pipeline_blocks,
+        micro_steps=micro_steps,
+        early_exit=early_exit_layers(selection),
+        num_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
+        seq_length=model.seq_length,
+    )
+    check_layout_rules(asked)
+    for warning in layout_warnings(asked):
+        logger.warning("%s", warning)
 
 
 def _fill_training(

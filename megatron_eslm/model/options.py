@@ -51,6 +51,10 @@ class ModelOptions:
     """Keep the head's logits in the compute type for the backward pass, or compute those of kept
     tokens again; auto keeps them while they fit into 2 GiB."""
 
+    activation_checkpoint_interval: int = 0
+    """Blocks whose activations are kept only at the first of them, and computed again in the
+    backward pass; 0 keeps all."""
+
     def __post_init__(self) -> None:
         for flag in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size"):
             value = getattr(self, flag)
@@ -60,6 +64,11 @@ class ModelOptions:
             raise ConfigError(f"--seq-length {self.seq_length} must be 2 or more.")
         if self.make_vocab_size_divisible_by < 1:
             raise ConfigError("--make-vocab-size-divisible-by must be 1 or more.")
+        if self.activation_checkpoint_interval < 0:
+            raise ConfigError(
+                f"--activation-checkpoint-interval {self.activation_checkpoint_interval} must be 0 "
+                "or more; 0 keeps all activations."
+            )
         for flag in ("hidden_dropout", "attention_dropout"):
             value = getattr(self, flag)
             if not 0.0 <= value < 1.0:

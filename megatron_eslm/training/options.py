@@ -131,8 +131,16 @@ class EngineOptions:
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer's columns."""
 
+    sequence_parallel: bool = False
+    """Tensor-parallel ranks also share the positions of norms, dropout and residual stream, which
+    saves their activations (needs --tensor-model-parallel-size above 1)."""
+
     pipeline_model_parallel_size: int = 1
     """Pipeline stages."""
+
+    pipeline_split: str | None = None
+    """Blocks of each pipeline stage, as in 4,4,3,1; default: the split whose most expensive stage
+    is cheapest (--dry-run prints it)."""
 
     deepspeed_config: str | None = None
     """DeepSpeed JSON to start from (ds_configs/ has one for each ZeRO stage). Flags fill what it
@@ -151,6 +159,20 @@ class EngineOptions:
             raise ConfigError(f"--zero-stage {self.zero_stage} is not one of 0, 1, 2, 3.")
         if self.distributed_timeout_minutes <= 0:
             raise ConfigError("--distributed-timeout-minutes must be positive.")
+        _ = self.pipeline_blocks
+
+    @property
+    def pipeline_blocks(self) -> tuple[int, ...] | None:
+        """--pipeline-split as numbers; None where it is not given."""
+        if self.pipeline_split is None:
+            return None
+        words = [word.strip() for word in self.pipeline_split.split(",")]
+        if not all(word.isdecimal() and int(word) >= 1 for word in words):
+            raise ConfigError(
+                f"--pipeline-split {self.pipeline_split} must be the number of blocks of each "
+                "stage, 1 or more, separated by commas, as in 4,4,3,1."
+            )
+        return tuple(map(int, words))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,11 +212,21 @@ class ReportOptions:
     """Folder for one .npz a micro-step: tokens, scores, what was kept."""
 
     dry_run: bool = False
-    """Print steps, tokens, epochs per domain, parameters, memory and FLOPs, and train nothing."""
+    """Print steps, tokens, epochs per domain, parameters, memory, FLOPs and a pipeline's plan, and
+    train nothing."""
+
+    dry_run_world_size: int | None = None
+    """Processes that --dry-run describes, instead of those that were started."""
 
     peak_tflops: float | None = None
     """Peak of one device in the compute type, for MFU; known for common GPUs."""
 
     def __post_init__(self) -> None:
+        _at_least(self, 1, "dry_run_world_size")
+        if self.dry_run_world_size is not None and not self.dry_run:
+            raise ConfigError(
+                f"--dry-run-world-size {self.dry_run_world_size} says what --dry-run describes; "
+                "give that too, or leave it out."
+            )
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ConfigError(f"--peak-tflops {self.peak_tflops:g} must be positive.")

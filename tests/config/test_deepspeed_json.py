@@ -138,6 +138,11 @@ def test_a_conflict_names_both_sides(
     [
         ({"optimizer": {"type": "Adam"}}, ['"optimizer" section', "--lr", "Remove it"]),
         ({"scheduler": {"type": "WarmupLR"}}, ['"scheduler" section', "Remove it"]),
+        ({"pipeline": {}}, ['"pipeline" section', "--pipeline-split", "Remove it"]),
+        (
+            {"tensor_parallel": {"autotp_size": 2}},
+            ['"tensor_parallel" section', "--tensor-model-parallel-size", "Remove it"],
+        ),
         ('{"bf16": ', ["is not JSON", "line 1"]),
         ("[1]", ["must hold one JSON object"]),
         ({"bf16": True}, ["bf16 must be an object"]),

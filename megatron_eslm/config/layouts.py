@@ -1,0 +1,278 @@
+"""What combines: parallel sizes, ZeRO stages, CPU offload. One table, printed and enforced.
+
+`--help-layouts` and docs/layouts.md print it; `resolve()` walks it before anything is built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.selection.state import Peers, SelectionState
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedLayout:
+    """What a run asks for, as far as it decides whether and how it can be laid out."""
+
+    tp: int
+    """--tensor-model-parallel-size."""
+    pp: int
+    """--pipeline-model-parallel-size."""
+    zero_stage: int
+    cpu_offload: bool
+    bf16: bool
+    fp16: bool
+    sequence_parallel: bool
+    split: tuple[int, ...] | None
+    """--pipeline-split."""
+    micro_steps: int
+    """Micro-steps an optimizer step."""
+    early_exit: int
+    """Blocks before the early exit that scores sequences; 0 without one."""
+    num_layers: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+    seq_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """A row of the table: what trains together."""
+
+    pipeline: bool
+    """Whether it is the row of runs with more than one stage."""
+    zero_stages: tuple[int, ...]
+    offload_stages: tuple[int, ...]
+    """ZeRO stages that can keep their optimizer in CPU memory."""
+    files: tuple[str, ...]
+    """In ds_configs/."""
+
+
+COMBINATIONS = (
+    Combination(
+        pipeline=False,
+        zero_stages=(0, 1, 2, 3),
+        offload_stages=(1, 2, 3),
+        files=("zero{0,1,2,3}.json", "zero{1,2,3}_offload.json"),
+    ),
+    # DeepSpeed's pipeline engine keeps whole gradients until the last micro-step, which ZeRO 2 and
+    # 3 would have spread by then. With offload in bf16 the tied embedding's copies drift apart, as
+    # with fp16 (see _half).
+    Combination(
+        pipeline=True,
+        zero_stages=(0, 1),
+        offload_stages=(1,),
+        files=(
+            "pipeline_zero0.json",
+            "pipeline_zero1_bf16.json",
+            "zero1.json",
+            "zero1_offload.json",
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A condition across flags."""
+
+    flag: str
+    holds_if: str
+    """For the table: what must be so where the flag is given."""
+    refusal: Callable[[AskedLayout], str | None]
+    """Why a run cannot be, with flags, values and remedy; None where it can."""
+
+
+def check_layout_rules(asked: AskedLayout) -> None:
+    """ConfigError for the first thing in the table that a run does not keep to."""
+    refusals = [_refused_by_combinations(asked), *(rule.refusal(asked) for rule in RULES)]
+    for refusal in filter(None, refusals):
+        raise ConfigError(refusal)
+
+
+def layout_warnings(asked: AskedLayout) -> list[str]:
+    """What trains, but badly."""
+    if asked.micro_steps < asked.pp:
+        idle = (asked.pp - 1) / (asked.micro_steps + asked.pp - 1)
+        return [
+            f"--pipeline-model-parallel-size {asked.pp} with {asked.micro_steps} micro-steps an "
+            f"optimizer step leaves every stage idle for {idle:.0%} of the time. Raise "
+            "--global-batch-size, or use fewer stages."
+        ]
+    return []
+
+
+def early_exit_layers(selection: SelectionOptions) -> int:
+    """Blocks before the early exit; 0 where the policy scores sequences without one."""
+    state, alone = SelectionState(alpha=selection.initial_alpha), Peers(0, 1, None)
+    return build_policy(selection, state, alone, seed=0).selector_depth
+
+
+def layout_table() -> str:
+    """The table as markdown that also reads well in a terminal."""
+    rows = [
+        (
+            "2 or more" if row.pipeline else "1",
+            "any",
+            "any",
+            ", ".join(map(str, row.zero_stages)),
+            ("ZeRO " + ", ".join(map(str, row.offload_stages))) if row.offload_stages else "no",
+            ", ".join(row.files),
+        )
+        for row in COMBINATIONS
+    ]
+    head = ("pipeline", "tensor", "data", "ZeRO", "CPU offload", "ds_configs/")
+    rules = [(rule.flag, rule.holds_if) for rule in RULES]
+    return "\n\n".join((_markdown(head, rows), _markdown(("with", "must hold"), rules)))
+
+
+def _markdown(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _refused_by_combinations(asked: AskedLayout) -> str | None:
+    row = next(row for row in COMBINATIONS if row.pipeline == (asked.pp > 1))
+    stage = asked.zero_stage
+    if stage not in row.zero_stages:
+        return (
+            f"--zero-stage {stage} needs --pipeline-model-parallel-size 1 and this run has "
+            f"{asked.pp}; use --zero-stage {row.zero_stages[-1]} with a pipeline."
+        )
+    if not asked.cpu_offload or stage in row.offload_stages:
+        return None
+    return (
+        f"--cpu-offload keeps ZeRO's partitions in CPU memory and --zero-stage {stage} has none. "
+        f"Use --zero-stage {_one_of(row.offload_stages)}."
+    )
+
+
+def _one_of(values: Iterable[int]) -> str:
+    *some, last = map(str, values)
+    return f"{', '.join(some)} or {last}" if some else last
+
+
+def _tensor(asked: AskedLayout) -> str | None:
+    common = math.gcd(asked.num_attention_heads, asked.ffn_hidden_size)
+    fitting = _one_of(n for n in range(1, common + 1) if common % n == 0)
+    for flag, value in (
+        ("--num-attention-heads", asked.num_attention_heads),
+        ("--ffn-hidden-size", asked.ffn_hidden_size),
+    ):
+        if value % asked.tp:
+            return (
+                f"{flag} {value} is not a multiple of --tensor-model-parallel-size {asked.tp}. For "
+                f"this model it can be {fitting}; or change {flag}."
+            )
+    return None
+
+
+def _sequence(asked: AskedLayout) -> str | None:
+    if not asked.sequence_parallel:
+        return None
+    if asked.tp == 1:
+        return (
+            "--sequence-parallel spreads positions over tensor-parallel ranks and "
+            "--tensor-model-parallel-size is 1. Raise it, or leave out --sequence-parallel."
+        )
+    if asked.seq_length % asked.tp:
+        return (
+            f"--sequence-parallel needs --seq-length {asked.seq_length} to be a multiple of "
+            f"--tensor-model-parallel-size {asked.tp}; change one of them, or leave out "
+            "--sequence-parallel."
+        )
+    return None
+
+
+def _depth(asked: AskedLayout) -> str | None:
+    if asked.num_layers < asked.pp:
+        return (
+            f"--pipeline-model-parallel-size {asked.pp} needs a block a stage and --num-layers is "
+            f"{asked.num_layers}; use at most {asked.num_layers} stages."
+        )
+    first = asked.num_layers - asked.pp + 1
+    if asked.pp > 1 and asked.early_exit > first:
+        return (
+            f"--eslm-proxy-layers {asked.early_exit} must lie in the first stage, which has at "
+            f"most {first} of --num-layers {asked.num_layers} blocks when "
+            f"--pipeline-model-parallel-size is {asked.pp}. Lower one of the two."
+        )
+    return None
+
+
+def _half(asked: AskedLayout) -> str | None:
+    # DeepSpeed's optimizers for half precision without ZeRO add up gradients in 16 bits, take a
+    # step before the first one, and count the gradients of what tensor-parallel ranks share once a
+    # rank.
+    if (asked.bf16 or asked.fp16) and asked.zero_stage == 0:
+        return (
+            f"--{'bf16' if asked.bf16 else 'fp16'} needs ZeRO and --zero-stage is 0; use "
+            "--zero-stage 1, which on one rank costs nothing."
+        )
+    return None
+
+
+def _fp16(asked: AskedLayout) -> str | None:
+    # Never tried: it needs a GPU, and loss scaling meets the sum of the tied gradients here.
+    if asked.fp16 and asked.pp > 1:
+        return (
+            f"--fp16 needs --pipeline-model-parallel-size 1 and this run has {asked.pp}; use "
+            "--bf16 with a pipeline."
+        )
+    return None
+
+
+def _split(asked: AskedLayout) -> str | None:
+    if asked.split is None:
+        return None
+    given = f"--pipeline-split {','.join(map(str, asked.split))}"
+    if len(asked.split) != asked.pp:
+        return (
+            f"{given} names {len(asked.split)} stages and --pipeline-model-parallel-size is "
+            f"{asked.pp}; give one number a stage, or leave it to the plan."
+        )
+    if sum(asked.split) != asked.num_layers:
+        return (
+            f"{given} has {sum(asked.split)} blocks and --num-layers is {asked.num_layers}; make "
+            "them equal."
+        )
+    if asked.early_exit > asked.split[0]:
+        return (
+            f"{given} gives the first stage {asked.split[0]} blocks and --eslm-proxy-layers "
+            f"{asked.early_exit} must lie in it. Give it more, or lower --eslm-proxy-layers."
+        )
+    return None
+
+
+RULES = (
+    Rule(
+        flag="--tensor-model-parallel-size T",
+        holds_if="--num-attention-heads and --ffn-hidden-size are multiples of T",
+        refusal=_tensor,
+    ),
+    Rule(
+        flag="--sequence-parallel",
+        holds_if="T is above 1 and --seq-length a multiple of T",
+        refusal=_sequence,
+    ),
+    Rule(
+        flag="--pipeline-model-parallel-size P",
+        holds_if="every stage has a block, and the first one --eslm-proxy-layers if it scores",
+        refusal=_depth,
+    ),
+    Rule(flag="--bf16, --fp16", holds_if="the ZeRO stage is 1 or more", refusal=_half),
+    Rule(flag="--fp16", holds_if="P is 1", refusal=_fp16),
+    Rule(
+        flag="--pipeline-split",
+        holds_if="P numbers, --num-layers in all, --eslm-proxy-layers in the first if it scores",
+        refusal=_split,
+    ),
+)
