@@ -23,7 +23,7 @@ REQUIRED = (
     "pyarrow",
 )
 OPTIONAL = {
-    "mpi4py": "only to launch with MPI: pip install 'megatron-eslm[mpi]' (needs an MPI library)",
+    "mpi4py": "only to launch with MPI: pip install mpi4py (needs an MPI library)",
     "wandb": "only for DeepSpeed's W&B monitor: pip install 'megatron-eslm[wandb]'",
 }
 

@@ -161,9 +161,8 @@ def export(
     Raises:
         ConfigError: weights or tokenizer do not fit the shape, or the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     from megatron_eslm.data.hf_tokenizer import hf_tokenizer
+    from megatron_eslm.training.tensor_files import write_file
 
     directory = Path(directory)
     check_tokenizer(tokenizer, shape)
@@ -171,7 +170,7 @@ def export(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # One file and no progress bar, unlike save_pretrained; the tied head is not stored twice.
-        save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+        write_file(directory / "model.safetensors", state, metadata={"format": "pt"})
         gpt2_config(shape, tokenizer.eod).save_pretrained(directory)
         _generation_config(tokenizer.eod).save_pretrained(directory)
         spelling = hf_tokenizer(tokenizer)

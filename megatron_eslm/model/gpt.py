@@ -1,17 +1,24 @@
-"""The GPT as a list of layers, and that list as one module."""
+"""The GPT: embedding, blocks with an instance selector among them, and the selective head.
+
+One class is the whole model or one stage of a pipeline; a stage has the same parts under the same
+names, only fewer of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.dropout import NamedDropout, Places
 from megatron_eslm.model.head import Objective, SelectiveHead
 from megatron_eslm.model.init import init_parameters
-from megatron_eslm.model.instance_selector import InstanceSelector
-from megatron_eslm.model.layers import Block, Carry, Embedding, layer_norm
+from megatron_eslm.model.instance_selector import InstanceSelector, Selected
+from megatron_eslm.model.layers import Block, Embedding, FinalNorm, Layout, MirroredNorm
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.head_statistics import VocabShard
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
@@ -26,16 +33,23 @@ class ModelSettings:
 
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    dropout_seed: int = 0
     keep_logits: bool = True
     """Keep the head's logits for the backward pass instead of computing them again."""
+    sequence_parallel: bool = False
+    """Spread norms and residuals over the tensor-parallel ranks by position."""
+    activation_checkpoint_interval: int = 0
+    """Blocks of which only the first one's input is kept for the backward pass; 0 keeps all."""
 
 
 class GPT(nn.Module):
-    """Embedding, blocks with an InstanceSelector among them, and the selective head.
+    """A GPT, or the stage of one that holds `blocks`.
 
-    Called with tokens int64 [M, T+1] and valid bool [M, T] (whether label t counts) it returns what
-    SelectiveHead returns. Parameter names (`embedding.*`, `blocks.{i}.*`, `final_norm.*`) do not
-    depend on policy or layout.
+    The whole model, called with tokens int64 [M, T+1] and valid bool [M, T] (whether label t
+    counts), returns what SelectiveHead returns. A stage is `run()`: the first one takes (tokens,
+    valid), those behind it and the head (`loss()`) take what the stage before hands on, `Selected`.
+    Parameter names (`embedding.*`, `blocks.{i}.*`, `final_norm.*`) do not depend on policy or
+    layout.
     """
 
     def __init__(
@@ -46,53 +60,169 @@ class GPT(nn.Module):
         recorder: Recorder,
         objective: Objective,
         settings: ModelSettings,
+        blocks: range | None = None,
     ) -> None:
         super().__init__()
-        if shape.num_attention_heads % mesh.tp_size:
-            raise ConfigError(
-                f"--num-attention-heads {shape.num_attention_heads} does not divide by "
-                f"--tensor-model-parallel-size {mesh.tp_size}."
-            )
-        if policy.selector_depth >= shape.num_layers and policy.instance_source == "head":
-            raise ConfigError(
-                f"--eslm-proxy-layers {policy.selector_depth} must be smaller than --num-layers "
-                f"{shape.num_layers}: the early exit would be the whole model."
-            )
+        self.block_range = blocks = range(shape.num_layers) if blocks is None else blocks
+        _check(shape, mesh, policy, blocks, settings)
         self.shape = shape
+        self.policy = policy
+        self.recorder = recorder
+        self.settings = settings
+        layout = Layout(shape, mesh, settings.sequence_parallel)
         shard = VocabShard.of(shape.vocab_size, shape.padded_vocab_size, mesh.tp_group)
-        self.embedding = Embedding(shape, mesh, settings.hidden_dropout)
-        self.blocks = nn.ModuleList(
-            Block(
-                shape,
-                mesh,
-                hidden_dropout=settings.hidden_dropout,
-                attention_dropout=settings.attention_dropout,
-            )
-            for _ in range(shape.num_layers)
-        )
-        self.final_norm = layer_norm(shape)
-        self.selector = InstanceSelector(policy, recorder, self.embedding, self.final_norm, shard)
-        self.head = SelectiveHead(
-            policy,
-            recorder,
-            objective,
-            self.embedding,
-            self.final_norm,
-            shard,
-            settings.keep_logits,
-        )
-        self._depth = policy.selector_depth
 
-    def layers(self) -> list[nn.Module]:
-        """The layers in order, the head apart: what a pipeline deals out over its stages."""
-        blocks: list[nn.Module] = list(self.blocks)
-        return [self.embedding, *blocks[: self._depth], self.selector, *blocks[self._depth :]]
+        def dropout(probability: float, name: str) -> NamedDropout:
+            return NamedDropout(
+                probability, settings.dropout_seed, name, mesh, layout.sequence_parallel
+            )
+
+        if self.is_first or self.is_last:
+            self.embedding = Embedding(
+                layout, dropout(settings.hidden_dropout, "embedding"), positions=self.is_first
+            )
+        self.blocks = nn.ModuleDict(
+            {
+                str(i): Block(
+                    layout,
+                    {
+                        "weights": dropout(settings.attention_dropout, f"blocks.{i}.weights"),
+                        "attention": dropout(settings.hidden_dropout, f"blocks.{i}.attention"),
+                        "mlp": dropout(settings.hidden_dropout, f"blocks.{i}.mlp"),
+                    },
+                )
+                for i in blocks
+            }
+        )
+        if self.is_last:
+            self.final_norm: FinalNorm | MirroredNorm = FinalNorm(shape)
+            self.head = SelectiveHead(
+                policy,
+                recorder,
+                objective,
+                layout,
+                self.embedding,
+                self.final_norm,
+                shard,
+                settings.keep_logits,
+            )
+        elif self.is_first and policy.instance_source == "head":
+            self.final_norm = MirroredNorm(shape)
+        if self.is_first:
+            final_norm = getattr(self, "final_norm", None)
+            self.selector = InstanceSelector(
+                policy, recorder, layout, self.embedding, final_norm, shard
+            )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first stage, or the whole model."""
+        return self.block_range.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the last stage, or the whole model."""
+        return self.block_range.stop == self.shape.num_layers
 
     def forward(self, tokens_MS: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
-        carry: Carry = (tokens_MS, valid_MT)
-        for layer in self.layers():
-            carry = layer(carry)
-        return self.head(carry, tokens_MS[:, 1:], valid_MT)
+        return self.loss(self.run((tokens_MS, valid_MT)), tokens_MS, valid_MT)
+
+    def run(self, inputs: tuple[torch.Tensor, ...]) -> Selected:
+        """This stage's layers but the head, for one micro-batch."""
+        if self.training:
+            self.policy.state.micro_step = self.recorder.begin()
+        if not self.is_first:
+            selected: Selected = inputs  # type: ignore[assignment]
+            hidden_SKD, *rest = selected
+            return (self._blocks(hidden_SKD, self.block_range, self._places(selected)), *rest)  # type: ignore[return-value]
+        tokens_MS, valid_MT = inputs
+        depth = self.policy.selector_depth
+        everything_M = torch.arange(len(tokens_MS), device=tokens_MS.device)
+        places = self._places_of(everything_M, len(tokens_MS))
+        hidden_SMD = self.embedding(tokens_MS, places)
+        hidden_SMD = self._blocks(hidden_SMD, self.block_range[:depth], places)
+        selected = self.selector(hidden_SMD, tokens_MS, valid_MT)
+        hidden_SKD, *rest = selected
+        hidden_SKD = self._blocks(hidden_SKD, self.block_range[depth:], self._places(selected))
+        return (hidden_SKD, *rest)  # type: ignore[return-value]
+
+    def loss(
+        self, selected: Selected, tokens_MS: torch.Tensor, valid_MT: torch.Tensor
+    ) -> torch.Tensor:
+        """The head, on the last stage."""
+        return self.head(selected, tokens_MS[:, 1:], valid_MT)
+
+    def _blocks(
+        self, hidden: torch.Tensor, numbers: Sequence[int], places: Places | None
+    ) -> torch.Tensor:
+        interval = self.settings.activation_checkpoint_interval
+        if not interval or not self.training:
+            return self._run_blocks(hidden, numbers, places)
+        for first in range(0, len(numbers), interval):
+            # Masks come by name, so no state of random streams has to be kept.
+            hidden = checkpoint(
+                self._run_blocks,
+                hidden,
+                numbers[first : first + interval],
+                places,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        return hidden
+
+    def _run_blocks(
+        self, hidden: torch.Tensor, numbers: Sequence[int], places: Places | None
+    ) -> torch.Tensor:
+        for number in numbers:
+            hidden = self.blocks[str(number)](hidden, places)
+        return hidden
+
+    def _places(self, selected: Selected) -> Places | None:
+        _, kept_K, facts_2 = selected
+        if not self._drops:
+            return None
+        return self._places_of(kept_K, int(facts_2[0]))
+
+    def _places_of(self, rows_K: torch.Tensor, num_rows: int) -> Places | None:
+        """For dropout: rows of this rank as rows of the global micro-batch, in this micro-step."""
+        if not self._drops:
+            return None
+        first = self.policy.peers.rank * num_rows
+        state = self.policy.state
+        rows = tuple(first + row for row in rows_K.tolist())
+        return Places(state.iteration, state.micro_step, rows)
+
+    @property
+    def _drops(self) -> bool:
+        settings = self.settings
+        return self.training and bool(settings.hidden_dropout or settings.attention_dropout)
+
+
+def _check(
+    shape: ModelShape, mesh: Mesh, policy: SelectionPolicy, blocks: range, settings: ModelSettings
+) -> None:
+    tp = mesh.tp_size
+    for flag, value in (
+        ("--num-attention-heads", shape.num_attention_heads),
+        ("--ffn-hidden-size", shape.ffn_hidden_size),
+    ):
+        if value % tp:
+            raise ConfigError(
+                f"{flag} {value} does not divide by --tensor-model-parallel-size {tp}."
+            )
+    if policy.instance_source == "head" and blocks.start == 0:
+        depth = policy.selector_depth
+        if depth >= shape.num_layers:
+            raise ConfigError(
+                f"--eslm-proxy-layers {depth} must be smaller than --num-layers "
+                f"{shape.num_layers}: the early exit would be the whole model."
+            )
+        if depth > len(blocks):
+            raise ConfigError(
+                f"--eslm-proxy-layers {depth} must not exceed the {len(blocks)} blocks of the "
+                "first pipeline stage, where the early exit is. Lower it, or give the first stage "
+                "more blocks with --pipeline-split."
+            )
 
 
 def build_gpt(
@@ -105,9 +235,10 @@ def build_gpt(
     *,
     seed: int,
     init_std: float = 0.02,
+    blocks: range | None = None,
 ) -> GPT:
-    """A GPT in float32 on the CPU with its initial weights."""
-    model = GPT(shape, mesh, policy, recorder, objective, settings)
+    """A GPT, or one stage of it, in float32 on the CPU with its initial weights."""
+    model = GPT(shape, mesh, policy, recorder, objective, settings, blocks)
     init_parameters(model, shape, mesh, seed=seed, std=init_std)
     return model
 
@@ -162,9 +293,7 @@ def reference_logits(
     load_weights(model, weights)
     # The embedding takes T+1 tokens and drops the last; any id does there.
     padded = torch.cat([tokens, tokens[:, :1]], dim=1)
-    carry: Carry = (padded, torch.ones_like(tokens, dtype=torch.bool))
-    for layer in model.layers():
-        carry = layer(carry)
-    hidden_TBD = model.final_norm(carry[0])
-    logits = hidden_TBD @ model.embedding.word.weight[: shape.vocab_size].t()
+    hidden_TBD, *_ = model.run((padded, torch.ones_like(tokens, dtype=torch.bool)))
+    assert model.final_norm is not None
+    logits = model.final_norm(hidden_TBD) @ model.embedding.word.weight[: shape.vocab_size].t()
     return logits.transpose(0, 1)

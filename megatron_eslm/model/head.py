@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from megatron_eslm.model.layers import Carry, Embedding
+from megatron_eslm.model.instance_selector import Selected
+from megatron_eslm.model.layers import Embedding, FinalNorm, Layout
 from megatron_eslm.ops.head_statistics import HeadStatistics, VocabShard, head_statistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.ops.selective_linear_cross_entropy import selective_linear_cross_entropy
@@ -24,7 +25,7 @@ Objective = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
 class SelectiveHead(nn.Module):
-    """(hidden [T,K,D], kept [K]) with labels [M,T] and valid [M,T] -> loss.
+    """Selected (see instance_selector) with labels [M,T] and valid [M,T] -> loss.
 
     In training the result is this rank's scaled term of the mean loss over kept tokens (float32
     scalar); in evaluation float64 [2], the sum of the losses of all valid tokens and their number.
@@ -35,8 +36,9 @@ class SelectiveHead(nn.Module):
         policy: SelectionPolicy,
         recorder: Recorder,
         objective: Objective,
+        layout: Layout,
         embedding: Embedding,
-        final_norm: nn.Module,
+        final_norm: FinalNorm,
         shard: VocabShard,
         keep_logits: bool,
     ) -> None:
@@ -44,15 +46,17 @@ class SelectiveHead(nn.Module):
         self.policy = policy
         self.recorder = recorder
         self.objective = objective
+        self.layout = layout
         self.shard = shard
         self.keep_logits = keep_logits
         # In a tuple, so that the shared modules are not registered under a second name.
         self._tied = (embedding, final_norm)
 
     def forward(
-        self, carry: Carry, labels_MT: torch.Tensor, valid_MT: torch.Tensor
+        self, selected: Selected, labels_MT: torch.Tensor, valid_MT: torch.Tensor
     ) -> torch.Tensor:
-        hidden_TKD, kept_K = carry
+        hidden_SKD, kept_K, facts_2 = selected
+        hidden_TKD = self.layout.gather(hidden_SKD)
         embedding, final_norm = self._tied
         weight_VD = embedding.word.weight
         labels_N = labels_MT[kept_K].t().flatten()
@@ -88,9 +92,10 @@ class SelectiveHead(nn.Module):
         )
         self._record(loss_S, chosen_S, kept_K, valid_MT)
         loss = self.objective(loss_S, num_kept, self.policy.peers.size)
-        if self.recorder.record.num_nonfinite:
+        if self.recorder.record.num_nonfinite or int(facts_2[1]):
             # Every gradient becomes nan, and the engine skips the step on all ranks.
             loss = loss * torch.nan
+        self.recorder.record.loss = loss.detach()
         return loss
 
     def _statistics(
@@ -119,7 +124,7 @@ class SelectiveHead(nn.Module):
         scores_MT = self.policy.token_scores(risk_MT, valid_MT)
         takes_part_MT = valid_MT & in_kept_row_M[:, None]
         # Full [M, T] on every rank, so that one gather of one shape serves whatever was dropped.
-        decision = self.policy.keep(torch.where(takes_part_MT, scores_MT, EXCLUDED))
+        decision = self.policy.keep(torch.where(takes_part_MT, scores_MT, EXCLUDED), "token gather")
         record.token_scores_MT = torch.where(takes_part_MT, scores_MT, torch.nan)
         record.tau_token = decision.tau
         record.cvar = decision.cvar
@@ -135,7 +140,8 @@ class SelectiveHead(nn.Module):
 
     def _sum_over_ranks(self, count: int, device: torch.device) -> int:
         total = torch.tensor([count], device=device)
-        return int(all_reduce_(total, self.policy.peers.group).item())
+        with self.policy.peers.phases("count of kept tokens", waits=True):
+            return int(all_reduce_(total, self.policy.peers.group).item())
 
     @torch.no_grad()
     def _record(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.parallel.seeding import generator
+
+WORD_EMBEDDING = "embedding.word.weight"
 
 
 @torch.no_grad()
@@ -34,7 +37,12 @@ def init_parameters(
             dim: int = getattr(parameter, "partition_dim", 0)
             if sharded:
                 full[dim] *= mesh.tp_size
+            if padded := name == WORD_EMBEDDING:
+                # How far the vocabulary is padded depends on the layout; padding is zero.
+                full[0] = shape.vocab_size
             draw = torch.empty(full).normal_(0.0, scale, generator=generator(seed, "init", name))
+            if padded:
+                draw = F.pad(draw, (0, 0, 0, shape.padded_vocab_size - shape.vocab_size))
             if sharded:
                 draw = draw.chunk(mesh.tp_size, dim=dim)[mesh.tp_rank]
             parameter.copy_(draw)

@@ -10,79 +10,91 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_eslm.model.layers import Carry, Embedding
+from megatron_eslm.model.layers import Embedding, FinalNorm, Layout, MirroredNorm
 from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.state import Recorder
 
+Selected = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""What goes on through the model, and from stage to stage of a pipeline: hidden [S,K,D] of the kept
+rows, which of this rank's rows they are (int64 [K]), and int64 [2] with the number of rows that
+were read (M) and of scores that were not finite."""
+
 
 class InstanceSelector(nn.Module):
-    """(hidden [T,M,D], tokens [M,T+1], valid [M,T]) -> (hidden [T,K,D], kept row indices [K]).
+    """(hidden [S,M,D], tokens [M,T+1], valid [M,T]) -> Selected.
 
-    K may be 0 on a rank. Evaluation keeps all rows.
+    S is T, or this rank's share of it under sequence parallelism. K may be 0 on a rank. Evaluation
+    keeps all rows.
     """
 
     def __init__(
         self,
         policy: SelectionPolicy,
         recorder: Recorder,
+        layout: Layout,
         embedding: Embedding,
-        final_norm: nn.Module,
+        final_norm: FinalNorm | MirroredNorm | None,
         shard: VocabShard,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.recorder = recorder
+        self.layout = layout
         self.shard = shard
         # In a tuple, so that the shared modules are not registered under a second name.
         self._early_exit = (embedding, final_norm)
 
-    def forward(self, carry: Carry) -> Carry:
-        hidden_TMD, tokens_MS, valid_MT = carry
-        rows = hidden_TMD.shape[1]
-        everything_M = torch.arange(rows, device=hidden_TMD.device)
-        if not self.training:
-            return hidden_TMD, everything_M
-        record = self.recorder.record
-        record.num_rows = record.num_rows_kept = rows
-        if self.policy.instance_source == "nothing":
-            return hidden_TMD, everything_M
+    def forward(
+        self, hidden_SMD: torch.Tensor, tokens_MS: torch.Tensor, valid_MT: torch.Tensor
+    ) -> Selected:
+        rows = hidden_SMD.shape[1]
+        everything_M = torch.arange(rows, device=hidden_SMD.device)
+        if not self.training or self.policy.instance_source == "nothing":
+            if self.training:
+                self.recorder.record.num_rows = self.recorder.record.num_rows_kept = rows
+            return hidden_SMD, everything_M, everything_M.new_tensor([rows, 0])
 
-        scores_M = self._scores(hidden_TMD.detach(), tokens_MS[:, 1:], valid_MT)
-        kept = self.policy.keep(scores_M)
+        scores_M = self._scores(hidden_SMD.detach(), tokens_MS[:, 1:], valid_MT)
+        kept = self.policy.keep(scores_M, "proxy gather")
+        record = self.recorder.record
+        record.num_rows = rows
         record.instance_scores_M = scores_M
         record.instance_kept_M = kept.keep
         record.tau_instance = kept.tau
-        record.num_nonfinite += kept.num_nonfinite
+        record.num_nonfinite = kept.num_nonfinite
         record.nonfinite_rows_M = torch.isnan(scores_M) | (scores_M == torch.inf)
         kept_K = kept.keep.nonzero().squeeze(1)
         record.num_rows_kept = len(kept_K)
+        facts_2 = kept_K.new_tensor([rows, kept.num_nonfinite])
         if len(kept_K) == rows:
-            return hidden_TMD, kept_K
-        return hidden_TMD.index_select(1, kept_K), kept_K
+            return hidden_SMD, kept_K, facts_2
+        return hidden_SMD.index_select(1, kept_K), kept_K, facts_2
 
     @torch.no_grad()
     def _scores(
-        self, hidden_TMD: torch.Tensor, labels_MT: torch.Tensor, valid_MT: torch.Tensor
+        self, hidden_SMD: torch.Tensor, labels_MT: torch.Tensor, valid_MT: torch.Tensor
     ) -> torch.Tensor:
         if self.policy.instance_source == "policy":
-            return self.policy.instance_scores(hidden_TMD.new_empty(0), valid_MT)
+            return self.policy.instance_scores(hidden_SMD.new_empty(0), valid_MT)
         embedding, final_norm = self._early_exit
+        assert final_norm is not None
         stride = self.policy.proxy_stride
-        hidden_SMD = final_norm(hidden_TMD[::stride])
-        labels_MS = labels_MT[:, ::stride]
+        # P: the positions that are scored.
+        hidden_PMD = final_norm(self.layout.gather(hidden_SMD)[::stride])
+        labels_MP = labels_MT[:, ::stride]
         statistics = head_statistics(
-            hidden_SMD.flatten(0, 1),
+            hidden_PMD.flatten(0, 1),
             embedding.word.weight,
-            labels_MS.t().flatten(),
+            labels_MP.t().flatten(),
             self.shard,
             entropy=self.policy.needs_entropy,
         )
-        risk_MS = self.policy.token_risk(statistics).view(hidden_SMD.shape[:2]).t()
-        seen_MS = valid_MT[:, ::stride]
+        risk_MP = self.policy.token_risk(statistics).view(hidden_PMD.shape[:2]).t()
+        seen_MP = valid_MT[:, ::stride]
         if stride > 1:
             # A row whose labels all fall between the scored positions is scored where they are not,
             # so that it has a score and is not dropped for ever.
-            unseen_M1 = ~seen_MS.any(1, keepdim=True) & valid_MT.any(1, keepdim=True)
-            seen_MS = seen_MS | unseen_M1
-        return self.policy.instance_scores(risk_MS, seen_MS)
+            unseen_M1 = ~seen_MP.any(1, keepdim=True) & valid_MT.any(1, keepdim=True)
+            seen_MP = seen_MP | unseen_M1
+        return self.policy.instance_scores(risk_MP, seen_MP)

@@ -1,42 +1,34 @@
 """The layers of a GPT-2 decoder, on megatron-core's tensor-parallel building blocks.
 
-Each layer takes and returns one tuple of tensors, so that a list of them is a module when called in
-turn and a pipeline when dealt out over stages. Shape legend: T positions, M rows (sequences),
-D hidden. Activations are [T, M, D], Megatron's order, which sequence parallelism needs.
+Shape legend: T positions, S those of this rank (T / TP under sequence parallelism, else T), M rows
+(sequences), D hidden. Activations are [S, M, D], Megatron's order, which sequence parallelism
+needs.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import ModelParallelConfig
+from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from torch import nn
 
+from megatron_eslm.model.dropout import NamedDropout, Places
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.parallel.mesh import Mesh
-
-Carry = tuple[torch.Tensor, ...]
 
 
 def _no_init(weight: torch.Tensor) -> torch.Tensor:
     return weight  # model.init gives every parameter its values, by name
-
-
-def megatron_config(mesh: Mesh) -> ModelParallelConfig:
-    """What megatron-core's layers want to know."""
-    return ModelParallelConfig(
-        tensor_model_parallel_size=mesh.tp_size,
-        pipeline_model_parallel_size=mesh.pp_size,
-        pipeline_dtype=torch.float32 if mesh.pp_size > 1 else None,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-    )
 
 
 def _mark_sharded(weight: torch.Tensor, dim: int) -> None:
@@ -47,51 +39,115 @@ def _mark_sharded(weight: torch.Tensor, dim: int) -> None:
     set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
-def _column(d_in: int, d_out: int, mesh: Mesh) -> ColumnParallelLinear:
-    layer = ColumnParallelLinear(
-        d_in, d_out, config=megatron_config(mesh), init_method=_no_init, tp_group=mesh.tp_group
-    )
-    _mark_sharded(layer.weight, 0)
-    return layer
+class Layout:
+    """How layers are spread over ranks, and the parts that are built accordingly."""
 
+    def __init__(self, shape: ModelShape, mesh: Mesh, sequence_parallel: bool) -> None:
+        self.shape = shape
+        self.mesh = mesh
+        self.sequence_parallel = sequence_parallel and mesh.tp_size > 1
+        if self.sequence_parallel and parallel_state._GLOBAL_MEMORY_BUFFER is None:
+            # megatron-core's linear layers gather into it; it comes with its global groups, which
+            # we do without.
+            parallel_state._set_global_memory_buffer()
+        self.megatron = ModelParallelConfig(
+            tensor_model_parallel_size=mesh.tp_size,
+            sequence_parallel=self.sequence_parallel,
+            use_cpu_initialization=True,
+            perform_initialization=False,
+        )
 
-def _row(d_in: int, d_out: int, mesh: Mesh) -> RowParallelLinear:
-    layer = RowParallelLinear(
-        d_in,
-        d_out,
-        config=megatron_config(mesh),
-        init_method=_no_init,
-        bias=True,
-        input_is_parallel=True,
-        skip_bias_add=False,
-        tp_group=mesh.tp_group,
-    )
-    _mark_sharded(layer.weight, 1)
-    return layer
+    def column(self, d_in: int, d_out: int) -> ColumnParallelLinear:
+        """[S, M, d_in] -> [T, M, d_out / TP]."""
+        layer = ColumnParallelLinear(
+            d_in,
+            d_out,
+            config=self.megatron,
+            init_method=_no_init,
+            tp_group=self.mesh.tp_group,
+        )
+        _mark_sharded(layer.weight, 0)
+        return layer
+
+    def row(self, d_in: int, d_out: int) -> RowParallelLinear:
+        """[T, M, d_in / TP] -> [S, M, d_out], without its bias: see `shared`."""
+        layer = RowParallelLinear(
+            d_in,
+            d_out,
+            config=self.megatron,
+            init_method=_no_init,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=self.mesh.tp_group,
+        )
+        _mark_sharded(layer.weight, 1)
+        return layer
+
+    def shared(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter that every tensor-parallel rank holds whole, for use on [S, M, D].
+
+        Under sequence parallelism a rank sees some positions only, so its gradient is summed over
+        the ranks, where it arises: each engine and ZeRO stage then finds it complete.
+        """
+        if not self.sequence_parallel:
+            return parameter
+        return copy_to_tensor_model_parallel_region(parameter, group=self.mesh.tp_group)
+
+    def scatter(self, x_TMD: torch.Tensor) -> torch.Tensor:
+        """[T, M, D] on every tensor-parallel rank -> [S, M, D], this rank's positions."""
+        if not self.sequence_parallel:
+            return x_TMD
+        return scatter_to_sequence_parallel_region(x_TMD, group=self.mesh.tp_group)
+
+    def gather(self, x_SMD: torch.Tensor) -> torch.Tensor:
+        """[S, M, D] -> [T, M, D] on every rank, each of which then has the whole gradient."""
+        if not self.sequence_parallel:
+            return x_SMD
+        return gather_from_sequence_parallel_region(
+            x_SMD, tensor_parallel_output_grad=False, group=self.mesh.tp_group
+        )
 
 
 class Embedding(nn.Module):
-    """Word and position embeddings: (tokens int64 [M, T+1], valid) -> (hidden [T, M, D], ...)."""
+    """Word and position embeddings: tokens int64 [M, T+1] -> hidden [S, M, D].
 
-    def __init__(self, shape: ModelShape, mesh: Mesh, hidden_dropout: float) -> None:
+    A pipeline's last stage needs the word embedding only, as its head (`positions=False`).
+    """
+
+    def __init__(self, layout: Layout, dropout: NamedDropout, *, positions: bool = True) -> None:
         super().__init__()
+        shape = layout.shape
+        self.layout = layout
         self.word = VocabParallelEmbedding(
             shape.padded_vocab_size,
             shape.hidden_size,
             init_method=_no_init,
-            config=megatron_config(mesh),
-            tp_group=mesh.tp_group,
+            config=layout.megatron,
+            tp_group=layout.mesh.tp_group,
         )
         _mark_sharded(self.word.weight, 0)
-        self.position = nn.Embedding(shape.max_position_embeddings, shape.hidden_size)
-        self.dropout = nn.Dropout(hidden_dropout)
+        if positions:
+            self.position = nn.Embedding(shape.max_position_embeddings, shape.hidden_size)
+        self.dropout = dropout
 
-    def forward(self, carry: Carry) -> Carry:
-        tokens_MS, *rest = carry
+    def forward(self, tokens_MS: torch.Tensor, places: Places | None = None) -> torch.Tensor:
         inputs_TM = tokens_MS[:, :-1].t().contiguous()
         positions_T = torch.arange(inputs_TM.shape[0], device=inputs_TM.device)
         hidden_TMD = self.word(inputs_TM) + self.position(positions_T)[:, None]
-        return (self.dropout(hidden_TMD), tokens_MS, *rest)
+        return self.dropout.hidden(self.layout.scatter(hidden_TMD), places)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the hidden dimension of [S, M, D]; torch's own is fused on CUDA."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout.shape.hidden_size, eps=layout.shape.layernorm_epsilon)
+        self.layout = layout
+
+    def forward(self, x_SMD: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.layout.shared(self.weight), self.layout.shared(self.bias)
+        return F.layer_norm(x_SMD, self.normalized_shape, weight, bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -101,59 +157,107 @@ class Attention(nn.Module):
     shard holds whole heads.
     """
 
-    def __init__(self, shape: ModelShape, mesh: Mesh, attention_dropout: float) -> None:
+    def __init__(self, layout: Layout, dropout: NamedDropout) -> None:
         super().__init__()
-        self.num_heads_local = shape.num_attention_heads // mesh.tp_size
+        shape = layout.shape
+        self.layout = layout
+        self.num_heads_local = shape.num_attention_heads // layout.mesh.tp_size
         self.head_dim = shape.head_dim
-        self.attention_dropout = attention_dropout
-        self.qkv = _column(shape.hidden_size, 3 * shape.hidden_size, mesh)
-        self.out = _row(shape.hidden_size, shape.hidden_size, mesh)
+        self.dropout = dropout
+        self.qkv = layout.column(shape.hidden_size, 3 * shape.hidden_size)
+        self.out = layout.row(shape.hidden_size, shape.hidden_size)
 
-    def forward(self, x_TMD: torch.Tensor) -> torch.Tensor:
-        t, m, _ = x_TMD.shape
-        qkv, _ = self.qkv(x_TMD)
+    def forward(self, x_SMD: torch.Tensor, places: Places | None) -> torch.Tensor:
+        qkv, _ = self.qkv(x_SMD)
+        t, m, _ = qkv.shape
         # [T, M, heads, 3, channels] -> three of [M, heads, T, channels]
         q, k, v = qkv.view(t, m, self.num_heads_local, 3, self.head_dim).permute(3, 1, 2, 0, 4)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=self.attention_dropout if self.training else 0.0
-        )
+        if places is not None and self.dropout.probability:
+            mixed = self._with_dropout(q, k, v, places)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         # Not -1: a rank that keeps no row passes m = 0 through here.
         mixed_TMD = mixed.permute(2, 0, 1, 3).reshape(t, m, self.num_heads_local * self.head_dim)
-        return self.out(mixed_TMD)[0]
+        out_SMD, bias = self.out(mixed_TMD)
+        return out_SMD + self.layout.shared(bias)
+
+    def _with_dropout(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: Places
+    ) -> torch.Tensor:
+        # The fused kernels draw masks of their own; ours take the plain form.
+        t = q.shape[2]
+        future_TT = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+        scores = (q @ k.mT * self.head_dim**-0.5).masked_fill(future_TT, -torch.inf)
+        return self.dropout.attention(scores.softmax(dim=-1), places) @ v
 
 
 class MLP(nn.Module):
     """Two projections with GELU (tanh form) between them."""
 
-    def __init__(self, shape: ModelShape, mesh: Mesh) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.up = _column(shape.hidden_size, shape.ffn_hidden_size, mesh)
-        self.down = _row(shape.ffn_hidden_size, shape.hidden_size, mesh)
+        self.layout = layout
+        self.up = layout.column(layout.shape.hidden_size, layout.shape.ffn_hidden_size)
+        self.down = layout.row(layout.shape.ffn_hidden_size, layout.shape.hidden_size)
 
-    def forward(self, x_TMD: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.up(x_TMD)[0], approximate="tanh"))[0]
+    def forward(self, x_SMD: torch.Tensor) -> torch.Tensor:
+        out_SMD, bias = self.down(F.gelu(self.up(x_SMD)[0], approximate="tanh"))
+        return out_SMD + self.layout.shared(bias)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block; what rides along with the hidden states passes through."""
+    """One pre-norm transformer block: hidden [S, M, D] -> [S, M, D]."""
 
-    def __init__(
-        self, shape: ModelShape, mesh: Mesh, *, hidden_dropout: float, attention_dropout: float
-    ) -> None:
+    def __init__(self, layout: Layout, dropouts: dict[str, NamedDropout]) -> None:
         super().__init__()
-        self.norm1 = layer_norm(shape)
-        self.attention = Attention(shape, mesh, attention_dropout)
-        self.norm2 = layer_norm(shape)
-        self.mlp = MLP(shape, mesh)
-        self.dropout = nn.Dropout(hidden_dropout)
+        self.norm1 = LayerNorm(layout)
+        self.attention = Attention(layout, dropouts["weights"])
+        self.norm2 = LayerNorm(layout)
+        self.mlp = MLP(layout)
+        self.dropouts = dropouts
 
-    def forward(self, carry: Carry) -> Carry:
-        x_TMD, *rest = carry
-        x_TMD = x_TMD + self.dropout(self.attention(self.norm1(x_TMD)))
-        x_TMD = x_TMD + self.dropout(self.mlp(self.norm2(x_TMD)))
-        return (x_TMD, *rest)
+    def forward(self, x_SMD: torch.Tensor, places: Places | None = None) -> torch.Tensor:
+        out_SMD = self.attention(self.norm1(x_SMD), places)
+        x_SMD = x_SMD + self.dropouts["attention"].hidden(out_SMD, places)
+        out_SMD = self.mlp(self.norm2(x_SMD))
+        return x_SMD + self.dropouts["mlp"].hidden(out_SMD, places)
 
 
-def layer_norm(shape: ModelShape) -> nn.LayerNorm:
-    """Layer norm over the hidden dimension; torch's own is fused on CUDA."""
-    return nn.LayerNorm(shape.hidden_size, eps=shape.layernorm_epsilon)
+class FinalNorm(nn.LayerNorm):
+    """The last layer norm; its input is gathered, or chosen tokens [N, D]."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__(shape.hidden_size, eps=shape.layernorm_epsilon)
+
+
+class MirroredNorm(nn.Module):
+    """The final norm as the early exit of a pipeline's first stage sees it: a copy to score with.
+
+    Its values are those of the last stage's, which are sent before every step (`refresh`); it has
+    no gradient, no optimizer state and no place in checkpoints.
+    """
+
+    values_2D: torch.Tensor
+    """Weight and bias."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.eps = shape.layernorm_epsilon
+        values_2D = torch.stack([torch.ones(shape.hidden_size), torch.zeros(shape.hidden_size)])
+        self.register_buffer("values_2D", values_2D, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight_D, bias_D = self.values_2D.to(x.dtype)
+        return F.layer_norm(x, weight_D.shape, weight_D, bias_D, self.eps)
+
+
+@torch.no_grad()
+def refresh_norm(norm: FinalNorm | MirroredNorm, source: int, group: dist.ProcessGroup) -> None:
+    """Send the final norm from global rank `source` to the mirrors in `group`. Collective."""
+    if isinstance(norm, MirroredNorm):
+        # Not in place: an engine that casts weights may or may not cast buffers.
+        values_2D = torch.empty_like(norm.values_2D, dtype=torch.float32)
+        dist.broadcast(values_2D, source, group=group)
+        norm.values_2D.copy_(values_2D)
+    else:
+        dist.broadcast(torch.stack([norm.weight, norm.bias]).float(), source, group=group)

@@ -67,10 +67,12 @@ class SelectionPolicy(ABC):
         """The statistic that is this policy's risk, float32 [N]."""
         return statistics.loss_N
 
-    def keep(self, scores: torch.Tensor) -> Kept:
-        """The keep rule at the current alpha and the configured scope."""
-        group = self.peers.group if self.options.eslm_scope == "global" else None
-        return keep_riskiest(scores, self.state.alpha, group)
+    def keep(self, scores: torch.Tensor, phase: str) -> Kept:
+        """The keep rule at the current alpha and the configured scope; `phase` names the wait."""
+        if self.options.eslm_scope == "local":
+            return keep_riskiest(scores, self.state.alpha, None)
+        with self.peers.phases(phase, waits=True):
+            return keep_riskiest(scores, self.state.alpha, self.peers.group)
 
 
 P = TypeVar("P", bound=type[SelectionPolicy])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.distributed as dist
+
+from megatron_eslm.parallel.phases import Phases
 
 
 @dataclass
@@ -28,14 +30,17 @@ class Peers:
     size: int
     group: dist.ProcessGroup | None
     """None on a single rank."""
+    phases: Phases = field(default_factory=Phases, compare=False)
+    """Where waiting for the others is announced, for the watchdog."""
 
 
 @dataclass
 class MicroStepRecord:
     """What one micro-step selected on this rank.
 
-    M rows of this rank, T positions. Counts are local; thresholds are those of the group that was
-    thresholded together. Scores are nan where nothing was scored.
+    In a pipeline the first stage knows the sequences, the last one the tokens and the loss; `merge`
+    puts both together. M rows of this rank, T positions. Counts are local; thresholds are those of
+    the group that was thresholded together. Scores are nan where nothing was scored.
     """
 
     instance_scores_M: torch.Tensor | None = None
@@ -59,19 +64,53 @@ class MicroStepRecord:
     """Scores that are not finite, over the ranks that were thresholded together."""
     nonfinite_rows_M: torch.Tensor | None = None
     """bool; local rows that hold one."""
+    loss: torch.Tensor | None = None
+    """float32 scalar, this rank's term of the loss."""
+
+    def cpu(self) -> MicroStepRecord:
+        """A copy with all tensors on the CPU."""
+        copy = MicroStepRecord()
+        for f in fields(self):
+            value = getattr(self, f.name)
+            setattr(copy, f.name, value.cpu() if isinstance(value, torch.Tensor) else value)
+        return copy
+
+    def merge(self, other: MicroStepRecord) -> MicroStepRecord:
+        """This record with what only `other`, of another stage, knows."""
+        merged = MicroStepRecord()
+        for f in fields(MicroStepRecord):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if f.name == "nonfinite_rows_M" and mine is not None and theirs is not None:
+                value = mine | theirs
+            elif f.name.startswith("num_"):
+                value = max(mine, theirs)
+            else:
+                value = theirs if mine is None else mine
+            setattr(merged, f.name, value)
+        return merged
 
 
 @dataclass
 class Recorder:
     """Where the layers that select leave what they did, for the loop to take up.
 
-    The record cannot travel with the activations: in a pipeline instance and token selection
-    happen in different processes.
+    The records cannot travel with the activations: in a pipeline instances and tokens are selected
+    in different processes, each of which may be several micro-steps ahead of the other.
     """
 
-    record: MicroStepRecord = field(default_factory=MicroStepRecord)
+    records: list[MicroStepRecord] = field(default_factory=list)
 
-    def take(self) -> MicroStepRecord:
-        """The record of the micro-step that just ran; starts a new one."""
-        record, self.record = self.record, MicroStepRecord()
-        return record
+    def begin(self) -> int:
+        """Start the record of the next micro-step; returns its number within the step."""
+        self.records.append(MicroStepRecord())
+        return len(self.records) - 1
+
+    @property
+    def record(self) -> MicroStepRecord:
+        """That of the micro-step under way."""
+        return self.records[-1]
+
+    def take(self) -> list[MicroStepRecord]:
+        """The records of all micro-steps since it was last called, in their order."""
+        records, self.records = self.records, []
+        return records

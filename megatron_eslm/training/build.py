@@ -18,27 +18,30 @@ from megatron_eslm.data.plan import MixtureReport, check_epochs, plan_mixture
 from megatron_eslm.data.source import DataSource, open_data
 from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt, load_weights
+from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.objectives.causal_lm import causal_lm_loss
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
+from megatron_eslm.parallel.phases import Phases
 from megatron_eslm.selection.policy import SelectionPolicy, build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from megatron_eslm.training.checkpoint import (
     Found,
     find_checkpoint,
     load_engine,
+    load_model,
     prepare_save_folder,
-    read_weights,
 )
 from megatron_eslm.training.dump import prepare_dump_folder
 from megatron_eslm.training.engine import Engine
-from megatron_eslm.training.estimate import dry_run_text
+from megatron_eslm.training.estimate import dry_run_text, step_work
 from megatron_eslm.training.flops import FlopsModel
 from megatron_eslm.training.loop import Trainer
 from megatron_eslm.training.manifest import list_checkpoints
+from megatron_eslm.training.optimizer_state import OptimizerState
 from megatron_eslm.training.report import MetricsFile, run_summary
+from megatron_eslm.training.stages import plan_stages, plan_text
 from megatron_eslm.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -83,6 +86,7 @@ def build_flops(run: RunConfig, shape: ModelShape, policy: SelectionPolicy) -> F
         proxy=policy.instance_source == "head",
         proxy_stride=policy.proxy_stride,
         logits_recomputed=not run.keeps_logits(shape),
+        blocks_recomputed=run.model.activation_checkpoint_interval > 0,
     )
 
 
@@ -131,9 +135,13 @@ def check_continues(
     run: RunConfig, found: Found, shape: ModelShape, data: dict[str, Any], tokenizer: Tokenizer
 ) -> None:
     """ConfigError unless the checkpoint fits this run; differences that may be are logged."""
-    if found.shape != shape:
-        ours, theirs = shape.to_dict(), found.shape.to_dict()
-        unequal = [f"{k}: {theirs[k]} there, {v} here" for k, v in ours.items() if v != theirs[k]]
+    ours, theirs = shape.to_dict(), found.shape.to_dict()
+    unequal = [
+        f"{key}: {theirs[key]} there, {value} here"
+        for key, value in ours.items()
+        if value != theirs[key] and key != "padded_vocab_size"  # that depends on the layout
+    ]
+    if unequal:
         raise ConfigError(
             f"{found.folder} holds a model of another shape ({', '.join(unequal)}). Start with the "
             "same model flags and tokenizer, or load another checkpoint."
@@ -148,17 +156,6 @@ def check_continues(
             )
         return
     options = found.run["options"]
-    for name, here, there in (
-        ("--zero-stage", run.engine.zero_stage, options["engine"]["zero_stage"]),
-        ("compute type (--bf16, --fp16)", str(run.dtype), found.run["dtype"]),
-        ("number of data-parallel ranks", run.dp_size, options["dp_size"]),
-        ("--cpu-offload", run.engine.cpu_offload, options["engine"]["cpu_offload"]),
-    ):
-        if here != there:
-            raise ConfigError(
-                f"{found.folder} was saved with {name} {there} and this run has {here}. This "
-                "version continues a run in the layout that it was saved in; start it that way."
-            )
     differ = [
         f"{key}: {found.run['data'].get(key)} there, {value} here"
         for key, value in data.items()
@@ -207,8 +204,13 @@ def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
     return text, None
 
 
-def build_trainer(run: RunConfig) -> Trainer:
-    """Build everything. Collective; what can fail for the user's reasons fails before the model."""
+def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
+    """Build everything. Collective; what can fail for the user's reasons fails before the model.
+
+    Args:
+        phases: where this rank says what it is doing, for a watchdog.
+    """
+    phases = phases or Phases()
     mesh = build_mesh(
         run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
     )
@@ -236,13 +238,19 @@ def build_trainer(run: RunConfig) -> Trainer:
     )
     state = TrainState(SelectionState(alpha=run.selection.initial_alpha))
     recorder = Recorder()
-    peers = Peers(mesh.dp_rank, mesh.dp_size, mesh.dp_group)
+    peers = Peers(mesh.dp_rank, mesh.dp_size, mesh.dp_group, phases)
     policy = build_policy(run.selection, state.selection, peers, run.training.seed)
-    model = build_model(run, shape, mesh, policy, recorder)
+    flops = build_flops(run, shape, policy)
+    plan = plan_stages(run, shape, flops, step_work(run))
+    if mesh.pp_size > 1:
+        logger.info("%s", plan_text(plan))
+    model = build_model(run, shape, mesh, policy, recorder, plan.blocks(mesh.pp_rank))
     if found is not None and found.kind == "weights":
-        load_weights(model, read_weights(found.folder).weights)
+        load_model(model, mesh, found)
         logger.info("weights from %s", found.folder)
-    engine = Engine(run, model)
+    engine = build_engine(run, model, mesh, phases)
+    if save:
+        OptimizerState(engine)  # refuses now what could not be saved later
     if found is not None and found.kind == "training":
         state = resume(run, engine, found)
         policy.state = state.selection
@@ -253,7 +261,7 @@ def build_trainer(run: RunConfig) -> Trainer:
         datasets=datasets,
         state=state,
         recorder=recorder,
-        flops=build_flops(run, shape, policy),
+        flops=flops,
         run_record={
             "version": __version__,
             "options": run.to_dict(),
@@ -263,16 +271,25 @@ def build_trainer(run: RunConfig) -> Trainer:
             "domains": [{"name": d.name, "epochs": d.epochs} for d in report.domains],
         },
         metrics=open_metrics(run, resumed=state.iteration > 0),
+        phases=phases,
     )
 
 
 def build_model(
-    run: RunConfig, shape: ModelShape, mesh: Mesh, policy: SelectionPolicy, recorder: Recorder
+    run: RunConfig,
+    shape: ModelShape,
+    mesh: Mesh,
+    policy: SelectionPolicy,
+    recorder: Recorder,
+    blocks: range,
 ) -> GPT:
-    """The model of a run with its initial weights, in float32 on the CPU."""
+    """The model of a run, or its pipeline stage, with initial weights, in float32 on the CPU."""
     settings = ModelSettings(
         hidden_dropout=run.model.hidden_dropout,
         attention_dropout=run.model.attention_dropout,
+        dropout_seed=run.training.seed,
+        sequence_parallel=run.engine.sequence_parallel,
+        activation_checkpoint_interval=run.model.activation_checkpoint_interval,
         keep_logits=run.keeps_logits(shape),
     )
     return build_gpt(
@@ -284,14 +301,24 @@ def build_model(
         settings,
         seed=run.training.seed,
         init_std=run.model.init_method_std,
+        blocks=blocks,
     )
+
+
+def build_engine(run: RunConfig, model: GPT, mesh: Mesh, phases: Phases) -> Engine:
+    """The engine for a whole model or for a stage of it. Collective."""
+    if mesh.pp_size == 1:
+        return Engine(run, model, mesh, phases)
+    from megatron_eslm.training.pipeline import PipelinedEngine
+
+    return PipelinedEngine(run, model, mesh, phases)
 
 
 def resume(run: RunConfig, engine: Engine, found: Found) -> TrainState:
     """Restore the engine from a checkpoint and return where the run stands. Collective."""
     t = run.training
     assert t.train_iters and t.global_batch_size
-    state = load_engine(engine.ds, found)
+    state = load_engine(engine, found)
     # The same number, unless the batch size changed (--allow-data-change).
     state.consumed_samples = state.iteration * t.global_batch_size
     before = found.run["options"]["selection"]
@@ -316,6 +343,6 @@ def open_metrics(run: RunConfig, *, resumed: bool) -> MetricsFile | None:
     def make() -> MetricsFile | None:
         if path is None or dist.get_rank() != 0:
             return None
-        return MetricsFile(path, run_summary(run), resumed=resumed)
+        return MetricsFile(path, run_summary(run), resumed=resumed, restarts=continues_itself(run))
 
     return on_every_rank(make)

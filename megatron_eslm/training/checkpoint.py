@@ -1,9 +1,9 @@
-"""Saving and loading: what a checkpoint holds and which one is used.
+"""Saving and loading: a checkpoint that any layout writes and any layout reads.
 
-A folder `iter_0000100` holds DeepSpeed's files (weights, optimizer), run.json (the resolved
-options and the model's shape), state.json (TrainState), the tokenizer, and the manifest that makes
-it complete. A weights-only checkpoint, as tools/convert_from_hf.py writes, holds
-weights.safetensors in place of DeepSpeed's files.
+A folder `iter_0000100` holds master weights and Adam's moments (tensor_files.py), run.json (the
+resolved options and the model's shape), state.json (TrainState), the tokenizer, and the manifest
+that makes it complete. A weights-only checkpoint, as tools/convert_from_hf.py writes, has neither
+moments nor state.
 """
 
 from __future__ import annotations
@@ -15,47 +15,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.init import WORD_EMBEDDING
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.parallel.bootstrap import quiet_imports
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
+from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.training import manifest as manifests
+from megatron_eslm.training import tensor_files
+from megatron_eslm.training.finding import Found, find_checkpoint
+from megatron_eslm.training.optimizer_state import OptimizerState
+from megatron_eslm.training.parameter_shard import shards_of, whole
 from megatron_eslm.training.state import TrainState
+from megatron_eslm.training.tensor_shares import gather_share
+
+if TYPE_CHECKING:
+    from megatron_eslm.training.engine import Engine
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS = "weights.safetensors"
-
-
-@dataclass(frozen=True)
-class Found:
-    """A complete checkpoint."""
-
-    folder: Path
-    kind: str
-    """"training", or "weights" for one without optimizer and state."""
-    run: dict[str, Any]
-    """run.json: "options", "shape", "data" (fingerprint) and more."""
-
-    @property
-    def shape(self) -> ModelShape:
-        """Shape of the model in it."""
-        return ModelShape(**self.run["shape"])
-
-    @property
-    def tokenizer_dir(self) -> Path | None:
-        """The tokenizer it carries."""
-        folder = self.folder / "tokenizer"
-        return folder if folder.is_dir() else None
-
-    def state(self) -> TrainState:
-        """The TrainState it holds."""
-        return TrainState.from_dict(json.loads((self.folder / "state.json").read_text()))
 
 
 @dataclass(frozen=True)
@@ -63,45 +44,10 @@ class Weights:
     """Full weights on the CPU, whatever the layout they were saved from."""
 
     weights: dict[str, torch.Tensor]
-    """float32, by parameter name."""
+    """float32, by parameter name; the vocabulary's padding rows are zero."""
     shape: ModelShape
     tokenizer_dir: Path | None
     iteration: int
-
-
-def _open(folder: Path) -> Found:
-    manifest = manifests.verify(folder)
-    run = json.loads((folder / "run.json").read_text())
-    return Found(folder, manifest["kind"], run)
-
-
-def find_checkpoint(load: str | Path, tag: str | None = None) -> Found:
-    """The newest complete checkpoint under a folder, or exactly the one that is named.
-
-    Raises:
-        ConfigError: nothing there, or nothing that is whole; every refused one with its reason.
-    """
-    path = Path(load)
-    if tag is not None:
-        path = path / tag
-    if (path / manifests.MANIFEST).exists() or tag is not None:
-        return _open(path)
-    if not path.is_dir():
-        raise ConfigError(f"--load {path}: there is no such folder.")
-    candidates = manifests.list_checkpoints(path)
-    if not candidates:
-        raise ConfigError(
-            f"--load {path} holds no checkpoint (folders iter_0000100 and the like). A folder "
-            "written by another system comes in through tools/convert_from_hf.py."
-        )
-    reasons = []
-    for folder in candidates:
-        try:
-            return _open(folder)
-        except ConfigError as error:
-            logger.warning("%s Trying the one before it.", error)
-            reasons.append(str(error))
-    raise ConfigError(f"--load {path} holds no complete checkpoint. " + " ".join(reasons))
 
 
 @contextmanager
@@ -140,7 +86,7 @@ def prepare_save_folder(save: str, load: str | None) -> None:
 
 
 def save_checkpoint(
-    ds_engine: Any,
+    engine: Engine,
     save: str,
     *,
     state: TrainState,
@@ -151,7 +97,7 @@ def save_checkpoint(
     """Write one checkpoint aside, publish it, remove the oldest. Collective over all ranks.
 
     Args:
-        ds_engine: DeepSpeedEngine.
+        engine: what trains.
         save: folder of checkpoints.
         state, run: what state.json and run.json hold.
         tokenizer: saved with it, so that export and generation need no flags.
@@ -168,21 +114,13 @@ def save_checkpoint(
             (temporary / "state.json").write_text(json.dumps(state.to_dict(), indent=1) + "\n")
             tokenizer.save(temporary / "tokenizer")
 
-    def write() -> None:
-        with _disk_errors(folder):
-            try:
-                ds_engine.save_checkpoint(save, tag=temporary.name, save_latest=False)
-            except RuntimeError as error:  # torch.save reports a full disk this way
-                raise OSError(str(error)) from error
-
     def describe_share() -> dict[str, dict[str, int]]:
         with _disk_errors(folder):
             mine = manifests.files_of(temporary)[dist.get_rank() :: dist.get_world_size()]
             return {name: manifests.describe(temporary / name, sync=True) for name in mine}
 
     on_rank_zero(begin)
-    on_every_rank(write)
-    dist.barrier()
+    _save_tensors(engine, folder, run["shape"]["vocab_size"])
     shares: list = [None] * dist.get_world_size()
     dist.all_gather_object(shares, on_every_rank(describe_share))
 
@@ -204,84 +142,96 @@ def save_checkpoint(
     return folder
 
 
-def load_engine(ds_engine: Any, found: Found) -> TrainState:
+def _save_tensors(engine: Engine, folder: Path, vocab_size: int) -> None:
+    """Write every rank's share of the tensors, and their index, aside. Collective."""
+    temporary, rank = manifests.aside(folder), dist.get_rank()
+    state = OptimizerState(engine)
+    scalars = state.scalars()
+    shards, tensors = gather_share(engine, state, vocab_size)
+
+    def write() -> None:
+        with _disk_errors(folder):
+            if tensors:
+                tensor_files.write_file(temporary / tensor_files.file_name(rank), tensors)
+
+    on_every_rank(write)
+    shares: list = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, (tensor_files.file_name(rank), shards, scalars))
+    assert all(share[2] == scalars for share in shares), "ranks differ in Adam's step or loss scale"
+
+    def write_index() -> None:
+        with _disk_errors(folder):
+            parts = ((file, part) for file, part, _ in shares)
+            tensor_files.write_index(temporary, parts, scalars)
+
+    on_rank_zero(write_index)
+
+
+def load_model(model: torch.nn.Module, mesh: Mesh, found: Found) -> None:
+    """Fill a model, or a pipeline stage of one, with this rank's part of the weights. Collective.
+
+    Args:
+        model: not yet in an engine; any tensor-parallel size, any type.
+        mesh: this rank's place.
+        found: a checkpoint of either kind.
+
+    Raises:
+        ConfigError: a parameter is missing there or has another shape.
+    """
+
+    @torch.no_grad()
+    def fill() -> None:
+        reader = tensor_files.TensorReader(found.folder)
+        shards = shards_of(model, mesh, found.shape.vocab_size)
+        reader.check_holds(shards)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.read("weight", name, shards[name]).view(parameter.shape))
+
+    on_every_rank(fill)
+
+
+def load_engine(engine: Engine, found: Found) -> TrainState:
     """Restore weights, optimizer and loss scale; return the state. Collective over all ranks.
 
     Raises:
-        ConfigError: the checkpoint was saved with another number of ranks or ZeRO stage.
+        ConfigError: a parameter is missing there or has another shape.
     """
-    try:
-        path, _ = ds_engine.load_checkpoint(
-            str(found.folder.parent), tag=found.folder.name, load_lr_scheduler_states=False
-        )
-    except (AssertionError, RuntimeError, KeyError, ValueError, FileNotFoundError) as error:
-        raise ConfigError(f"DeepSpeed cannot load {found.folder} into this run: {error}") from error
-    if path is None:
-        raise ConfigError(f"DeepSpeed found no state for this layout in {found.folder}.")
-    return found.state()
+    state = OptimizerState(engine)
+
+    def restore() -> None:
+        reader = tensor_files.TensorReader(found.folder)
+        shards = shards_of(engine.model, engine.mesh, found.shape.vocab_size)
+        reader.check_holds(shards)
+        for name, parameter in engine.model.named_parameters():
+            for kind in tensor_files.KINDS:
+                begin, end, part = state.part(parameter, kind)
+                if begin < end:
+                    part.copy_(reader.read(kind, name, shards[name], begin, end))
+        state.set_scalars(reader.scalars)
+
+    on_every_rank(restore)
+    state.publish()
+    train_state = found.state()
+    # DeepSpeed's own monitors count with these.
+    engine.ds.global_steps = train_state.iteration
+    engine.ds.global_samples = train_state.consumed_samples
+    return train_state
 
 
 def read_weights(load: str | Path, tag: str | None = None) -> Weights:
-    """Full float32 weights of a checkpoint of any kind, for export and generation.
+    """Full float32 weights of a checkpoint of any kind and layout, for export and generation.
 
     Raises:
         ConfigError: no complete checkpoint there.
     """
     found = find_checkpoint(load, tag)
-    if found.kind == "weights":
-        from safetensors.torch import load_file
-
-        weights = load_file(found.folder / WEIGHTS)
-        return Weights(weights, found.shape, found.tokenizer_dir, 0)
-    quiet_imports()  # reading DeepSpeed's files imports it
-    zero_stage = found.run["options"]["engine"]["zero_stage"]
-    if zero_stage == 0:
-        content = torch.load(
-            found.folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
-        )
-        weights = content["module"]
-    elif (masters := _bf16_masters(found.folder)) is not None:
-        weights = masters
-    else:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        weights = get_fp32_state_dict_from_zero_checkpoint(
-            str(found.folder.parent), tag=found.folder.name
-        )
-    weights = {
-        name: tensor.detach().float().contiguous()
-        for name, tensor in weights.items()
-        if isinstance(tensor, torch.Tensor) and not name.endswith("_extra_state")
-    }
-    return Weights(weights, found.shape, found.tokenizer_dir, found.state().iteration)
-
-
-def _bf16_masters(folder: Path) -> dict[str, torch.Tensor] | None:
-    """float32 weights that DeepSpeed's BF16_Optimizer (bf16 under ZeRO 1) saved; None for others.
-
-    DeepSpeed's own converter reads those of the other optimizers, not these.
-    """
-    parts: dict[str, list[torch.Tensor]] = {}
-    for rank in range(len(list(folder.glob("bf16_zero_pp_rank_*_optim_states.pt")))):
-        file = folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        state = torch.load(file, map_location="cpu", weights_only=False)["optimizer_state_dict"]
-        if "zero_stage" in state:
-            return None
-        for flat, pieces in zip(
-            state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True
-        ):
-            for name, piece in pieces.items():
-                parts.setdefault(name, []).append(flat[piece.start : piece.start + piece.numel])
-    if not parts:
-        return None
-    model = torch.load(
-        folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
-    )
-    return {
-        name: torch.cat(parts[name]).view(shape)
-        for group in model["param_shapes"]
-        for name, shape in group.items()
-    }
+    shape = found.shape
+    weights = tensor_files.TensorReader(found.folder).read_whole("weight")
+    word = weights[WORD_EMBEDDING]
+    padding = word.new_zeros(shape.padded_vocab_size - shape.vocab_size, word.shape[1])
+    weights[WORD_EMBEDDING] = torch.cat([word, padding])
+    iteration = found.state().iteration if found.kind == "training" else 0
+    return Weights(weights, shape, found.tokenizer_dir, iteration)
 
 
 def write_weights(
@@ -295,14 +245,12 @@ def write_weights(
 
     Args:
         save: folder to hold it, as iter_0000000; must hold no checkpoint.
-        weights: float32, by parameter name.
+        weights: float32, by parameter name; the vocabulary's padding rows are left out.
         source: where they come from, for run.json.
 
     Raises:
         ConfigError: checkpoints are there already, or it cannot be written.
     """
-    from safetensors.torch import save_file
-
     folder = Path(save) / manifests.checkpoint_name(0)
     if manifests.list_checkpoints(Path(save)):
         raise ConfigError(f"--save {save} already holds checkpoints; choose another folder.")
@@ -310,7 +258,12 @@ def write_weights(
     with _disk_errors(folder):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file({n: t.contiguous() for n, t in weights.items()}, temporary / WEIGHTS)
+        weights = {**weights, WORD_EMBEDDING: weights[WORD_EMBEDDING][: shape.vocab_size]}
+        file = tensor_files.file_name(0)
+        tensors = {f"weight/{n}": t.contiguous() for n, t in weights.items()}
+        tensor_files.write_file(temporary / file, tensors)
+        shards = {name: whole(tuple(tensor.shape)) for name, tensor in weights.items()}
+        tensor_files.write_index(temporary, [(file, shards)], tensor_files.Scalars())
         run = {"source": source, "shape": shape.to_dict()}
         (temporary / "run.json").write_text(json.dumps(run, indent=1) + "\n")
         if tokenizer_dir is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,24 @@ def dump_selection(
     folder: Path,
     iteration: int,
     micro_step: int,
-    tokens_MS: torch.Tensor,
-    loss: torch.Tensor,
+    tokens_MS: torch.Tensor | None,
     record: MicroStepRecord,
     mesh: Mesh,
 ) -> None:
-    """Write `iter{iteration:07d}_micro{m:04d}.npz` on data-parallel rank 0. Collective.
+    """Write `iter{iteration:07d}_micro{m:04d}.npz` on rank 0. Collective.
 
-    Rows are in sampler order over all data-parallel ranks (B of them): tokens int [B, T+1],
-    instance_scores f32 [B], instance_kept bool [B], tau_instance, token_scores f32 [B, T] (nan
-    where nothing was scored), token_kept bool [B, T], tau_token, loss. With scope `local` the
+    The record is this stage's and is put together over the pipeline; `tokens_MS` is needed on the
+    first stage. Rows are in sampler order over all data-parallel ranks (B of them): tokens int
+    [B, T+1], instance_scores f32 [B], instance_kept bool [B], tau_instance, token_scores f32 [B, T]
+    (nan where nothing was scored), token_kept bool [B, T], tau_token, loss. With scope `local` the
     thresholds are rank 0's.
     """
+    if mesh.tp_rank:
+        return  # tensor-parallel ranks hold the same
+    record = _over_pipeline(record, mesh)
+    if not mesh.is_first_stage:
+        return
+    assert tokens_MS is not None and record.loss is not None
     rows, positions = tokens_MS.shape[0], tokens_MS.shape[1] - 1
     nan_M, all_M = torch.full((rows,), torch.nan), torch.ones(rows, dtype=torch.bool)
     nan_MT = torch.full((rows, positions), torch.nan)
@@ -60,7 +67,7 @@ def dump_selection(
         "instance_kept": or_else(record.instance_kept_M, all_M),
         "token_scores": or_else(record.token_scores_MT, nan_MT),
         "token_kept": or_else(record.token_kept_MT, torch.zeros(nan_MT.shape, dtype=torch.bool)),
-        "loss": float(loss) / mesh.dp_size,
+        "loss": float(record.loss) / mesh.dp_size,
     }
     everyone: list = [None] * mesh.dp_size
     dist.all_gather_object(everyone, mine, group=mesh.dp_group)
@@ -77,3 +84,12 @@ def dump_selection(
         tau_token=np.float32(np.nan if record.tau_token is None else record.tau_token),
         loss=np.float32(sum(part["loss"] for part in everyone)),
     )
+
+
+def _over_pipeline(record: MicroStepRecord, mesh: Mesh) -> MicroStepRecord:
+    """The record with what the other stages know of the micro-step, on the CPU. Collective."""
+    if mesh.pp_size == 1:
+        return record
+    stages: list = [None] * mesh.pp_size
+    dist.all_gather_object(stages, record.cpu(), group=mesh.pp_group)
+    return functools.reduce(MicroStepRecord.merge, stages)

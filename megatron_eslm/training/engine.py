@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,9 +14,16 @@ from torch import nn
 
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.gpt import GPT
+from megatron_eslm.parallel.collectives import all_reduce_
+from megatron_eslm.parallel.mesh import Mesh, ModelParallelUnit
+from megatron_eslm.parallel.phases import Phases
 from megatron_eslm.training.options import OptimizerOptions
 
 logger = logging.getLogger(__name__)
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""tokens int64 [M, T+1] and valid bool [M, T] of one micro-step, on the engine's device."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -51,36 +61,54 @@ def build_optimizer(
 
 
 class Engine:
-    """Thin wrapper over DeepSpeedEngine: one optimizer step is micro_step() x n, then update()."""
+    """Thin wrapper over DeepSpeedEngine; `training.pipeline` has the one over its pipeline engine.
 
-    def __init__(self, run: RunConfig, model: nn.Module) -> None:
+    Attributes:
+        ds: DeepSpeed's engine.
+        model: this rank's GPT, or stage of it, with the canonical parameter names.
+        bare: float32 without ZeRO, where DeepSpeed's optimizer is a plain torch one: neither
+            gradient norm nor skipping of steps, and clipping that fails where a step is skipped.
+            All three are done here.
+    """
+
+    def __init__(self, run: RunConfig, model: GPT, mesh: Mesh, phases: Phases) -> None:
         import deepspeed
 
-        self.run = run
+        self.run, self.model, self.mesh, self.phases = run, model, mesh, phases
+        self.bare = run.engine.zero_stage == 0 and run.dtype == torch.float32
+        module = self._module()
+        # A pipeline brings a grid of its own.
+        mpu = ModelParallelUnit(mesh) if mesh.pp_size == 1 else None
         optimizer = build_optimizer(model, run.optimizer, cpu_offload=run.engine.cpu_offload)
-        # float32 without ZeRO is a bare optimizer: neither gradient norm nor skipping of steps, and
-        # clipping that fails where a step is skipped. All three are done in update().
-        self._bare = run.engine.zero_stage == 0 and run.dtype == torch.float32
-        config = {**run.deepspeed, "gradient_clipping": 0.0} if self._bare else run.deepspeed
-        self.ds, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        config = {**run.deepspeed, "gradient_clipping": 0.0} if self.bare else run.deepspeed
+        # Some of its optimizers print how much memory each step of their making takes.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.ds, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
+            )
+
+    def _module(self) -> nn.Module:
+        """What DeepSpeed wraps."""
+        return self.model
 
     @property
     def device(self) -> torch.device:
         """Where batches go."""
         return self.ds.device
 
-    def micro_step(self, tokens_MS: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns this rank's term of the loss."""
-        loss = self.ds(tokens_MS, valid_MT)
-        self.ds.backward(loss)
-        if not self.ds.is_gradient_accumulation_boundary():
-            self.ds.step()
-        return loss.detach()
+    @property
+    def monitor(self) -> Any:
+        """DeepSpeed's monitors (TensorBoard, W&B, CSV)."""
+        return self.ds.monitor
 
-    def update(self, lr: float) -> tuple[float, bool]:
-        """Optimizer step at the end of the accumulation.
+    def step(self, batches: Iterable[Batch], lr: float) -> tuple[float, bool]:
+        """One optimizer step over the micro-batches of this data-parallel rank.
+
+        What was selected is in the model's recorder afterwards.
+
+        Args:
+            batches: gradient_accumulation_steps of them; a pipeline's middle stages read none.
+            lr: learning rate of this step.
 
         Returns:
             (norm of the gradient before clipping, whether the step was applied). A step with
@@ -88,29 +116,74 @@ class Engine:
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
-        norm = None
-        if self._bare:
-            parameters = [p for p in self.ds.module.parameters() if p.grad is not None]
-            total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-            norm = float(total)
-            if not math.isfinite(norm):
-                # An optimizer step over parameters without gradients changes nothing.
-                self.ds.zero_grad()
-            elif self.run.optimizer.clip_grad:
-                torch.nn.utils.clip_grads_with_norm_(
-                    parameters, self.run.optimizer.clip_grad, total
-                )
-        self.ds.step()
-        if norm is None:
-            norm = float(self.ds.get_global_grad_norm() or math.nan)
-            return norm, bool(self.ds.was_step_applied())
-        return norm, math.isfinite(norm)
+        return self._step(batches)
+
+    def _step(self, batches: Iterable[Batch]) -> tuple[float, bool]:
+        for tokens_MS, valid_MT in batches:
+            with self.phases("forward"):
+                loss = self.ds(tokens_MS, valid_MT)
+            # Gradients are reduced over data-parallel ranks in here.
+            with self.phases("backward", waits=self.mesh.dp_size > 1):
+                self.ds.backward(loss)
+            if not self.ds.is_gradient_accumulation_boundary():
+                self.ds.step()
+        with self.phases("optimizer", waits=self.mesh.world_size > 1):
+            norm = self._clip() if self.bare else None
+            self.ds.step()
+        return self._outcome(norm)
+
+    def _outcome(self, bare_norm: float | None) -> tuple[float, bool]:
+        if bare_norm is not None:
+            return bare_norm, math.isfinite(bare_norm)
+        norm = float(self.ds.get_global_grad_norm() or math.nan)
+        return norm, bool(self.ds.was_step_applied())
+
+    def _clip(self) -> float:
+        """Clip the gradients of a bare optimizer, or drop them if they are not finite."""
+        with_gradient = [p for p in self.model.parameters() if p.grad is not None]
+        norm = self._norm(with_gradient)
+        if not math.isfinite(float(norm)):
+            # An optimizer step over parameters without gradients changes nothing.
+            self.ds.zero_grad()
+        elif self.run.optimizer.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(with_gradient, self.run.optimizer.clip_grad, norm)
+        return float(norm)
+
+    def _norm(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """Norm of the whole gradient: each parameter counts once, wherever it is held twice."""
+        mesh = self.mesh
+        if mesh.tp_size == mesh.pp_size == 1:
+            return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        own = [p for p in parameters if is_counted_here(p, mesh)]
+        norm = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
+        square = norm.double().square().reshape(1).to(self.device)
+        all_reduce_(square, mesh.tp_group)
+        all_reduce_(square, mesh.pp_group)
+        return square.sqrt().float().squeeze(0)
 
     @torch.no_grad()
-    def evaluate(self, tokens_MS: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
-        """float64 [2] of this rank: sum of losses over valid tokens, and their number."""
+    def evaluate(self, batches: Iterable[Batch], num_batches: int) -> torch.Tensor:
+        """float64 [2] of this data-parallel rank: sum of losses over valid tokens, their number.
+
+        A pipeline's stages all get the result, and its middle ones read no batch.
+        """
         self.ds.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
         try:
-            return self.ds(tokens_MS, valid_MT)
+            for tokens_MS, valid_MT in batches:
+                with self.phases("evaluation forward"):
+                    total += self.ds(tokens_MS, valid_MT)
         finally:
             self.ds.train()
+        return total
+
+
+def is_counted_here(parameter: nn.Parameter, mesh: Mesh) -> bool:
+    """Whether this rank's copy of a parameter is the one that stands for it.
+
+    Shards stand for themselves; of what tensor-parallel ranks or two pipeline stages hold alike,
+    the first rank's copy does.
+    """
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    return getattr(parameter, "tensor_model_parallel", False) or mesh.tp_rank == 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
 from megatron_eslm.data.mixture import Mixture
 from megatron_eslm.parallel.collectives import all_reduce_
 from megatron_eslm.parallel.mesh import Mesh
-from megatron_eslm.training.engine import Engine
+from megatron_eslm.training.engine import Batch, Engine
 
 
 def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int) -> float:
@@ -19,14 +20,19 @@ def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int
     one again with all its labels masked, so that every rank takes part in every forward pass.
     """
     rows = micro_batch_size * mesh.dp_size
-    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for begin in range(mesh.dp_rank * micro_batch_size, _round_up(len(dataset), rows), rows):
-        numbers = range(begin, begin + micro_batch_size)
-        items = [dataset[i if i < len(dataset) else 0] for i in numbers]
-        valid = torch.stack([item["valid"] for item in items])
-        valid &= torch.tensor([i < len(dataset) for i in numbers])[:, None]
-        tokens = torch.stack([item["tokens"] for item in items])
-        total += engine.evaluate(tokens.to(engine.device), valid.to(engine.device))
+    begins = range(0, _round_up(len(dataset), rows), rows)
+
+    def batches() -> Iterator[Batch]:
+        for begin in begins:
+            first = begin + mesh.dp_rank * micro_batch_size
+            numbers = range(first, first + micro_batch_size)
+            items = [dataset[i if i < len(dataset) else 0] for i in numbers]
+            valid = torch.stack([item["valid"] for item in items])
+            valid &= torch.tensor([i < len(dataset) for i in numbers])[:, None]
+            tokens = torch.stack([item["tokens"] for item in items])
+            yield tokens.to(engine.device), valid.to(engine.device)
+
+    total = engine.evaluate(batches(), len(begins))
     all_reduce_(total, mesh.dp_group)
     loss, count = total.tolist()
     return loss / count if count else math.nan

@@ -38,6 +38,8 @@ class FlopsModel:
     """Whether an early exit scores sequences with the head."""
     proxy_stride: int = 1
     logits_recomputed: bool = False
+    blocks_recomputed: bool = False
+    """Whether the backward pass computes the blocks' activations again."""
 
     def _block_forward(self) -> tuple[float, float]:
         """(linear layers, attention) of one block, a token."""
@@ -45,23 +47,34 @@ class FlopsModel:
         linear = 2 * (4 * s.hidden_size**2 + 2 * s.hidden_size * s.ffn_hidden_size)
         return linear, 4 * self.seq_length * s.hidden_size
 
-    def executed(self, work: Work) -> float:
-        """Matrix products that ran, forward and backward.
+    def block(self, work: Work, number: int) -> float:
+        """Matrix products of one block, forward and backward.
 
         Blocks before the selector run backward over all rows (with zero gradients for dropped
-        ones), blocks behind it see kept rows only, the head's backward pass kept tokens only.
+        ones), blocks behind it see kept rows only.
         """
         linear, attention = self._block_forward()
-        block = 3 * linear + 3.5 * attention
-        head = 2 * self.shape.hidden_size * self.shape.padded_vocab_size
-        shallow, deep = self.selector_depth, self.shape.num_layers - self.selector_depth
-        proxy = head / self.proxy_stride if self.proxy else 0.0
+        again = 1 if self.blocks_recomputed else 0
+        tokens = work.tokens if number < self.selector_depth else work.tokens_deep
+        return tokens * ((3 + again) * linear + (3.5 + again) * attention)
+
+    def scoring(self, work: Work) -> float:
+        """Matrix products of the head as the early exit uses it: forward, on what is read."""
+        return work.tokens * self._head_forward() / self.proxy_stride if self.proxy else 0.0
+
+    def head(self, work: Work) -> float:
+        """Matrix products of the final head; its backward pass sees kept tokens only."""
         backward = 3 if self.logits_recomputed else 2
-        return (
-            work.tokens * (shallow * block + proxy)
-            + work.tokens_deep * deep * block
-            + head * (work.tokens_scored + backward * work.tokens_trained)
-        )
+        return self._head_forward() * (work.tokens_scored + backward * work.tokens_trained)
+
+    def executed(self, work: Work) -> float:
+        """Matrix products that ran, forward and backward. The embedding, a lookup, has none."""
+        blocks = sum(self.block(work, number) for number in range(self.shape.num_layers))
+        return self.scoring(work) + blocks + self.head(work)
+
+    def _head_forward(self) -> float:
+        """Logits of one token."""
+        return 2.0 * self.shape.hidden_size * self.shape.padded_vocab_size
 
     def paper(self, work: Work) -> float:
         """Section 3, "FLOPs accounting", of the ESLM paper.

@@ -16,11 +16,11 @@ from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.loader import build_loader
 from megatron_eslm.data.mixture import Datasets
 from megatron_eslm.parallel.mesh import Mesh
-from megatron_eslm.parallel.seeding import derive_seed
+from megatron_eslm.parallel.phases import Phases
 from megatron_eslm.selection.state import Recorder
 from megatron_eslm.training.checkpoint import save_checkpoint
 from megatron_eslm.training.dump import dump_selection
-from megatron_eslm.training.engine import Engine
+from megatron_eslm.training.engine import Batch, Engine
 from megatron_eslm.training.evaluate import evaluate
 from megatron_eslm.training.flops import FlopsModel, device_peak_flops
 from megatron_eslm.training.nonfinite import NonfiniteGuard
@@ -33,7 +33,7 @@ from megatron_eslm.training.report import (
 from megatron_eslm.training.schedule import learning_rate
 from megatron_eslm.training.signals import StopSignal
 from megatron_eslm.training.state import TrainState
-from megatron_eslm.training.step_stats import StepAccumulator, StepStats
+from megatron_eslm.training.step_stats import StepStats, reduce_records
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ class Trainer:
     run_record: dict[str, Any]
     """run.json of the checkpoints."""
     metrics: MetricsFile | None
+    phases: Phases
+    """Where this rank is, for the watchdog."""
 
     def __post_init__(self) -> None:
         self.nonfinite = NonfiniteGuard(self.run.selection.max_nonfinite_steps, self.mesh)
@@ -103,6 +105,8 @@ class Trainer:
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         t = self.run.training
         assert t.train_iters and t.global_batch_size and t.micro_batch_size
+        if not (self.mesh.is_first_stage or self.mesh.is_last_stage):
+            return iter(())  # a pipeline's middle stages read no data
         return build_loader(
             self.datasets.train,
             start_sample=self.state.consumed_samples,
@@ -120,26 +124,30 @@ class Trainer:
         """One optimizer step; advances the state."""
         t, state, begin = self.run.training, self.state, time.perf_counter()
         assert t.global_batch_size and self.run.model.seq_length
-        accumulator = StepAccumulator(self.run.model.seq_length)
-        for micro in range(self.run.gradient_accumulation_steps):
-            batch = next(batches)
-            tokens = batch["tokens"].to(self.engine.device, non_blocking=True)
-            valid = batch["valid"].to(self.engine.device, non_blocking=True)
-            state.selection.iteration, state.selection.micro_step = state.iteration, micro
-            if self.run.model.hidden_dropout or self.run.model.attention_dropout:
-                # A stream of its own for each micro-batch: a resumed run draws the same masks.
-                torch.manual_seed(
-                    derive_seed(t.seed, "dropout", state.iteration, micro, self.mesh.dp_rank)
-                )
-            loss = self.engine.micro_step(tokens, valid)
-            record = self.recorder.take()
-            self.nonfinite.note(record, batch["samples"])
-            if self.run.report.dump_selection:
-                folder = Path(self.run.report.dump_selection)
-                dump_selection(folder, state.iteration + 1, micro, tokens, loss, record, self.mesh)
-            accumulator.add(loss, record)
-        norm, applied = self.engine.update(learning_rate(self.run.optimizer, state.iteration))
-        stats = accumulator.reduce(self.mesh, stop=stop.received is not None)
+        self.phases.iteration = state.iteration + 1
+        state.selection.iteration = state.iteration
+        seen: list[dict[str, torch.Tensor]] = []
+        lr = learning_rate(self.run.optimizer, state.iteration)
+        norm, applied = self.engine.step(self._on_device(batches, seen), lr)
+        records = self.recorder.take()
+        for micro, record in enumerate(records):
+            batch = seen[micro] if seen else None
+            if batch is not None:
+                self.nonfinite.note(record, batch["samples"])
+            if folder := self.run.report.dump_selection:
+                tokens = None if batch is None else batch["tokens"]
+                with self.phases("dump of the selection", waits=True):
+                    dump_selection(
+                        Path(folder), state.iteration + 1, micro, tokens, record, self.mesh
+                    )
+        with self.phases("counts of the step", waits=True):
+            stats = reduce_records(
+                records,
+                self.mesh,
+                self.run.model.seq_length,
+                self.engine.device,
+                stop=stop.received is not None,
+            )
 
         state.iteration += 1
         state.consumed_samples += t.global_batch_size
@@ -155,11 +163,24 @@ class Trainer:
         self.nonfinite.after_step(state, applied=applied or overflow)
         return stats, norm
 
+    def _on_device(
+        self, batches: Iterator[dict[str, torch.Tensor]], seen: list[dict[str, torch.Tensor]]
+    ) -> Iterator[Batch]:
+        """The micro-batches of one step; what is read of them is also left in `seen`."""
+        for _ in range(self.run.gradient_accumulation_steps):
+            with self.phases("data"):
+                batch = next(batches)
+            seen.append(batch)
+            yield tuple(
+                batch[key].to(self.engine.device, non_blocking=True) for key in ("tokens", "valid")
+            )  # type: ignore[misc]
+
     def _evaluate(self) -> float:
         assert self.datasets.valid is not None and self.run.training.micro_batch_size
-        loss = evaluate(
-            self.engine, self.datasets.valid, self.mesh, self.run.training.micro_batch_size
-        )
+        with self.phases("evaluation", waits=self.mesh.world_size > 1):
+            loss = evaluate(
+                self.engine, self.datasets.valid, self.mesh, self.run.training.micro_batch_size
+            )
         if self.state.best_valid_loss is None or loss < self.state.best_valid_loss:
             self.state.best_valid_loss = loss
         return loss
@@ -189,7 +210,7 @@ class Trainer:
         logger.info(progress_line(line, self.run.training.train_iters, tokens_per_second))
         if self.metrics is not None:
             self.metrics.write(line)
-        write_monitors(self.engine.ds, line)
+        write_monitors(self.engine.monitor, line)
 
     def _mfu(self, stats: StepStats, step_seconds: float) -> float | None:
         cuda = self.engine.device.type == "cuda"
@@ -206,12 +227,13 @@ class Trainer:
         if options.save is None or self._saved_iteration == self.state.iteration:
             return
         self._saved_iteration = self.state.iteration
-        folder = save_checkpoint(
-            self.engine.ds,
-            options.save,
-            state=self.state,
-            run=self.run_record,
-            tokenizer=self.datasets.train.source.tokenizer,
-            keep_last=options.keep_last,
-        )
+        with self.phases("checkpoint", waits=self.mesh.world_size > 1):
+            folder = save_checkpoint(
+                self.engine,
+                options.save,
+                state=self.state,
+                run=self.run_record,
+                tokenizer=self.datasets.train.source.tokenizer,
+                keep_last=options.keep_last,
+            )
         logger.info("saved %s", folder)

@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron_eslm.errors import ConfigError
 
-FORMAT = "megatron_eslm/1"
+FORMAT = "megatron_eslm/2"
+OLDER = ("megatron_eslm/1",)
 MANIFEST = "manifest.json"
 KINDS = ("training", "weights")
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -117,6 +118,13 @@ def verify(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # not JSON, or not even text
         raise ConfigError(f"{folder / MANIFEST} cannot be read: {error}.") from error
     form = manifest.get("format") if isinstance(manifest, dict) else None
+    if form in OLDER:
+        raise ConfigError(
+            f"{folder} was saved by an earlier version (format {form!r}; this one reads "
+            f"{FORMAT!r}). Finish the run with that version, or take its weights along: export "
+            "them there with tools/convert_to_hf.py and bring them in with "
+            "tools/convert_from_hf.py."
+        )
     if form != FORMAT:
         raise ConfigError(f"{folder} has format {form!r}; this version reads {FORMAT!r}.")
     if manifest.get("kind") not in KINDS or not isinstance(manifest.get("files"), dict):

@@ -46,10 +46,14 @@ class NonfiniteGuard:
             return
         state.nonfinite_steps += 1
         state.nonfinite_in_a_row += 1
+        # The stages of a pipeline see different scores of the same samples.
+        stages: list = [None] * self.mesh.pp_size
+        dist.all_gather_object(stages, samples, group=self.mesh.pp_group)
+        samples = sorted({sample for stage in stages for sample in stage})
         everyone: list = [None] * self.mesh.dp_size
         dist.all_gather_object(everyone, samples, group=self.mesh.dp_group)
         where = "; ".join(
-            f"rank {rank}: samples {', '.join(map(str, found[:_NAMED]))}"
+            f"data-parallel rank {rank}: samples {', '.join(map(str, found[:_NAMED]))}"
             + (f" and {len(found) - _NAMED} more" if len(found) > _NAMED else "")
             for rank, found in enumerate(everyone)
             if found

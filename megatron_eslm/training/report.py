@@ -33,8 +33,20 @@ def _last_byte(path: Path) -> bytes:
 class MetricsFile:
     """`--metrics-file`: one JSON object a line, the first one {"run": ...}. Rank 0 only."""
 
-    def __init__(self, path: str, run: dict[str, Any], *, resumed: bool) -> None:
+    def __init__(
+        self, path: str, run: dict[str, Any], *, resumed: bool, restarts: bool = False
+    ) -> None:
+        """Args:
+        path: the file; an existing one is continued, set aside or refused.
+        run: its first line.
+        resumed: whether the run continues from a checkpoint.
+        restarts: whether it would have, had there been one (--load equal to --save).
+        """
         target = Path(path)
+        if target.exists() and not resumed and restarts:
+            # A job that was killed before its first checkpoint begins again, and so do its metrics.
+            target.replace(target.with_name(f"{target.name}.abandoned"))
+            logger.warning("%s was of a start that saved nothing: moved to *.abandoned", path)
         if target.exists() and not resumed:
             raise ConfigError(
                 f"--metrics-file {path} exists and this run does not continue one (--load). Name "
@@ -137,13 +149,13 @@ def progress_line(line: dict[str, Any], train_iters: int, tokens_per_second: flo
     return " | ".join(parts)
 
 
-def write_monitors(ds_engine: Any, line: dict[str, Any]) -> None:
+def write_monitors(monitor: Any, line: dict[str, Any]) -> None:
     """TensorBoard, W&B and CSV as the DeepSpeed JSON switches them on."""
-    if not ds_engine.monitor.enabled:
+    if not monitor.enabled:
         return
     events = [
         (f"Train/{name}", value, line["iteration"])
         for name, value in line.items()
         if name != "iteration" and _plain(name, value) is not None
     ]
-    ds_engine.monitor.write_events(events)
+    monitor.write_events(events)

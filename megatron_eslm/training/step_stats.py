@@ -1,9 +1,9 @@
-"""What a step did, added up over its micro-steps and over the data-parallel ranks."""
+"""What a step did, added up over its micro-steps and over all ranks."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -39,56 +39,64 @@ class StepStats:
         return self.rows_kept / self.rows
 
 
-def _mean(values: list[float | None]) -> float | None:
-    present = [v for v in values if v is not None]
-    return math.fsum(present) / len(present) if present else None
+_SUMMED = (
+    "num_rows",
+    "num_rows_kept",
+    "num_tokens",
+    "num_tokens_in_kept_rows",
+    "num_tokens_kept",
+    "num_tokens_scored",
+)
+_AVERAGED = ("tau_instance", "tau_token", "cvar")
 
 
-@dataclass
-class StepAccumulator:
-    """Takes up the records of a step's micro-steps."""
+def reduce_records(
+    records: list[MicroStepRecord],
+    mesh: Mesh,
+    seq_length: int,
+    device: torch.device,
+    *,
+    stop: bool,
+) -> StepStats:
+    """What the micro-steps of a step did, over all ranks. Collective.
 
-    seq_length: int
-    losses: list[torch.Tensor] = field(default_factory=list)
-    records: list[MicroStepRecord] = field(default_factory=list)
+    Each stage of a pipeline holds a part of every record; tensor-parallel ranks hold the same.
+    """
+    losses = [x.loss for x in records if x.loss is not None]
+    loss = float(torch.stack(losses).sum()) / len(losses) / mesh.dp_size if losses else 0.0
+    over_all = [loss, float(stop), *(float(sum(getattr(x, n) for x in records)) for n in _SUMMED)]
+    # Thresholds are the same on all data-parallel ranks (with scope `local`: this rank's).
+    over_stages = [f for name in _AVERAGED for f in _sum_and_count(records, name)]
+    totals = torch.tensor(over_all + over_stages, dtype=torch.float64, device=device)
+    all_reduce_(totals, mesh.pp_group)
+    all_reduce_(totals[: len(over_all)], mesh.dp_group)
+    loss, stops, *counts = totals[: len(over_all)].tolist()
+    rows, rows_kept, tokens, tokens_deep, tokens_kept, scored = map(int, counts)
+    averages = dict(
+        zip(_AVERAGED, _means(totals[len(over_all) :].view(-1, 2).tolist()), strict=True)
+    )
+    return StepStats(
+        loss=loss,
+        rows=rows,
+        rows_kept=rows_kept,
+        tokens=tokens,
+        tokens_kept=tokens_kept,
+        kept_tokens_share=tokens_kept / max(1, tokens_deep),
+        work=Work(
+            tokens=rows * seq_length,
+            tokens_deep=rows_kept * seq_length,
+            tokens_scored=scored,
+            tokens_trained=tokens_kept,
+        ),
+        stop_requested=stops > 0,
+        **averages,
+    )
 
-    def add(self, loss: torch.Tensor, record: MicroStepRecord) -> None:
-        """A micro-step's local loss term and record; the record's tensors are let go."""
-        self.losses.append(loss)
-        self.records.append(record)
 
-    def reduce(self, mesh: Mesh, *, stop: bool) -> StepStats:
-        """One all-reduce for everything. Collective over the data-parallel ranks."""
-        r = self.records
-        local = [
-            float(torch.stack(self.losses).sum()) / len(self.losses) / mesh.dp_size,
-            float(sum(x.num_rows for x in r)),
-            float(sum(x.num_rows_kept for x in r)),
-            float(sum(x.num_tokens for x in r)),
-            float(sum(x.num_tokens_in_kept_rows for x in r)),
-            float(sum(x.num_tokens_kept for x in r)),
-            float(sum(x.num_tokens_scored for x in r)),
-            float(stop),
-        ]
-        device = self.losses[0].device
-        total = torch.tensor(local, dtype=torch.float64, device=device)
-        loss, *counts = all_reduce_(total, mesh.dp_group).tolist()
-        rows, rows_kept, tokens, tokens_deep, tokens_kept, scored, stops = map(int, counts)
-        return StepStats(
-            loss=loss,
-            rows=rows,
-            rows_kept=rows_kept,
-            tokens=tokens,
-            tokens_kept=tokens_kept,
-            kept_tokens_share=tokens_kept / max(1, tokens_deep),
-            tau_instance=_mean([x.tau_instance for x in r]),
-            tau_token=_mean([x.tau_token for x in r]),
-            cvar=_mean([x.cvar for x in r]),
-            work=Work(
-                tokens=rows * self.seq_length,
-                tokens_deep=rows_kept * self.seq_length,
-                tokens_scored=scored,
-                tokens_trained=tokens_kept,
-            ),
-            stop_requested=stops > 0,
-        )
+def _sum_and_count(records: list[MicroStepRecord], name: str) -> tuple[float, float]:
+    present = [v for x in records if (v := getattr(x, name)) is not None]
+    return math.fsum(present), float(len(present))
+
+
+def _means(pairs: list[list[float]]) -> list[float | None]:
+    return [total / count if count else None for total, count in pairs]

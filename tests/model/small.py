@@ -131,7 +131,8 @@ def run_step(model: GPT, recorder: Recorder, batch: Batch) -> Step:
     loss = model(batch.tokens_MS, batch.valid_MT)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    return Step(loss.item(), gradients, recorder.take())
+    (record,) = recorder.take()
+    return Step(loss.item(), gradients, record)
 
 
 def relative_difference(mine: torch.Tensor, other: torch.Tensor) -> float:

@@ -101,9 +101,9 @@ def test_a_valid_nan_makes_the_score_nan() -> None:
 def test_alpha_is_that_of_the_state_not_of_the_options() -> None:
     """A controller moves it."""
     got = policy(eslm_alpha=0.5)
-    assert got.keep(torch.arange(10.0)).num_kept == 5
+    assert got.keep(torch.arange(10.0), "test").num_kept == 5
     got.state.alpha = 0.2
-    assert got.keep(torch.arange(10.0)).num_kept == 8
+    assert got.keep(torch.arange(10.0), "test").num_kept == 8
 
 
 def test_scope() -> None:
@@ -111,7 +111,7 @@ def test_scope() -> None:
         scores = torch.arange(4.0) + 10 * rank
         peers = Peers(rank, 2, dist.group.WORLD)
         both = [
-            policy(peers=peers, eslm_alpha=0.5, eslm_scope=scope).keep(scores).keep.tolist()
+            policy(peers=peers, eslm_alpha=0.5, eslm_scope=scope).keep(scores, "test").keep.tolist()
             for scope in ("global", "local")
         ]
         return both[0], both[1]
@@ -131,7 +131,7 @@ def random_kept(size: int, rows: int, **options) -> tuple[torch.Tensor, torch.Te
         score = one.instance_scores if level == "instance" else one.token_scores
         scores.append(score(torch.empty(0), valid_MT))
     everything = torch.cat(scores)
-    kept = policy(selection="random", **options).keep(everything).keep
+    kept = policy(selection="random", **options).keep(everything, "test").keep
     return everything, kept
 
 
@@ -181,10 +181,32 @@ def test_random_gives_rows_without_labels_no_place() -> None:
     assert (scores_M == EXCLUDED).tolist() == [False, True, False]
 
 
-def test_taking_the_record_starts_a_new_one() -> None:
+def test_each_micro_step_has_a_record_and_taking_them_starts_anew() -> None:
     recorder = Recorder()
+    assert recorder.begin() == 0
     recorder.record.num_rows = 3
-    taken = recorder.take()
-    assert taken.num_rows == 3
+    assert recorder.begin() == 1
     assert recorder.record == MicroStepRecord()
-    assert recorder.take() is not taken
+    assert [record.num_rows for record in recorder.take()] == [3, 0]
+    assert recorder.take() == []
+    assert recorder.begin() == 0
+
+
+def test_records_of_two_stages_are_put_together() -> None:
+    first = MicroStepRecord(
+        num_rows=4, num_rows_kept=2, tau_instance=1.5, nonfinite_rows_M=torch.tensor([True, False])
+    )
+    last = MicroStepRecord(
+        num_tokens=9, tau_token=0.5, nonfinite_rows_M=torch.tensor([False, False]), num_nonfinite=2
+    )
+    for merged in (first.merge(last), last.merge(first)):
+        assert merged.nonfinite_rows_M.tolist() == [True, False]
+        merged.nonfinite_rows_M = None
+        assert merged == MicroStepRecord(
+            num_rows=4,
+            num_rows_kept=2,
+            tau_instance=1.5,
+            num_tokens=9,
+            tau_token=0.5,
+            num_nonfinite=2,
+        )

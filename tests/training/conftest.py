@@ -14,7 +14,7 @@ from megatron_eslm.parallel.bootstrap import quiet_imports
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-_WORDS = {
+DOMAINS = {
     "prose": [
         "the",
         "quick",
@@ -66,7 +66,7 @@ def make_domain(prefix: Path, name: str, documents: int, seed: int = 0) -> str:
     """Preprocess deterministic documents of one kind; returns the prefix."""
     rng = random.Random(f"{name}{seed}")
     texts = [
-        f"{n} " + " ".join(rng.choices(_WORDS[name], k=rng.randint(4, 60)))
+        f"{n} " + " ".join(rng.choices(DOMAINS[name], k=rng.randint(4, 60)))
         for n in range(documents)
     ]
     preprocess([name], str(prefix), ByteTokenizer(), documents=texts)
@@ -77,4 +77,4 @@ def make_domain(prefix: Path, name: str, documents: int, seed: int = 0) -> str:
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Prefixes of two domains; about 3,000 sequences of 32 tokens."""
     folder = tmp_path_factory.mktemp("data")
-    return [make_domain(folder / name, name, 400) for name in _WORDS]
+    return [make_domain(folder / name, name, 400) for name in DOMAINS]

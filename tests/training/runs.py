@@ -125,6 +125,6 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Copies of the parameters as the model computes with them (gathered under ZeRO 3)."""
     import deepspeed
 
-    module = trainer.engine.ds.module
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        return {name: p.detach().clone() for name, p in module.named_parameters()}
+    model = trainer.engine.model
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -6,10 +6,21 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.parallel.bootstrap import init_distributed
-from megatron_eslm.training.build import dry_run
+from megatron_eslm.parallel.mesh import build_mesh
+from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.selection.state import Peers, Recorder, SelectionState
+from megatron_eslm.training.build import build_flops, build_model, dry_run
+from megatron_eslm.training.estimate import (
+    MemoryEstimate,
+    block_activations,
+    estimate_memory,
+    step_work,
+)
+from megatron_eslm.training.stages import plan_stages
 from tests.harness import run_ranks
 
 from .runs import Outcome, train, words
@@ -84,3 +95,170 @@ def test_a_run_that_reads_too_much_is_described_and_refused(data: list[str]) -> 
     text, refusal = run_ranks(1, fn)[0]
     assert number(text, "steps") == 100_000 and re.search(r"domain prose .* [\d,.]+ epochs", text)
     assert "--max-epochs 1 allows" in refusal
+
+
+TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+
+
+def test_layout_and_plan_of_many_processes(data: list[str]) -> None:
+    """Described by one process; a pipeline of three stages with their blocks."""
+
+    def fn(rank: int) -> list[str]:
+        init_distributed()
+        flags = (PP, 3, TP, 2, "--sequence-parallel", "--activation-checkpoint-interval", 2)
+        argv = words(data, *flags, "--global-batch-size", 64, "--dry-run")
+        return [
+            dry_run(parse_run([*argv, "--dry-run-world-size", "24"], 1))[0],
+            dry_run(parse_run(words(data, "--dry-run"), 1))[0],
+        ]
+
+    many, one = run_ranks(1, fn)[0]
+    assert "2 micro-steps x 4 ranks x 8" in many
+    assert (
+        "layout               2 tensor x 3 pipeline x 4 data-parallel ranks, ZeRO 0, sequence "
+        "parallel, activation checkpoints every 2 blocks" in many
+    )
+    assert "pipeline             each stage idle for 50.0% of a step at best" in many
+    assert "which needs most)" in many
+    stages = re.findall(r"^(\d) +(\d) \(1\) .*\d  ?(.*)$", many, re.MULTILINE)
+    assert [stage[:2] for stage in stages] == [("0", "0"), ("1", "1"), ("2", "2")]
+    assert "the most expensive stage costs" in many
+    assert "1 tensor x 1 pipeline x 1 data-parallel ranks, ZeRO 0\n" in one
+    assert "stage" not in one and "idle" not in one
+
+
+def saved_bytes(layers: int, tp: int, flags: list[str]) -> tuple[int, float]:
+    """Bytes that autograd keeps of a forward pass through the blocks; what a block is said to."""
+    run = parse_run(
+        [
+            *("--num-layers", str(layers), "--hidden-size", "64", "--num-attention-heads", "4"),
+            *("--seq-length", "32", "--lr", "1e-3", "--micro-batch-size", "4", "--data-path", "x"),
+            *("--train-iters", "10", "--selection", "clm", TP, str(tp), *flags),
+        ],
+        tp,
+    )
+    shape = run.shape(257)
+    policy = build_policy(run.selection, SelectionState(alpha=0.0), Peers(0, 1, None), 1)
+    model = build_model(run, shape, build_mesh(tp, 1), policy, Recorder(), range(layers))
+    model = model.to(run.dtype).train()
+    held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens_MS = torch.randint(257, (4, 33), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.run((tokens_MS, torch.ones(4, 32, dtype=torch.bool)))
+    return sum(storage.nbytes() for storage in kept.values()), block_activations(run, shape)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_block_keeps_what_is_told(tp: int) -> None:
+    cases = [
+        [],
+        ["--bf16"],
+        ["--ffn-hidden-size", "96"],
+        ["--hidden-dropout", "0.1"],
+        ["--attention-dropout", "0.1"],
+    ]
+    if tp > 1:
+        cases += [["--sequence-parallel"], ["--sequence-parallel", "--bf16"]]
+
+    def fn(rank: int) -> list[tuple[int, float]]:
+        init_distributed()
+        found = []
+        for flags in cases:
+            (small, told), (large, _) = saved_bytes(2, tp, flags), saved_bytes(3, tp, flags)
+            found.append((large - small, told))
+        return found
+
+    for flags, (kept, told) in zip(cases, run_ranks(tp, fn)[0], strict=True):
+        assert told == pytest.approx(kept, rel=0.02), flags
+
+
+def memory(*flags: str | int, world: int = 8) -> MemoryEstimate:
+    argv = ["--data-path", "x", "--model-size", "350M", "--global-batch-size", "256"]
+    run = parse_run([*argv, *map(str, flags)], world)
+    shape = run.shape(50_257)
+    policy = build_policy(run.selection, SelectionState(alpha=0.0), Peers(0, 1, None), 0)
+    plan = plan_stages(run, shape, build_flops(run, shape, policy), step_work(run))
+    return estimate_memory(run, shape, plan)
+
+
+N = 354_871_296
+"""Parameters of the 350M model, padded vocabulary."""
+
+
+def test_zero_spreads_over_the_data_parallel_ranks() -> None:
+    # bytes a parameter: weights, gradients, optimizer
+    for flags, shares in (
+        (("--zero-stage", 0), (4, 4, 8)),
+        (("--zero-stage", 1), (4, 4, 12 / 8)),
+        (("--zero-stage", 2), (4, 4 / 8, 12 / 8)),
+        (("--zero-stage", 3), (4 / 8, 4 / 8, 12 / 8)),
+        (("--bf16",), (2, 4, 12 / 8)),
+        (("--bf16", "--zero-stage", 3), (2 / 8, 4 / 8, 12 / 8)),
+        (("--zero-stage", 2, "--cpu-offload"), (4, 4 / 8, 0)),
+    ):
+        found = memory(*flags)
+        assert (found.weights, found.gradients, found.optimizer) == pytest.approx(
+            [N * share for share in shares]
+        ), flags
+
+
+def test_tensor_ranks_share_weights_activations_and_head() -> None:
+    one, two = memory("--zero-stage", 0), memory(TP, 2)
+    spread = memory(TP, 2, "--sequence-parallel")
+    assert one.weights / 2 < two.weights < one.weights / 2 * 1.01  # norms and positions are whole
+    assert one.activations / 2 < two.activations < one.activations
+    assert spread.activations == pytest.approx(one.activations / 2)
+    assert two.head < one.head
+    assert spread.weights == two.weights and spread.optimizer == two.optimizer
+
+
+def test_a_stage_counts_what_is_in_flight() -> None:
+    """24 blocks of 350M over four stages: stage 0 has four micro-steps under way."""
+    one = memory("--zero-stage", 0)
+    a_block = one.activations / 24
+    hidden = 8 * 1024 * 1024 * 4
+    cut = memory(PP, 4, "--pipeline-split", "6,6,6,6")
+    assert cut.stage == 0
+    assert cut.activations == pytest.approx(4 * (6 * a_block + hidden))
+    # As many micro-steps as there are, at most.
+    few = memory(PP, 4, "--pipeline-split", "6,6,6,6", "--global-batch-size", 32)
+    assert few.activations == pytest.approx(2 * (6 * a_block + hidden))
+    # A stage behind it also keeps what it received.
+    third = memory(PP, 4, "--pipeline-split", "1,1,21,1")
+    assert third.stage == 2
+    assert third.activations == pytest.approx(2 * (21 * a_block + 2 * hidden))
+
+
+def test_checkpoints_keep_inputs_and_one_group() -> None:
+    hidden = 8 * 1024 * 1024 * 4
+    a_block = memory("--zero-stage", 0).activations / 24
+    for interval, groups in ((1, 24), (4, 1 + 6), (23, 2)):  # one block before the selector
+        found = memory("--activation-checkpoint-interval", interval)
+        assert found.activations == pytest.approx(groups * hidden + interval * a_block)
+    cut = memory(PP, 4, "--pipeline-split", "20,2,1,1", "--activation-checkpoint-interval", 5)
+    # The first stage: blocks 0 | 1-5 | 6-10 | 11-15 | 16-19, and what it hands on, four times.
+    assert cut.stage == 0
+    assert cut.activations == pytest.approx(4 * (5 + 1) * hidden + 5 * a_block)
+
+
+def test_the_head_counts_where_it_is() -> None:
+    """Logits kept or not, the gradient of the tied weight, two chunks, three hidden states."""
+    tokens, vocab, width = 8 * 1024, 50_304, 1024
+    base = 4 * vocab * width + 2 * 128 * 2**20 + 3 * tokens * width * 4
+    keep, again = memory("--head-logits", "keep"), memory("--head-logits", "recompute")
+    assert again.head == pytest.approx(base)
+    assert keep.head == pytest.approx(base + 4 * tokens * vocab)
+    # A first stage that scores has chunks and hidden states, one that does not has nothing.
+    scoring = memory(PP, 4, "--pipeline-split", "21,1,1,1")
+    assert scoring.stage == 0
+    assert scoring.head == pytest.approx(2 * 128 * 2**20 + 2 * tokens * width * 4)
+    blind = memory(PP, 4, "--pipeline-split", "21,1,1,1", "--selection", "random")
+    assert (blind.stage, blind.head) == (0, 0.0)

@@ -32,6 +32,8 @@ CASES = {
     "token": ("--eslm-alpha", "0.3", "--eslm-level", "token"),
     "random": ("--eslm-alpha", "0.3", "--selection", "random"),
     "recompute": ("--eslm-alpha", "0.3", "--head-logits", "recompute"),
+    "checkpoints": ("--eslm-alpha", "0.3", "--activation-checkpoint-interval", "1"),
+    "sparse checkpoints": ("--eslm-alpha", "0.3", "--activation-checkpoint-interval", "2"),
 }
 
 
@@ -62,17 +64,17 @@ def counter() -> FlopCounterMode:
 
 
 def counted(trainer: Trainer) -> list[int]:
-    """FLOPs that torch's dispatcher counts in each micro-step, forward and backward."""
+    """FLOPs that torch's dispatcher counts in each step, forward and backward."""
     found: list[int] = []
-    ordinary = trainer.engine.micro_step
+    ordinary = trainer.engine.step
 
-    def micro_step(*args):
+    def step(*args):
         with counter() as mode:
-            loss = ordinary(*args)
+            outcome = ordinary(*args)
         found.append(mode.get_total_flops())
-        return loss
+        return outcome
 
-    trainer.engine.micro_step = micro_step
+    trainer.engine.step = step
     return found
 
 
@@ -148,6 +150,29 @@ def test_the_executed_ledger_by_hand() -> None:
         + 77_266_944 * (10_240 + 2 * 9_216)
     )
     assert flops.executed(work) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 5])
+@pytest.mark.parametrize("again", [False, True])
+def test_the_executed_ledger_is_the_sum_of_its_parts(depth: int, again: bool) -> None:
+    flops = FlopsModel(
+        shape=SHAPE_124M,
+        seq_length=1024,
+        selector_depth=depth,
+        proxy=depth > 0,
+        proxy_stride=4,
+        logits_recomputed=True,
+        blocks_recomputed=again,
+    )
+    work = Work(tokens=12_288, tokens_deep=10_240, tokens_scored=10_240, tokens_trained=9_216)
+    parts = [flops.scoring(work), *(flops.block(work, i) for i in range(12)), flops.head(work)]
+    assert flops.executed(work) == pytest.approx(sum(parts), rel=1e-12)
+    # 2 x 12 D^2 + 4TD forward, and once more where activations are computed again
+    forward = 17_301_504 * again
+    assert parts[1] == (12_288 if depth else 10_240) * (53_477_376 + forward)
+    assert parts[-2] == 10_240 * (53_477_376 + forward)
+    assert parts[0] == (12_288 * 77_266_944 / 4 if depth else 0)
+    assert parts[-1] == 77_266_944 * (10_240 + 3 * 9_216)
 
 
 def test_a_policy_without_proxy_pays_for_none() -> None:

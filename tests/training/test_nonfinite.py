@@ -19,10 +19,13 @@ LAYOUTS = {
     "zero1": ("--zero-stage", "1"),
     "zero2": ("--zero-stage", "2"),
     "zero3": ("--zero-stage", "3"),
-    "bf16-zero0": ("--bf16", "--zero-stage", "0"),
     "bf16-zero1": ("--bf16", "--zero-stage", "1"),
     "bf16-zero2": ("--bf16", "--zero-stage", "2"),
     "bf16-zero3": ("--bf16", "--zero-stage", "3"),
+    "tp2": ("--tensor-model-parallel-size", "2"),
+    "pp2": ("--pipeline-model-parallel-size", "2"),
+    "pp2-zero1": ("--pipeline-model-parallel-size", "2", "--zero-stage", "1"),
+    "pp2-bf16": ("--pipeline-model-parallel-size", "2", "--zero-stage", "1", "--bf16"),
 }
 
 
@@ -31,12 +34,13 @@ def poison_hidden(trainer: Trainer, when, *, row: int = 1, rank: int = 0) -> Non
 
     def hook(module, args, output):
         if when() and trainer.mesh.dp_rank == rank and module.training:
-            hidden = output[0].clone()
+            hidden = output.clone()
             hidden[:, row] = torch.nan
-            return (hidden, *output[1:])
+            return hidden
         return output
 
-    trainer.engine.ds.module.embedding.register_forward_hook(hook)
+    if trainer.mesh.is_first_stage:
+        trainer.engine.model.embedding.register_forward_hook(hook)
 
 
 class Watcher:
@@ -48,13 +52,13 @@ class Watcher:
         self.messages: list[str] = []
         where = trainer.state.selection
         poison_hidden(trainer, lambda: (where.iteration, where.micro_step) == (1, 1), rank=1)
-        update = trainer.engine.update
+        step = trainer.engine.step
 
-        def watched(lr: float):
+        def watched(*args):
             self.weights.append(weights_of(trainer))
-            return update(lr)
+            return step(*args)
 
-        trainer.engine.update = watched
+        trainer.engine.step = watched
         handler = logging.Handler()
         handler.emit = lambda r: self.messages.append(r.getMessage())
         logging.getLogger("megatron_eslm.training.nonfinite").addHandler(handler)
@@ -74,12 +78,12 @@ def test_a_poisoned_micro_step_skips_its_step_everywhere(
             micro_batch_size=ROWS // 2,
         )
         outcome = train(argv, tmp_path / "m.jsonl", lambda t: watchers.append(Watcher(t)))
-        w = watchers[0].weights  # before updates 1 to 5; number 2 is the one to be skipped
+        w = watchers[0].weights  # before steps 1 to 5; number 2 is the one to be skipped
         same = [all(torch.equal(w[i][n], w[i + 1][n]) for n in w[i]) for i in range(4)]
         finite = all(bool(p.isfinite().all()) for p in weights_of(watchers[0].trainer).values())
         return outcome, same, finite, watchers[0].messages
 
-    results = run_ranks(2, fn)
+    results = run_ranks(4 if "p2" in layout else 2, fn)
     for _, same, finite, _ in results:
         assert same == [False, True, False, False]
         assert finite
@@ -88,7 +92,7 @@ def test_a_poisoned_micro_step_skips_its_step_everywhere(
     assert outcome.column("nonfinite_steps") == [0, 1, 1, 1, 1]
     # Micro-step 2 of iteration 2 holds samples 24 to 31; row 1 of rank 1 is number 29.
     (said,) = messages
-    assert "iteration 2: scores (rank 1: samples 29) not finite, step skipped" in said
+    assert "iteration 2: scores (data-parallel rank 1: samples 29) not finite, step skipped" in said
     assert "(1 in a row, 1 in all)" in said
     losses = outcome.column("loss")
     assert losses[1] is None  # not JSON as a number
@@ -106,7 +110,7 @@ def test_gradients_alone_that_are_not_finite(data: list[str], tmp_path: Path) ->
         logging.getLogger("megatron_eslm.training.nonfinite").addHandler(handler)
 
         def prepare(trainer: Trainer) -> None:
-            weight = trainer.engine.ds.module.blocks[1].mlp.up.weight
+            weight = trainer.engine.model.blocks["1"].mlp.up.weight
             where = trainer.state.selection
             weight.register_hook(lambda g: g * (torch.inf if where.iteration == 1 else 1.0))
 
@@ -132,7 +136,9 @@ def test_too_many_in_a_row_stop_every_rank(data: list[str], flags: tuple[str, ..
 
     (text, iteration), other = run_ranks(2, fn)
     assert other == (text, iteration) and iteration == 5
-    assert text.startswith("3 steps in a row were not finite, the last with scores (rank 0: ")
+    assert text.startswith(
+        "3 steps in a row were not finite, the last with scores (data-parallel rank 0: "
+    ), text
     for part in ("Lower --lr", "--lr-warmup-iters", "--max-nonfinite-steps"):
         assert part in text
 

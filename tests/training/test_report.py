@@ -146,6 +146,18 @@ def test_an_existing_metrics_file_is_not_written_over(data: list[str], tmp_path:
     assert file.read_text() == "{}\n"
 
 
+def test_metrics_of_a_start_that_saved_nothing_are_set_aside(
+    data: list[str], tmp_path: Path
+) -> None:
+    """A requeued job that was killed before its first checkpoint begins again."""
+    file = tmp_path / "m.jsonl"
+    file.write_text('{"iteration": 3}\n')
+    folder = ("--save", tmp_path / "run", "--load", tmp_path / "run")
+    outcome = one(words(data, *folder, iters=3), file)
+    assert [line["iteration"] for line in outcome.steps] == [0, 1, 2, 3]
+    assert (tmp_path / "m.jsonl.abandoned").read_text() == '{"iteration": 3}\n'
+
+
 def test_a_resumed_run_appends_also_after_a_torn_line(tmp_path: Path) -> None:
     file = tmp_path / "m.jsonl"
     MetricsFile(str(file), {"a": 1}, resumed=False)

@@ -34,14 +34,14 @@ def signal_at(iteration: int, number: signal.Signals = signal.SIGTERM, rank: int
     """Make one rank send itself a signal in the middle of the step after `iteration`."""
 
     def prepare(trainer: Trainer) -> None:
-        ordinary = trainer.engine.micro_step
+        ordinary = trainer.engine.step
 
-        def micro_step(*args):
+        def step(*args):
             if trainer.state.iteration == iteration and trainer.mesh.rank == rank:
                 os.kill(os.getpid(), number)
             return ordinary(*args)
 
-        trainer.engine.micro_step = micro_step
+        trainer.engine.step = step
 
     return prepare
 

@@ -1,0 +1,87 @@
+"""Dropout whose masks depend on seed, names and places, never on the layout.
+
+A mask belongs to (seed, layer, step, micro-step, row of the global micro-batch): every data-,
+tensor- and pipeline-parallel layout draws the same one, and so does a backward pass that computes
+activations again. torch's own dropout takes its numbers from a stream that every layout consumes
+differently.
+
+Shape legend: T positions, S those of this rank (T unless sequence parallel), M rows, D hidden,
+H heads of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_eslm.parallel.mesh import Mesh
+from megatron_eslm.parallel.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which part of training a layer's input is; captured in the forward pass."""
+
+    iteration: int
+    micro_step: int
+    rows: tuple[int, ...]
+    """Of the global micro-batch, one for each row of the input."""
+
+
+class NamedDropout:
+    """Inverted dropout with masks by name.
+
+    Args:
+        probability: share that is dropped, in [0, 1).
+        seed: of the run.
+        name: of the layer.
+        mesh: for the slice of a mask that a tensor-parallel rank needs.
+        sequence_parallel: whether hidden states hold this rank's positions only.
+    """
+
+    def __init__(
+        self, probability: float, seed: int, name: str, mesh: Mesh, sequence_parallel: bool
+    ) -> None:
+        self.probability = probability
+        self._seed = seed
+        self._name = name
+        self._tp_rank, self._tp_size = mesh.tp_rank, mesh.tp_size
+        self._parts = mesh.tp_size if sequence_parallel else 1
+
+    def hidden(self, x_SMD: torch.Tensor, places: Places | None) -> torch.Tensor:
+        """Dropout on hidden states [S, M, D]; None, as in evaluation, drops nothing."""
+        if not self.probability or places is None:
+            return x_SMD
+        s, _, d = x_SMD.shape
+        masks = [self._draw((s * self._parts, d), x_SMD, places, row) for row in places.rows]
+        if not masks:
+            return x_SMD
+        mask_TMD = torch.stack(masks, dim=1)
+        if self._parts > 1:
+            mask_TMD = mask_TMD.chunk(self._parts)[self._tp_rank].clone()  # lets go of the rest
+        return x_SMD * mask_TMD
+
+    def attention(self, weights_MHTT: torch.Tensor, places: Places) -> torch.Tensor:
+        """Dropout on attention weights [M, H, T, T]."""
+        _, heads, t, _ = weights_MHTT.shape
+        first = heads * self._tp_rank
+        masks = [
+            self._draw((t, t), weights_MHTT, places, row, first + head)
+            for row in places.rows
+            for head in range(heads)
+        ]
+        if not masks:
+            return weights_MHTT
+        return weights_MHTT * torch.stack(masks).view(weights_MHTT.shape)
+
+    def _draw(
+        self, shape: tuple[int, int], like: torch.Tensor, places: Places, *names: int
+    ) -> torch.Tensor:
+        """0 where dropped and 1 / (1 - p) elsewhere, in the type of `like`."""
+        seed = derive_seed(
+            self._seed, "dropout", self._name, places.iteration, places.micro_step, *names
+        )
+        generator = torch.Generator(like.device).manual_seed(seed)
+        kept = torch.rand(shape, generator=generator, device=like.device) >= self.probability
+        return kept.to(like.dtype) / (1.0 - self.probability)

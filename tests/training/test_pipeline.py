@@ -1,0 +1,193 @@
+"""What a pipeline has to get right beside the parity matrix: rows that vanish, ties, dropout."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_eslm.training.loop import Trainer
+from tests.harness import run_ranks
+
+from .runs import ROWS, Outcome, assert_same_dumps, read_dumps, refusal, train, words
+
+STEPS = ("--num-layers", "4", "--global-batch-size", 3 * ROWS)
+PP2 = ("--pipeline-model-parallel-size", "2")
+
+
+def course(
+    data: list[str], folder: Path, runs: dict[str, tuple[int, int, tuple]], *flags: str
+) -> dict[str, Outcome]:
+    """Train the single process ("one") and each of {name: (ranks, DP, flags)}."""
+
+    def one_run(name: str, dp: int, more: tuple) -> Outcome:
+        argv = words(
+            data,
+            *(*STEPS, *flags, *more, "--dump-selection", folder / name),
+            micro_batch_size=ROWS // dp,
+        )
+        return train(argv, folder / f"{name}.jsonl")
+
+    return {
+        name: run_ranks(ranks, lambda rank, n=name, d=dp, m=more: one_run(n, d, m))[0]
+        for name, (ranks, dp, more) in {"one": (1, 1, ()), **runs}.items()
+    }
+
+
+def assert_same_course(folder: Path, outcomes: dict[str, Outcome]) -> None:
+    one = outcomes["one"]
+    for name, outcome in outcomes.items():
+        for column in ("loss", "grad_norm"):
+            np.testing.assert_allclose(
+                outcome.column(column), one.column(column), rtol=1e-5, atol=1e-5, err_msg=name
+            )
+        np.testing.assert_allclose(outcome.valid_losses(), one.valid_losses(), atol=1e-5)
+        assert_same_dumps(folder / name, folder / "one")
+
+
+@pytest.mark.parametrize("zero", ["0", "1"])
+def test_a_rank_that_keeps_no_row_under_a_pipeline(
+    data: list[str], tmp_path: Path, zero: str
+) -> None:
+    """Of 8 rows over two data-parallel ranks one is kept: one rank sends an empty tensor on."""
+    runs = {"pp2dp2": (4, 2, (*PP2, "--zero-stage", zero))}
+    outcomes = course(data, tmp_path, runs, "--eslm-alpha", "0.9")
+    assert_same_course(tmp_path, outcomes)
+    for dump in read_dumps(tmp_path / "pp2dp2").values():
+        assert sorted(dump["instance_kept"].reshape(2, -1).sum(1).tolist()) == [0, 1]
+        assert np.isfinite(dump["loss"])
+
+
+def test_unequal_numbers_of_kept_rows_under_a_pipeline(data: list[str], tmp_path: Path) -> None:
+    runs = {"pp2dp2": (4, 2, PP2)}
+    outcomes = course(data, tmp_path, runs, "--eslm-alpha", "0.3")
+    assert_same_course(tmp_path, outcomes)
+    kept = {
+        tuple(dump["instance_kept"].reshape(2, -1).sum(1).tolist())
+        for dump in read_dumps(tmp_path / "pp2dp2").values()
+    }
+    assert len(kept) > 1 and any(a != b for a, b in kept), kept
+
+
+def test_dropout_masks_are_those_of_the_single_process(data: list[str], tmp_path: Path) -> None:
+    sequence = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+    runs = {
+        "dp4-zero2": (4, 4, ("--zero-stage", "2")),
+        "pp2dp2": (4, 2, (*PP2, "--activation-checkpoint-interval", "1")),
+        "tp2pp2": (4, 1, (*PP2, *sequence)),
+        "tp2": (2, 1, ("--tensor-model-parallel-size", "2")),
+    }
+    dropout = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--eslm-alpha", "0.3")
+    assert_same_course(tmp_path, course(data, tmp_path, runs, *dropout))
+    plain = course(data, tmp_path / "plain", {}, "--eslm-alpha", "0.3")["one"]
+    dropped = course(data, tmp_path / "dropped", {}, *dropout)["one"]
+    assert dropped.column("loss") != plain.column("loss")
+
+
+def test_activations_computed_again_are_the_same(data: list[str], tmp_path: Path) -> None:
+    """And they are computed again: a block runs forward twice in a training step."""
+
+    def fn(rank: int) -> list[tuple[Outcome, int]]:
+        results = []
+        for interval in ("0", "1", "3"):
+            calls = [0]
+
+            def prepare(trainer: Trainer, calls: list[int] = calls) -> None:
+                def count(module, args):
+                    calls[0] += module.training
+
+                trainer.engine.model.blocks["2"].register_forward_pre_hook(count)
+
+            argv = words(data, *STEPS, "--activation-checkpoint-interval", interval)
+            outcome = train(argv, tmp_path / f"{interval}.jsonl", prepare)
+            results.append((outcome, calls[0]))
+        return results
+
+    plain, *others = run_ranks(1, fn)[0]
+    assert plain[1] == 4 * 3  # steps x micro-steps
+    for outcome, calls in others:
+        assert calls == 2 * plain[1]
+        for column in ("loss", "grad_norm"):
+            assert outcome.column(column) == plain[0].column(column)
+
+
+@pytest.mark.parametrize("flags", [("--zero-stage", "1"), ("--bf16",)], ids=["float32", "bf16"])
+def test_shared_weights_stay_the_same_on_both_ends(
+    data: list[str], tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    def fn(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        built: list[Trainer] = []
+        train(words(data, *STEPS, *PP2, *flags), tmp_path / "m.jsonl", built.append)
+        model = built[0].engine.model
+        built[0].engine._refresh_mirror()
+        norm = model.final_norm
+        values = norm.values_2D if rank == 0 else torch.stack([norm.weight, norm.bias])
+        return model.embedding.word.weight.detach(), values.detach().float()
+
+    (first, mirror), (last, norm) = run_ranks(2, fn)
+    assert torch.equal(first, last)
+    assert torch.equal(mirror, norm)
+    assert not torch.equal(norm[0], torch.ones_like(norm[0]))
+
+
+def test_bf16_in_three_dimensions_follows_the_single_process(
+    data: list[str], tmp_path: Path
+) -> None:
+    """Plain training, where no kept token can flip: the curve differs by rounding alone."""
+    tp2pp2 = (*PP2, "--tensor-model-parallel-size", "2", "--sequence-parallel")
+    runs = {"tp2pp2": (4, 1, tp2pp2), "pp2dp2": (4, 2, PP2)}
+    outcomes = course(data, tmp_path, runs, "--bf16", "--selection", "clm")
+    for name in runs:
+        for column, tolerance in (("loss", 3e-3), ("grad_norm", 1e-2)):
+            np.testing.assert_allclose(
+                outcomes[name].column(column), outcomes["one"].column(column), rtol=tolerance
+            )
+
+
+@pytest.mark.slow  # the first use compiles for about a minute
+@pytest.mark.skipif(shutil.which("g++") is None, reason="offload compiles DeepSpeed's CPU Adam")
+@pytest.mark.parametrize("flags", [(), ("--bf16",)], ids=["float32", "bf16"])
+def test_cpu_offload_in_a_pipeline(data: list[str], tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Gradients of the tied embedding are then added up elsewhere."""
+    offload = ("--zero-stage", "1", "--cpu-offload")
+    runs = {"pp2": (2, 1, (*PP2, *offload)), "pp2dp2": (4, 2, (*PP2, *offload))}
+    outcomes = course(data, tmp_path, runs, "--selection", "clm", *flags)
+    for name in runs:
+        for column, tolerance in (("loss", 3e-3), ("grad_norm", 1e-2)):
+            np.testing.assert_allclose(
+                outcomes[name].column(column),
+                outcomes["one"].column(column),
+                rtol=tolerance if flags else 1e-5,
+            )
+
+
+def test_the_early_exit_must_fit_into_the_first_stage(data: list[str]) -> None:
+    def fn(rank: int) -> str:
+        return refusal(
+            words(data, *STEPS, *PP2, "--pipeline-split", "1,3", "--eslm-proxy-layers", "2")
+        )
+
+    for message in run_ranks(2, fn):
+        assert "--eslm-proxy-layers 2" in message and "--pipeline-split" in message
+
+
+def test_middle_stages_hold_blocks_only_and_read_nothing(data: list[str], tmp_path: Path) -> None:
+    def fn(rank: int) -> tuple[list[str], bool]:
+        built: list[Trainer] = []
+        flags = ("--pipeline-model-parallel-size", "3", "--pipeline-split", "1,2,1")
+        train(words(data, *STEPS, *flags), tmp_path / "m.jsonl", built.append)
+        names = [name for name, _ in built[0].engine.model.named_parameters()]
+        return names, any(True for _ in built[0]._batches())
+
+    (first, _), (middle, reads), (last, _) = run_ranks(3, fn)
+    assert {name.split(".")[1] for name in middle} == {"1", "2"} and not reads
+    assert all(name.startswith("blocks.") for name in middle)
+    assert "embedding.position.weight" in first and not any("norm" in n[:10] for n in first)
+    assert [n for n in last if not n.startswith("blocks")] == [
+        "embedding.word.weight",
+        "final_norm.weight",
+        "final_norm.bias",
+    ]
