@@ -8,11 +8,12 @@ export PATH := $(abspath $(BIN)):$(PATH)
 DEMO := demo
 DEMO_FLAGS ?= --eval-interval 25 --log-interval 25
 
-.PHONY: help install demo test test-all check clean
+.PHONY: help install demo test test-all parity check clean
 
 help:
 	@echo "make demo      train the same small GPT with clm, eslm and random selection, compare, export"
 	@echo "make test      run the tests (make test-all: the slow ones too)"
+	@echo "make parity    train one model in every layout and print how the runs differ"
 	@echo "make check     formatter, linter, types, spelling, direction of imports"
 	@echo "make clean     remove $(VENV) and $(DEMO)"
 
@@ -43,12 +44,16 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest -m ''
 
+parity: install
+	$(BIN)/python -m tests.training.parity
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell .
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck examples/*.sh examples/*.sbatch
 
 clean:
 	rm -rf $(VENV) $(DEMO)
