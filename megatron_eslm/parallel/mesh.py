@@ -6,6 +6,7 @@ DeepSpeed's PipeModelDataParallelTopology.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -66,8 +67,13 @@ def check_layout(world_size: int, tp: int, pp: int) -> int:
     return world_size // (tp * pp)
 
 
-def build_mesh(tp: int = 1, pp: int = 1) -> Mesh:
+def build_mesh(tp: int = 1, pp: int = 1, timeout_seconds: float | None = None) -> Mesh:
     """Build the groups of all ranks. Collective: every rank must call it.
+
+    Args:
+        tp: --tensor-model-parallel-size.
+        pp: --pipeline-model-parallel-size.
+        timeout_seconds: how long the groups' collectives wait for a rank; None: torch's default.
 
     Raises:
         ConfigError: TP x PP does not divide the number of processes.
@@ -75,12 +81,13 @@ def build_mesh(tp: int = 1, pp: int = 1) -> Mesh:
     world = dist.get_world_size()
     dp = check_layout(world, tp, pp)
     me = dist.get_rank()
+    timeout = None if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
 
     def groups(of: list[list[int]]) -> dist.ProcessGroup:
         mine: dist.ProcessGroup | None = None
         for ranks in of:
             # new_group is collective over the world, so every rank walks the same list.
-            group = dist.group.WORLD if len(ranks) == world else dist.new_group(ranks)
+            group = dist.group.WORLD if len(ranks) == world else dist.new_group(ranks, timeout)
             if me in ranks:
                 mine = group
         # A stage in the middle is in no group of ends; any one does where it is never used.

@@ -212,7 +212,9 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
     """
     phases = phases or Phases()
     mesh = build_mesh(
-        run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
+        run.engine.tensor_model_parallel_size,
+        run.engine.pipeline_model_parallel_size,
+        run.engine.collective_timeout_seconds,
     )
     source, options = open_run_data(run)
     report = plan_run(run, source, options)

@@ -68,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         configure_logging()
         run = parse_run(argv, int(os.environ.get("WORLD_SIZE", "1")))
         timeout_seconds = 60.0 * run.engine.distributed_timeout_minutes
-        # Collectives wait longer than the watchdog, which can tell for whom they wait.
-        init_distributed(2 * timeout_seconds + 60.0)
+        init_distributed(run.engine.collective_timeout_seconds)
         watchdog = job_watchdog(phases, timeout_seconds)
         if watchdog is not None:
             signal.signal(signal.SIGTERM, raise_terminated)

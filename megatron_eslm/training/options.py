@@ -147,7 +147,8 @@ class EngineOptions:
     leaves open or sets to "auto"; where both set a value they must agree."""
 
     distributed_timeout_minutes: float = 10.0
-    """How long a collective waits for a rank."""
+    """How long no rank may go on before the job ends with a message that names the one to blame;
+    collectives wait twice that and a minute."""
 
     local_rank: int | None = None
     """Set by the deepspeed launcher."""
@@ -160,6 +161,11 @@ class EngineOptions:
         if self.distributed_timeout_minutes <= 0:
             raise ConfigError("--distributed-timeout-minutes must be positive.")
         _ = self.pipeline_blocks
+
+    @property
+    def collective_timeout_seconds(self) -> float:
+        """Longer than the watchdog's, which can tell for whom a collective waits."""
+        return 2 * 60.0 * self.distributed_timeout_minutes + 60.0
 
     @property
     def pipeline_blocks(self) -> tuple[int, ...] | None:

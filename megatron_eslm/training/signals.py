@@ -32,7 +32,8 @@ class StopSignal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
+        if kind is None:
+            self._restore()  # an error on its way up still has to be told, and not interrupted
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -337,8 +337,8 @@ def test_a_full_disk_on_one_rank_ends_all_with_the_earlier_checkpoint(
     def fn(rank: int) -> str:
         save_file = safetensors.torch.save_file
 
-        def patched(tensors: dict, path: Path) -> None:
-            save_file(tensors, path)
+        def patched(tensors: dict, path: Path, metadata: dict | None = None) -> None:
+            save_file(tensors, path, metadata)
             if path.parent.name.endswith("4") and rank == 1:
                 raise error
 
