@@ -15,13 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.dropout import NamedDropout, Places
-from megatron_eslm.model.head import Objective, SelectiveHead
+from megatron_eslm.model.head import SelectiveHead
 from megatron_eslm.model.init import init_parameters
 from megatron_eslm.model.instance_selector import InstanceSelector, Selected
 from megatron_eslm.model.layers import Block, Embedding, FinalNorm, Layout, MirroredNorm
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.head_statistics import VocabShard
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
+from megatron_eslm.selection.batch import Batch, LossTokens
+from megatron_eslm.selection.objective import Objective
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policy import SelectionPolicy, build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
@@ -45,9 +47,9 @@ class ModelSettings:
 class GPT(nn.Module):
     """A GPT, or the stage of one that holds `blocks`.
 
-    The whole model, called with tokens int64 [M, T+1] and valid bool [M, T] (whether label t
-    counts), returns what SelectiveHead returns. A stage is `run()`: the first one takes (tokens,
-    valid), those behind it and the head (`loss()`) take what the stage before hands on, `Selected`.
+    The whole model, called with the tensors of a Batch (tokens and valid will do), returns what
+    SelectiveHead returns. A stage is `run()`: the first one takes a Batch, those behind it and the
+    head (`loss()`) take what the stage before hands on, `Selected`.
     Parameter names (`embedding.*`, `blocks.{i}.*`, `final_norm.*`) do not depend on policy or
     layout.
     """
@@ -124,8 +126,9 @@ class GPT(nn.Module):
         """Whether this is the last stage, or the whole model."""
         return self.block_range.stop == self.shape.num_layers
 
-    def forward(self, tokens_MS: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
-        return self.loss(self.run((tokens_MS, valid_MT)), tokens_MS, valid_MT)
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        batch = Batch.of(*tensors)
+        return self.loss(self.run(batch), batch)
 
     def run(self, inputs: tuple[torch.Tensor, ...]) -> Selected:
         """This stage's layers but the head, for one micro-batch."""
@@ -135,22 +138,21 @@ class GPT(nn.Module):
             selected: Selected = inputs  # type: ignore[assignment]
             hidden_SKD, *rest = selected
             return (self._blocks(hidden_SKD, self.block_range, self._places(selected)), *rest)  # type: ignore[return-value]
-        tokens_MS, valid_MT = inputs
+        batch = Batch(*inputs)
+        tokens_MS = batch.tokens_MS
         depth = self.policy.selector_depth
         everything_M = torch.arange(len(tokens_MS), device=tokens_MS.device)
         places = self._places_of(everything_M, len(tokens_MS))
         hidden_SMD = self.embedding(tokens_MS, places)
         hidden_SMD = self._blocks(hidden_SMD, self.block_range[:depth], places)
-        selected = self.selector(hidden_SMD, tokens_MS, valid_MT)
+        selected = self.selector(hidden_SMD, batch)
         hidden_SKD, *rest = selected
         hidden_SKD = self._blocks(hidden_SKD, self.block_range[depth:], self._places(selected))
         return (hidden_SKD, *rest)  # type: ignore[return-value]
 
-    def loss(
-        self, selected: Selected, tokens_MS: torch.Tensor, valid_MT: torch.Tensor
-    ) -> torch.Tensor:
+    def loss(self, selected: Selected, batch: Batch) -> torch.Tensor:
         """The head, on the last stage."""
-        return self.head(selected, tokens_MS[:, 1:], valid_MT)
+        return self.head(selected, batch)
 
     def _blocks(
         self, hidden: torch.Tensor, numbers: Sequence[int], places: Places | None
@@ -266,8 +268,9 @@ def load_weights(model: GPT, weights: dict[str, torch.Tensor]) -> None:
         parameter.copy_(weights[name])
 
 
-def _no_objective(loss_S: torch.Tensor, num_kept: int, dp_size: int) -> torch.Tensor:
-    raise AssertionError("a model without an objective was asked for its loss")
+class _NoObjective(Objective):
+    def token_losses(self, tokens: LossTokens) -> torch.Tensor:
+        raise AssertionError("a model without an objective was asked for its loss")
 
 
 @torch.no_grad()
@@ -289,11 +292,11 @@ def reference_logits(
     mesh = build_mesh()
     options = SelectionOptions(selection="clm")
     policy = build_policy(options, SelectionState(alpha=0.0), Peers(0, 1, None), seed=0)
-    model = GPT(shape, mesh, policy, Recorder(), _no_objective, ModelSettings()).eval()
+    model = GPT(shape, mesh, policy, Recorder(), _NoObjective(), ModelSettings()).eval()
     load_weights(model, weights)
     # The embedding takes T+1 tokens and drops the last; any id does there.
     padded = torch.cat([tokens, tokens[:, :1]], dim=1)
-    hidden_TBD, *_ = model.run((padded, torch.ones_like(tokens, dtype=torch.bool)))
+    hidden_TBD, *_ = model.run(Batch.of(padded, torch.ones_like(tokens, dtype=torch.bool)))
     assert model.final_norm is not None
     logits = model.final_norm(hidden_TBD) @ model.embedding.word.weight[: shape.vocab_size].t()
     return logits.transpose(0, 1)

@@ -6,8 +6,6 @@ order, S selected tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -15,17 +13,15 @@ from megatron_eslm.model.instance_selector import Selected
 from megatron_eslm.model.layers import Embedding, FinalNorm, Layout
 from megatron_eslm.ops.head_statistics import HeadStatistics, VocabShard, head_statistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
-from megatron_eslm.ops.selective_linear_cross_entropy import selective_linear_cross_entropy
 from megatron_eslm.parallel.collectives import all_reduce_
+from megatron_eslm.selection.batch import Batch, LossTokens
+from megatron_eslm.selection.objective import Objective
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.state import Recorder
 
-Objective = Callable[[torch.Tensor, int, int], torch.Tensor]
-"""(losses of this rank's kept tokens [S], their global number, data-parallel ranks) -> scalar."""
-
 
 class SelectiveHead(nn.Module):
-    """Selected (see instance_selector) with labels [M,T] and valid [M,T] -> loss.
+    """Selected (see instance_selector) and the batch that it is of -> loss.
 
     In training the result is this rank's scaled term of the mean loss over kept tokens (float32
     scalar); in evaluation float64 [2], the sum of the losses of all valid tokens and their number.
@@ -52,30 +48,37 @@ class SelectiveHead(nn.Module):
         # In a tuple, so that the shared modules are not registered under a second name.
         self._tied = (embedding, final_norm)
 
-    def forward(
-        self, selected: Selected, labels_MT: torch.Tensor, valid_MT: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, selected: Selected, batch: Batch) -> torch.Tensor:
         hidden_SKD, kept_K, facts_2 = selected
         hidden_TKD = self.layout.gather(hidden_SKD)
         embedding, final_norm = self._tied
         weight_VD = embedding.word.weight
+        valid_MT = batch.valid_MT
+        # Evaluation is over the tokens as they are, whatever --label-noise trains on.
+        labels_MT = batch.labels_MT if self.training else batch.tokens_MS[:, 1:]
         labels_N = labels_MT[kept_K].t().flatten()
         valid_KT = valid_MT[kept_K]
         if not self.training:
             return self._evaluate(hidden_TKD, weight_VD, labels_N, valid_KT.t().flatten())
 
         hidden_ND = hidden_TKD.flatten(0, 1)
-        statistics = rows_S = None
+        statistics = scored_S = None
         if self.policy.token_source == "head":
             # Logits of all tokens first, then the choice, then the backward pass of the chosen.
             with torch.no_grad():
                 statistics = self._statistics(final_norm(hidden_ND), weight_VD, labels_N)
             risk_KT = self.policy.token_risk(statistics).view(hidden_TKD.shape[:2]).t()
-            chosen_S, num_kept = self._choose(risk_KT, kept_K, valid_MT)
+            kept_N, num_in_loss = self._choose(risk_KT, kept_K, batch)
         elif self.policy.token_source == "policy":
-            chosen_S, num_kept = self._choose(None, kept_K, valid_MT)
+            kept_N, num_in_loss = self._choose(None, kept_K, batch)
         else:
-            chosen_S, num_kept = self._all_valid(valid_KT)
+            kept_N, num_in_loss = self._all_valid(valid_KT)
+        in_loss_N, kept_S = kept_N, None
+        if self.objective.on_dropped_tokens:
+            in_loss_N, num_in_loss = self._all_valid(valid_KT)
+        chosen_S = in_loss_N.nonzero().squeeze(1)
+        if self.objective.on_dropped_tokens:
+            kept_S = kept_N[chosen_S]
 
         keeps_all = len(chosen_S) == len(hidden_ND)
         labels_S = labels_N[chosen_S]
@@ -84,14 +87,28 @@ class SelectiveHead(nn.Module):
             # The choice needed no logits, so only those of the chosen tokens are ever computed.
             statistics = self._statistics(normed_SD.detach(), weight_VD, labels_S)
         elif not keeps_all:
-            rows_S = chosen_S
+            scored_S = chosen_S
         self.recorder.record.num_tokens_scored = len(statistics.loss_N)
 
-        loss_S = selective_linear_cross_entropy(
-            normed_SD, weight_VD, labels_S, rows_S, statistics, self.shard
+        loss_S = self.objective.token_losses(
+            LossTokens(
+                normed_SD=normed_SD,
+                weight_VD=weight_VD,
+                shard=self.shard,
+                labels_S=labels_S,
+                statistics=statistics,
+                scored_S=scored_S,
+                kept_S=kept_S,
+                chosen_S=chosen_S,
+                kept_K=kept_K,
+                batch=batch,
+                iteration=self.policy.state.iteration,
+            )
         )
-        self._record(loss_S, chosen_S, kept_K, valid_MT)
-        loss = self.objective(loss_S, num_kept, self.policy.peers.size)
+        self._record(loss_S, chosen_S, kept_N, kept_K, valid_MT)
+        # Engines average gradients over data-parallel ranks; the average of these terms is the
+        # mean over the tokens of all ranks, however unequal their numbers are.
+        loss = loss_S.sum() * (self.policy.peers.size / max(1, num_in_loss))
         if self.recorder.record.num_nonfinite or int(facts_2[1]):
             # Every gradient becomes nan, and the engine skips the step on all ranks.
             loss = loss * torch.nan
@@ -112,16 +129,17 @@ class SelectiveHead(nn.Module):
 
     @torch.no_grad()
     def _choose(
-        self, risk_KT: torch.Tensor | None, kept_K: torch.Tensor, valid_MT: torch.Tensor
+        self, risk_KT: torch.Tensor | None, kept_K: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, int]:
-        """Indices into N of the tokens that the keep rule keeps, and their global number."""
+        """bool [N], the tokens that the keep rule keeps, and their global number."""
+        valid_MT = batch.valid_MT
         record = self.recorder.record
         in_kept_row_M = torch.zeros(len(valid_MT), dtype=torch.bool, device=valid_MT.device)
         in_kept_row_M[kept_K] = True
         risk_MT = torch.zeros(valid_MT.shape, dtype=torch.float32, device=valid_MT.device)
         if risk_KT is not None:
             risk_MT[kept_K] = risk_KT
-        scores_MT = self.policy.token_scores(risk_MT, valid_MT)
+        scores_MT = self.policy.token_scores(risk_MT, batch)
         takes_part_MT = valid_MT & in_kept_row_M[:, None]
         # Full [M, T] on every rank, so that one gather of one shape serves whatever was dropped.
         decision = self.policy.keep(torch.where(takes_part_MT, scores_MT, EXCLUDED), "token gather")
@@ -132,11 +150,12 @@ class SelectiveHead(nn.Module):
         num_kept = decision.num_kept
         if self.policy.options.eslm_scope == "local":
             num_kept = self._sum_over_ranks(num_kept, valid_MT.device)
-        return decision.keep[kept_K].t().flatten().nonzero().squeeze(1), num_kept
+        return decision.keep[kept_K].t().flatten(), num_kept
 
     def _all_valid(self, valid_KT: torch.Tensor) -> tuple[torch.Tensor, int]:
-        chosen_S = valid_KT.t().flatten().nonzero().squeeze(1)
-        return chosen_S, self._sum_over_ranks(len(chosen_S), valid_KT.device)
+        """bool [N], the valid tokens, and their global number."""
+        valid_N = valid_KT.t().flatten()
+        return valid_N, self._sum_over_ranks(int(valid_N.sum()), valid_KT.device)
 
     def _sum_over_ranks(self, count: int, device: torch.device) -> int:
         total = torch.tensor([count], device=device)
@@ -148,6 +167,7 @@ class SelectiveHead(nn.Module):
         self,
         loss_S: torch.Tensor,
         chosen_S: torch.Tensor,
+        kept_N: torch.Tensor,
         kept_K: torch.Tensor,
         valid_MT: torch.Tensor,
     ) -> None:
@@ -158,8 +178,6 @@ class SelectiveHead(nn.Module):
         ).tolist()
         record.num_tokens_kept = len(chosen_S)
         kept_MT = torch.zeros_like(valid_MT)
-        kept_N = torch.zeros(num_positions * num_kept_rows, dtype=torch.bool, device=kept_K.device)
-        kept_N[chosen_S] = True
         kept_MT[kept_K] = kept_N.view(num_positions, num_kept_rows).t()
         record.token_kept_MT = kept_MT
 

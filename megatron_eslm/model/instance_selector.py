@@ -12,6 +12,7 @@ from torch import nn
 
 from megatron_eslm.model.layers import Embedding, FinalNorm, Layout, MirroredNorm
 from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
+from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.state import Recorder
 
@@ -22,7 +23,7 @@ were read (M) and of scores that were not finite."""
 
 
 class InstanceSelector(nn.Module):
-    """(hidden [S,M,D], tokens [M,T+1], valid [M,T]) -> Selected.
+    """(hidden [S,M,D], batch) -> Selected.
 
     S is T, or this rank's share of it under sequence parallelism. K may be 0 on a rank. Evaluation
     keeps all rows.
@@ -45,9 +46,7 @@ class InstanceSelector(nn.Module):
         # In a tuple, so that the shared modules are not registered under a second name.
         self._early_exit = (embedding, final_norm)
 
-    def forward(
-        self, hidden_SMD: torch.Tensor, tokens_MS: torch.Tensor, valid_MT: torch.Tensor
-    ) -> Selected:
+    def forward(self, hidden_SMD: torch.Tensor, batch: Batch) -> Selected:
         rows = hidden_SMD.shape[1]
         everything_M = torch.arange(rows, device=hidden_SMD.device)
         if not self.training or self.policy.instance_source == "nothing":
@@ -55,7 +54,7 @@ class InstanceSelector(nn.Module):
                 self.recorder.record.num_rows = self.recorder.record.num_rows_kept = rows
             return hidden_SMD, everything_M, everything_M.new_tensor([rows, 0])
 
-        scores_M = self._scores(hidden_SMD.detach(), tokens_MS[:, 1:], valid_MT)
+        scores_M = self._scores(hidden_SMD.detach(), batch.labels_MT, batch.valid_MT)
         kept = self.policy.keep(scores_M, "proxy gather")
         record = self.recorder.record
         record.num_rows = rows

@@ -9,6 +9,7 @@ import torch
 from megatron_eslm.ops.head_statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.parallel.seeding import generator
+from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policy import SelectionPolicy, Source, register
 from megatron_eslm.selection.state import Peers, SelectionState
@@ -21,7 +22,7 @@ class CausalLM(SelectionPolicy):
     def instance_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
         raise AssertionError("clm scores nothing")
 
-    def token_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
+    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch) -> torch.Tensor:
         raise AssertionError("clm scores nothing")
 
 
@@ -62,7 +63,7 @@ class ESLM(_Levels):
         sum_M = torch.where(valid_MT, token_risk_MT, 0.0).sum(dim=1)
         return torch.where(num_valid_M > 0, sum_M / num_valid_M.clamp(min=1), EXCLUDED)
 
-    def token_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
+    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch) -> torch.Tensor:
         return token_risk_MT
 
 
@@ -95,5 +96,5 @@ class RandomControl(_Levels):
         scores_M = self._uniform_rows("instance", valid_MT)
         return torch.where(valid_MT.any(dim=1), scores_M, -math.inf)
 
-    def token_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
-        return self._uniform_rows("token", valid_MT)
+    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self._uniform_rows("token", batch.valid_MT)

@@ -14,6 +14,7 @@ import torch
 
 from megatron_eslm.ops.head_statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import Kept, keep_riskiest
+from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.state import Peers, SelectionState
 
@@ -60,7 +61,7 @@ class SelectionPolicy(ABC):
         """float32 [M]. `token_risk_MT` is that of the early exit (empty if source is policy)."""
 
     @abstractmethod
-    def token_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
+    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch) -> torch.Tensor:
         """float32 [M, T] for the kept rows among M; entries that are not valid are ignored."""
 
     def token_risk(self, statistics: HeadStatistics) -> torch.Tensor:

@@ -20,7 +20,7 @@ from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.objectives.causal_lm import causal_lm_loss
+from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.parallel.phases import Phases
@@ -299,7 +299,7 @@ def build_model(
         mesh,
         policy,
         recorder,
-        causal_lm_loss,
+        CausalLM(),
         settings,
         seed=run.training.seed,
         init_std=run.model.init_method_std,

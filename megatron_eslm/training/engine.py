@@ -18,12 +18,10 @@ from megatron_eslm.model.gpt import GPT
 from megatron_eslm.parallel.collectives import all_reduce_
 from megatron_eslm.parallel.mesh import Mesh, ModelParallelUnit
 from megatron_eslm.parallel.phases import Phases
+from megatron_eslm.selection.batch import Batch
 from megatron_eslm.training.options import OptimizerOptions
 
 logger = logging.getLogger(__name__)
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""tokens int64 [M, T+1] and valid bool [M, T] of one micro-step, on the engine's device."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -107,7 +105,8 @@ class Engine:
         What was selected is in the model's recorder afterwards.
 
         Args:
-            batches: gradient_accumulation_steps of them; a pipeline's middle stages read none.
+            batches: gradient_accumulation_steps of them, on the engine's device; a pipeline's
+                middle stages read none.
             lr: learning rate of this step.
 
         Returns:
@@ -119,9 +118,9 @@ class Engine:
         return self._step(batches)
 
     def _step(self, batches: Iterable[Batch]) -> tuple[float, bool]:
-        for tokens_MS, valid_MT in batches:
+        for batch in batches:
             with self.phases("forward"):
-                loss = self.ds(tokens_MS, valid_MT)
+                loss = self.ds(*batch)
             # Gradients are reduced over data-parallel ranks in here.
             with self.phases("backward", waits=self.mesh.dp_size > 1):
                 self.ds.backward(loss)
@@ -170,9 +169,9 @@ class Engine:
         self.ds.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         try:
-            for tokens_MS, valid_MT in batches:
+            for batch in batches:
                 with self.phases("evaluation forward"):
-                    total += self.ds(tokens_MS, valid_MT)
+                    total += self.ds(*batch)
         finally:
             self.ds.train()
         return total

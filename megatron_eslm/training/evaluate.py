@@ -10,7 +10,8 @@ import torch
 from megatron_eslm.data.mixture import Mixture
 from megatron_eslm.parallel.collectives import all_reduce_
 from megatron_eslm.parallel.mesh import Mesh
-from megatron_eslm.training.engine import Batch, Engine
+from megatron_eslm.selection.batch import Batch
+from megatron_eslm.training.engine import Engine
 
 
 def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int) -> float:
@@ -30,7 +31,7 @@ def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int
             valid = torch.stack([item["valid"] for item in items])
             valid &= torch.tensor([i < len(dataset) for i in numbers])[:, None]
             tokens = torch.stack([item["tokens"] for item in items])
-            yield tokens.to(engine.device), valid.to(engine.device)
+            yield Batch.of(tokens.to(engine.device), valid.to(engine.device))
 
     total = engine.evaluate(batches(), len(begins))
     all_reduce_(total, mesh.dp_group)

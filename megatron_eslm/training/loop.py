@@ -17,10 +17,11 @@ from megatron_eslm.data.loader import build_loader
 from megatron_eslm.data.mixture import Datasets
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.parallel.phases import Phases
+from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.state import Recorder
 from megatron_eslm.training.checkpoint import save_checkpoint
 from megatron_eslm.training.dump import dump_selection
-from megatron_eslm.training.engine import Batch, Engine
+from megatron_eslm.training.engine import Engine
 from megatron_eslm.training.evaluate import evaluate
 from megatron_eslm.training.flops import FlopsModel, device_peak_flops
 from megatron_eslm.training.nonfinite import NonfiniteGuard
@@ -171,9 +172,17 @@ class Trainer:
             with self.phases("data"):
                 batch = next(batches)
             seen.append(batch)
-            yield tuple(
-                batch[key].to(self.engine.device, non_blocking=True) for key in ("tokens", "valid")
-            )  # type: ignore[misc]
+            tensors = {
+                key: batch[key].to(self.engine.device, non_blocking=True)
+                for key in ("tokens", "valid", "labels", "reference")
+                if key in batch
+            }
+            yield Batch.of(
+                tensors["tokens"],
+                tensors["valid"],
+                tensors.get("labels"),
+                tensors.get("reference"),
+            )
 
     def _evaluate(self) -> float:
         assert self.datasets.valid is not None and self.run.training.micro_batch_size

@@ -23,7 +23,8 @@ from megatron_eslm.model.gpt import GPT
 from megatron_eslm.model.instance_selector import Selected
 from megatron_eslm.model.layers import MirroredNorm, refresh_norm
 from megatron_eslm.parallel.mesh import Mesh
-from megatron_eslm.training.engine import Batch, Engine
+from megatron_eslm.selection.batch import Batch
+from megatron_eslm.training.engine import Engine
 
 
 class _StageLayer(nn.Module):
@@ -46,7 +47,7 @@ class _StageLayer(nn.Module):
             return selected
         assert self.batch is not None
         batch, self.batch = self.batch, None
-        return self.stage.loss(selected, *batch)
+        return self.stage.loss(selected, batch)
 
 
 class StagePipeline(PipelineModule):
@@ -134,7 +135,7 @@ class PipelinedEngine(Engine):
                     self._bare_norm = self._clip()
                 if labels:
                     batch = engine.pipe_buffers["labels"][kwargs["buffer_id"]]
-                    engine.module.stage_layer.batch = batch
+                    engine.module.stage_layer.batch = Batch(*batch)
                 execute(engine, **kwargs)
 
         return announced

@@ -9,7 +9,7 @@ import torch
 
 from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.objectives.causal_lm import causal_lm_loss
+from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policy import build_policy
@@ -53,7 +53,7 @@ def small_gpt(
         mesh,
         policy,
         recorder,
-        causal_lm_loss,
+        CausalLM(),
         ModelSettings(keep_logits=keep_logits),
         seed=seed,
         init_std=INIT_STD,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt, load_weights, reference_logits
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.objectives.causal_lm import causal_lm_loss
+from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policy import build_policy
@@ -26,7 +26,7 @@ def build(shape: ModelShape = SHAPE, *, seed: int = 0, tp: int = 1, **options) -
     selection = SelectionOptions(**options)
     policy = build_policy(selection, SelectionState(alpha=0.1), Peers(0, 1, None), seed=seed)
     return build_gpt(
-        shape, build_mesh(tp), policy, Recorder(), causal_lm_loss, ModelSettings(), seed=seed
+        shape, build_mesh(tp), policy, Recorder(), CausalLM(), ModelSettings(), seed=seed
     )
 
 

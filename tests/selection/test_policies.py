@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_eslm.ops.head_statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
+from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policies import ESLM, CausalLM, RandomControl
 from megatron_eslm.selection.policy import POLICIES, SelectionPolicy, build_policy, register
@@ -128,8 +129,11 @@ def random_kept(size: int, rows: int, **options) -> tuple[torch.Tensor, torch.Te
     for rank in range(size):  # the shares of all ranks, without processes
         one = policy(selection="random", peers=Peers(rank, size, None), **options)
         valid_MT = torch.ones(rows // size, positions, dtype=torch.bool)
-        score = one.instance_scores if level == "instance" else one.token_scores
-        scores.append(score(torch.empty(0), valid_MT))
+        if level == "instance":
+            scores.append(one.instance_scores(torch.empty(0), valid_MT))
+        else:
+            tokens_MS = torch.zeros(rows // size, positions + 1, dtype=torch.long)
+            scores.append(one.token_scores(torch.empty(0), Batch.of(tokens_MS, valid_MT)))
     everything = torch.cat(scores)
     kept = policy(selection="random", **options).keep(everything, "test").keep
     return everything, kept
