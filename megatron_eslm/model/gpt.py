@@ -138,7 +138,7 @@ class GPT(nn.Module):
             selected: Selected = inputs  # type: ignore[assignment]
             hidden_SKD, *rest = selected
             return (self._blocks(hidden_SKD, self.block_range, self._places(selected)), *rest)  # type: ignore[return-value]
-        batch = Batch(*inputs)
+        batch = Batch.of(*inputs)
         tokens_MS = batch.tokens_MS
         depth = self.policy.selector_depth
         everything_M = torch.arange(len(tokens_MS), device=tokens_MS.device)

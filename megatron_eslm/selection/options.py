@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,30 @@ class SelectionOptions:
     """Score every s-th position of a sequence only: an estimate, cheaper where the head is what
     the proxy costs."""
 
+    eslm_start_iter: int = 0
+    """Steps of plain training before selection begins (alpha 0)."""
+
+    eslm_alpha_warmup_iters: int = 0
+    """Steps over which alpha then rises from 0 to its level."""
+
+    eslm_adaptive: bool = False
+    """ADA-ESLM (Algorithm 2): move alpha from --eslm-alpha so that CVaR stays stable."""
+
+    eslm_gamma: float = 0.5
+    """Sensitivity of ADA-ESLM: alpha is multiplied by exp(-gamma x relative change of CVaR)."""
+
+    eslm_adapt_interval: int = 100
+    """Steps between ADA-ESLM's updates; CVaR is the mean over their micro-steps."""
+
+    eslm_adapt_epsilon: float = 1e-8
+    """Added to the CVaR that a change is relative to."""
+
+    eslm_alpha_min: float = 0.01
+    """Lowest alpha that ADA-ESLM goes to."""
+
+    eslm_alpha_max: float = 0.5
+    """Highest alpha that ADA-ESLM goes to."""
+
     max_nonfinite_steps: int = 10
     """Stop after so many steps in a row with scores or gradients that are not finite."""
 
@@ -50,10 +75,45 @@ class SelectionOptions:
                 f"--eslm-alpha {self.eslm_alpha:g} is outside [0, 1): it is the share that is "
                 "dropped; the paper uses 0.05 to 0.2."
             )
+        self._check_schedule()
         for flag, value in (
+            ("--eslm-adapt-interval", self.eslm_adapt_interval),
             ("--eslm-proxy-layers", self.eslm_proxy_layers),
             ("--eslm-proxy-stride", self.eslm_proxy_stride),
             ("--max-nonfinite-steps", self.max_nonfinite_steps),
         ):
             if value < 1:
                 raise ConfigError(f"{flag} {value} must be 1 or more.")
+
+    def _check_schedule(self) -> None:
+        for flag, value in (
+            ("--eslm-start-iter", self.eslm_start_iter),
+            ("--eslm-alpha-warmup-iters", self.eslm_alpha_warmup_iters),
+        ):
+            if value < 0:
+                raise ConfigError(f"{flag} {value} must be 0 or more.")
+        for flag, number in (
+            ("--eslm-gamma", self.eslm_gamma),
+            ("--eslm-adapt-epsilon", self.eslm_adapt_epsilon),
+        ):
+            if not 0.0 < number < math.inf:
+                raise ConfigError(f"{flag} {number:g} must be above 0.")
+        low, high = self.eslm_alpha_min, self.eslm_alpha_max
+        if not 0.0 < low <= high < 1.0:
+            raise ConfigError(
+                f"--eslm-alpha-min {low:g} and --eslm-alpha-max {high:g} must be in (0, 1) and in "
+                "order."
+            )
+        if not self.eslm_adaptive:
+            return
+        if self.selection != "eslm" or self.eslm_level == "instance":
+            raise ConfigError(
+                f"--eslm-adaptive follows the CVaR of token risk, which --selection "
+                f"{self.selection} with --eslm-level {self.eslm_level} does not have. Use "
+                "--selection eslm with --eslm-level both or token."
+            )
+        if not low <= self.eslm_alpha <= high:
+            raise ConfigError(
+                f"--eslm-alpha {self.eslm_alpha:g} is where --eslm-adaptive starts and is outside "
+                f"--eslm-alpha-min {low:g} to --eslm-alpha-max {high:g}; change one of them."
+            )

@@ -20,6 +20,16 @@ class SelectionState:
     """Optimizer step under way, from 0."""
     micro_step: int = 0
     """Micro-step of it under way, from 0."""
+    level: float | None = None
+    """What alpha is after its warm-up: --eslm-alpha, or where the controller has moved it."""
+    delta: float | None = None
+    """Relative change of CVaR at the last update of the controller (Algorithm 2)."""
+    cvar_history: list[float] = field(default_factory=list)
+    """CVaR of each of the controller's intervals."""
+    interval_cvar_sum: float = 0.0
+    interval_finite_steps: int = 0
+    interval_steps: int = 0
+    """Of the controller's interval under way."""
 
 
 @dataclass(frozen=True)

@@ -325,7 +325,7 @@ def resume(run: RunConfig, engine: Engine, found: Found) -> TrainState:
     state.consumed_samples = state.iteration * t.global_batch_size
     before = found.run["options"]["selection"]
     if any(before[key] != getattr(run.selection, key) for key in ("selection", "eslm_alpha")):
-        state.selection.alpha = run.selection.initial_alpha
+        state.selection = SelectionState(alpha=run.selection.initial_alpha)
     if state.iteration == t.train_iters and continues_itself(run):
         logger.info("%s is the end of this run: nothing is left to train", found.folder)
     elif state.iteration >= t.train_iters:

@@ -17,6 +17,7 @@ from megatron_eslm.data.loader import build_loader
 from megatron_eslm.data.mixture import Datasets
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.parallel.phases import Phases
+from megatron_eslm.selection.alpha import AlphaController
 from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.state import Recorder
 from megatron_eslm.training.checkpoint import save_checkpoint
@@ -58,6 +59,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.nonfinite = NonfiniteGuard(self.run.selection.max_nonfinite_steps, self.mesh)
+        self.alpha = AlphaController(self.run.selection, self.state.selection)
         self._saved_iteration = -1
         self._last_seconds: list[float] = []
 
@@ -127,6 +129,7 @@ class Trainer:
         assert t.global_batch_size and self.run.model.seq_length
         self.phases.iteration = state.iteration + 1
         state.selection.iteration = state.iteration
+        self.alpha.begin_step(state.iteration)
         seen: list[dict[str, torch.Tensor]] = []
         lr = learning_rate(self.run.optimizer, state.iteration)
         norm, applied = self.engine.step(self._on_device(batches, seen), lr)
@@ -150,6 +153,7 @@ class Trainer:
                 stop=stop.received is not None,
             )
 
+        self.alpha.end_step(state.iteration, stats.cvar)
         state.iteration += 1
         state.consumed_samples += t.global_batch_size
         state.tokens += stats.tokens

@@ -109,6 +109,7 @@ def metrics_line(
         "loss": stats.loss if stats else None,
         "valid_loss": valid_loss,
         "alpha": state.selection.alpha,
+        "cvar_delta": state.selection.delta,
         "kept_instances": stats.kept_instances_share if stats else None,
         "kept_tokens": stats.kept_tokens_share if stats else None,
         "tau_instance": stats.tau_instance if stats else None,

@@ -29,6 +29,7 @@ class StepStats:
     tau_instance: float | None
     tau_token: float | None
     cvar: float | None
+    """Thresholds and CVaR are means over micro-steps, and over ranks where each decides alone."""
     work: Work
     stop_requested: bool
     """Some rank was asked to stop by a signal."""
@@ -65,11 +66,10 @@ def reduce_records(
     losses = [x.loss for x in records if x.loss is not None]
     loss = float(torch.stack(losses).sum()) / len(losses) / mesh.dp_size if losses else 0.0
     over_all = [loss, float(stop), *(float(sum(getattr(x, n) for x in records)) for n in _SUMMED)]
-    # Thresholds are the same on all data-parallel ranks (with scope `local`: this rank's).
-    over_stages = [f for name in _AVERAGED for f in _sum_and_count(records, name)]
-    totals = torch.tensor(over_all + over_stages, dtype=torch.float64, device=device)
+    averaged = [f for name in _AVERAGED for f in _sum_and_count(records, name)]
+    totals = torch.tensor(over_all + averaged, dtype=torch.float64, device=device)
     all_reduce_(totals, mesh.pp_group)
-    all_reduce_(totals[: len(over_all)], mesh.dp_group)
+    all_reduce_(totals, mesh.dp_group)
     loss, stops, *counts = totals[: len(over_all)].tolist()
     rows, rows_kept, tokens, tokens_deep, tokens_kept, scored = map(int, counts)
     averages = dict(

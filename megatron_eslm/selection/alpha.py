@@ -1,0 +1,72 @@
+"""How much is dropped, step by step: start, warm-up and ADA-ESLM (Algorithm 2)."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.state import SelectionState
+
+
+class AlphaController:
+    """Moves `SelectionState.alpha`; all that it remembers is in that state, and so in checkpoints.
+
+    Every rank has one and sees the same numbers, so alpha is the same everywhere.
+    """
+
+    def __init__(self, options: SelectionOptions, state: SelectionState) -> None:
+        self.options = options
+        self.state = state
+        if state.level is None:
+            state.level = state.alpha
+
+    def begin_step(self, iteration: int) -> None:
+        """Set alpha for optimizer step `iteration`, from 0.
+
+        0 before --eslm-start-iter, then linearly up to the level over --eslm-alpha-warmup-iters.
+        """
+        assert self.state.level is not None
+        self.state.alpha = self.state.level * self._ramp(iteration)
+
+    def end_step(self, iteration: int, cvar: float | None) -> None:
+        """Take up a step's CVaR and, at the end of an interval, move the level.
+
+        The first interval only records: Algorithm 2 starts from a CVaR of 0, which would send
+        alpha to 0 at the first update. During the warm-up CVaR moves with alpha itself, so
+        intervals begin when it is over.
+
+        Args:
+            iteration: the step that ended, from 0.
+            cvar: CVaR of token risk (eq. 2), the mean over its micro-steps; None without one.
+        """
+        o, s = self.options, self.state
+        if not o.eslm_adaptive or self._ramp(iteration) < 1.0:
+            return
+        s.interval_steps += 1
+        if cvar is not None and math.isfinite(cvar):  # a step that was not finite teaches nothing
+            s.interval_cvar_sum += cvar
+            s.interval_finite_steps += 1
+        if s.interval_steps < o.eslm_adapt_interval:
+            return
+        if s.interval_finite_steps:
+            self._adapt(s.interval_cvar_sum / s.interval_finite_steps)
+        s.interval_cvar_sum, s.interval_finite_steps, s.interval_steps = 0.0, 0, 0
+
+    def _adapt(self, cvar: float) -> None:
+        o, s = self.options, self.state
+        assert s.level is not None
+        if s.cvar_history:
+            before = s.cvar_history[-1]
+            s.delta = (cvar - before) / (abs(before) + o.eslm_adapt_epsilon)
+            level = s.level * math.exp(-o.eslm_gamma * s.delta)
+            s.level = min(max(level, o.eslm_alpha_min), o.eslm_alpha_max)
+        s.cvar_history.append(cvar)
+
+    def _ramp(self, iteration: int) -> float:
+        o = self.options
+        if iteration < o.eslm_start_iter:
+            return 0.0
+        if not o.eslm_alpha_warmup_iters:
+            return 1.0
+        done = iteration - o.eslm_start_iter + 1
+        return min(1.0, done / (o.eslm_alpha_warmup_iters + 1))
