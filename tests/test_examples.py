@@ -110,8 +110,9 @@ def bytes_a_gpu(run: RunConfig) -> float:
     """As `--dry-run` estimates it."""
     shape, state = run.shape(GPT2_VOCAB_SIZE), SelectionState(alpha=run.selection.initial_alpha)
     policy = build_policy(run.selection, state, Peers(0, run.dp_size, None), run.training.seed)
-    plan = plan_stages(run, shape, build_flops(run, shape, policy), step_work(run))
-    return estimate_memory(run, shape, plan).total
+    flops = build_flops(run, shape, policy)
+    plan = plan_stages(run, shape, flops, step_work(run))
+    return estimate_memory(run, shape, plan, flops).total
 
 
 def check(

@@ -146,7 +146,7 @@ def read_yaml(path: str, known: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def _as_words(name: str, value: Any) -> list[str]:
+def as_words(name: str, value: Any) -> list[str]:
     """A YAML value as the words it would be on the command line."""
     flag = flag_of(name)
     if isinstance(value, bool):
@@ -172,7 +172,7 @@ def parse_groups(
     names = {field.name for cls in groups.values() for field in dataclasses.fields(cls)}
     values = vars(parser.parse_args(list(argv)))
     if path := values.pop("config", None):
-        words = [w for n, v in read_yaml(path, names).items() for w in _as_words(n, v)]
+        words = [w for n, v in read_yaml(path, names).items() for w in as_words(n, v)]
         values = vars(parser.parse_args(words)) | values
     objects: dict[str, Any] = {}
     for group, cls in groups.items():

@@ -38,6 +38,8 @@ class AskedLayout:
     num_attention_heads: int
     ffn_hidden_size: int
     seq_length: int
+    selection: str
+    """--selection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +254,28 @@ def _split(asked: AskedLayout) -> str | None:
     return None
 
 
+def _greats(asked: AskedLayout) -> str | None:
+    # Its gradient products need whole layers and whole sequences' activations on one rank.
+    if asked.selection != "greats":
+        return None
+    for flag, value in (
+        ("--tensor-model-parallel-size", asked.tp),
+        ("--pipeline-model-parallel-size", asked.pp),
+    ):
+        if value > 1:
+            return (
+                f"--selection greats takes inner products of whole gradients on each rank and "
+                f"{flag} is {value}. Set it to 1: data parallelism with ZeRO 0 or 1 is what greats "
+                "trains with."
+            )
+    if asked.zero_stage > 1:
+        return (
+            f"--selection greats takes inner products of whole gradients on each rank and "
+            f"--zero-stage is {asked.zero_stage}; use --zero-stage 0 or 1."
+        )
+    return None
+
+
 RULES = (
     Rule(
         flag="--tensor-model-parallel-size T",
@@ -274,5 +298,10 @@ RULES = (
         flag="--pipeline-split",
         holds_if="P numbers, --num-layers in all, --eslm-proxy-layers in the first if it scores",
         refusal=_split,
+    ),
+    Rule(
+        flag="--selection greats",
+        holds_if="T and P are 1 and the ZeRO stage is 0 or 1",
+        refusal=_greats,
     ),
 )

@@ -19,12 +19,16 @@ from megatron_eslm.config.layouts import (
     layout_table,
     layout_warnings,
 )
+from megatron_eslm.data.label_noise import check_label_noise
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.options import ModelOptions
 from megatron_eslm.model.shape import PRESETS, ModelShape, Preset, pad_vocab_size
+from megatron_eslm.objectives.options import ObjectiveOptions, check_objective
 from megatron_eslm.parallel.mesh import check_layout
 from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.policy import policy_class
+from megatron_eslm.selection.reference_options import ReferenceOptions
 from megatron_eslm.training.options import (
     CheckpointOptions,
     EngineOptions,
@@ -38,6 +42,8 @@ logger = logging.getLogger(__name__)
 GROUPS: dict[str, type] = {
     "model": ModelOptions,
     "selection": SelectionOptions,
+    "objective": ObjectiveOptions,
+    "reference": ReferenceOptions,
     "data": DataOptions,
     "training": TrainingOptions,
     "optimizer": OptimizerOptions,
@@ -79,6 +85,8 @@ class RunConfig:
 
     model: ModelOptions
     selection: SelectionOptions
+    objective: ObjectiveOptions
+    reference: ReferenceOptions
     data: DataOptions
     training: TrainingOptions
     optimizer: OptimizerOptions
@@ -169,6 +177,8 @@ def resolve(
     *,
     model: ModelOptions,
     selection: SelectionOptions,
+    objective: ObjectiveOptions,
+    reference: ReferenceOptions,
     data: DataOptions,
     training: TrainingOptions,
     optimizer: OptimizerOptions,
@@ -213,6 +223,10 @@ def resolve(
         seq_length=fill(model, "seq_length"),
     )
     _check_model(model, selection)
+    _check_reference(selection, reference, data)
+    _check_lora(model, selection, checkpoint)
+    check_objective(objective, selection.selection, loads=checkpoint.load is not None, given=given)
+    check_label_noise(data.label_noise, model.seq_length or 0)
     if preset is DEMO_PRESET:
         preset = dataclasses.replace(preset, micro_batch_size=max(1, DEMO_ROWS // dp_size))
         fill = _Filler(given, json, preset)
@@ -240,6 +254,8 @@ def resolve(
     return RunConfig(
         model=model,
         selection=selection,
+        objective=objective,
+        reference=reference,
         data=data,
         training=training,
         optimizer=optimizer,
@@ -284,6 +300,49 @@ def _check_model(model: ModelOptions, selection: SelectionOptions) -> None:
         )
 
 
+def _check_lora(
+    model: ModelOptions, selection: SelectionOptions, checkpoint: CheckpointOptions
+) -> None:
+    if model.lora is None:
+        return
+    if checkpoint.load is None:
+        raise ConfigError(
+            f"--lora-rank {model.lora_rank} trains adapters beside the weights of a model that "
+            "there is already, and --load names none. Give --load weights "
+            "(tools/convert_from_hf.py makes them of a Hugging Face GPT-2), or leave it out."
+        )
+    if selection.selection == "greats":
+        raise ConfigError(
+            f"--selection greats takes inner products of the gradients of all weights and "
+            f"--lora-rank {model.lora_rank} freezes them. Use another --selection, or leave out "
+            "--lora-rank."
+        )
+
+
+def _check_reference(
+    selection: SelectionOptions, reference: ReferenceOptions, data: DataOptions
+) -> None:
+    needed = policy_class(selection.selection).needs_reference
+    if needed and not reference.given:
+        raise ConfigError(
+            f"--selection {selection.selection} needs the losses of a reference model. Score the "
+            "text once with tools/score_reference.py and name the result with --reference-losses, "
+            "or give --reference a folder of checkpoints."
+        )
+    if reference.given and not needed:
+        flag = "--reference" if reference.reference is not None else "--reference-losses"
+        raise ConfigError(
+            f"{flag} has no meaning with --selection {selection.selection}, which compares with no "
+            "reference model. Leave it out, or use --selection rho1."
+        )
+    if reference.reference_losses is not None and data.label_noise:
+        raise ConfigError(
+            f"--label-noise {data.label_noise:g} with --reference-losses "
+            f"{reference.reference_losses}: the stored losses are of the tokens that the text has, "
+            "not of permuted ones. Use --reference, which scores the targets as they are."
+        )
+
+
 def _check_layout(
     model: ModelOptions, selection: SelectionOptions, engine: EngineOptions, micro_steps: int
 ) -> None:
@@ -304,6 +363,7 @@ def _check_layout(
         num_attention_heads=model.num_attention_heads,
         ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
         seq_length=model.seq_length,
+        selection=selection.selection,
     )
     check_layout_rules(asked)
     for warning in layout_warnings(asked):

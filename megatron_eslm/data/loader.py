@@ -42,7 +42,8 @@ def build_loader(
 
     Yields:
         {"tokens": int64 [M, T+1], "valid": bool [M, T], "samples": int64 [M]}, `samples` being the
-        numbers of the samples in the whole run.
+        numbers of the samples in the whole run; and, where the data set has them, "labels": int64
+        [M, T] and "reference": float32 [M, T].
 
     Raises:
         ValueError: the range does not fit the data set or the batches, before anything is loaded.
@@ -122,9 +123,9 @@ class _Numbered(torch.utils.data.Dataset):
 
 
 def _collate(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    stacked = ("tokens", "valid", "labels", "reference")
     return {
-        "tokens": torch.stack([item["tokens"] for item in items]),
-        "valid": torch.stack([item["valid"] for item in items]),
+        **{key: torch.stack([item[key] for item in items]) for key in stacked if key in items[0]},
         "samples": torch.tensor([item["sample"] for item in items]),
     }
 

@@ -9,6 +9,7 @@ several epochs megatron-core shuffles them together and the order depends on the
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -24,13 +25,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_eslm.data.label_noise import LabelNoise
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.plan import MixtureReport, document_ranges, plan_mixture
 from megatron_eslm.data.quiet import gpt_dataset
+from megatron_eslm.data.reference_losses import ReferenceLosses
 from megatron_eslm.data.source import DataSource
 from megatron_eslm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+VALIDATION_SEED = 1234
+"""Validation sequences are the same whatever --seed is: runs of several seeds are compared."""
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -38,7 +44,8 @@ class Mixture(torch.utils.data.Dataset):
 
     `mixture[i]` is {"tokens": int64 [T+1], "valid": bool [T], "domain": int}; `valid[t]` is False
     where the label `tokens[t+1]` is padding and, under --eod-mask-loss, where `tokens[t]` ends a
-    document.
+    document. A training split also has "labels": int64 [T] where there is label noise, and
+    "reference": float32 [T], the stored losses of a reference model, where these are asked for.
     """
 
     def __init__(
@@ -48,29 +55,51 @@ class Mixture(torch.utils.data.Dataset):
         index_in_domain: np.ndarray | None,
         num_samples: int,
         source: DataSource,
+        reference: ReferenceLosses | None = None,
+        noise: LabelNoise | None = None,
     ) -> None:
         # GPTDataset keeps its IndexedDataset, whose arrays die with it, alive.
         self._parts = tuple(parts)
         self._domain_of = domain_of
         self._index_in_domain = index_in_domain
+        self._first = 0
         self._num_samples = num_samples
         self.source = source
+        self._reference = reference
+        self._noise = noise
 
     def __len__(self) -> int:
         return self._num_samples
 
+    def part(self, begin: int, end: int) -> Mixture:
+        """Samples `begin` to `end` of this one, as a validation set of their own."""
+        assert self._noise is None and 0 <= begin <= end <= self._num_samples
+        part = copy.copy(self)
+        part._first, part._num_samples = self._first + begin, end - begin
+        return part
+
+    def domain_of(self, i: int) -> int:
+        """The domain that sample `i` is of, without reading it."""
+        return 0 if self._domain_of is None else int(self._domain_of[self._first + i])
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < self._num_samples:
             raise IndexError(f"sample {i} of {self._num_samples}")
-        domain, index = 0, i
+        domain, index = 0, self._first + i
         if self._domain_of is not None and self._index_in_domain is not None:
-            domain, index = int(self._domain_of[i]), int(self._index_in_domain[i])
+            domain, index = int(self._domain_of[index]), int(self._index_in_domain[index])
         item = self._parts[domain][index]
-        return {
+        sample: dict[str, Any] = {
             "tokens": torch.cat((item["tokens"], item["labels"][-1:])),
             "valid": item["loss_mask"] > 0,
             "domain": domain,
         }
+        if self._noise is not None:
+            sample["labels"] = self._noise(sample["tokens"][1:], sample["valid"], i)
+        if self._reference is not None:
+            losses_T = self._reference.of_sample(domain, self._parts[domain], index)
+            sample["reference"] = torch.from_numpy(losses_T)
+        return sample
 
 
 @dataclass(frozen=True)
@@ -81,6 +110,9 @@ class Datasets:
     valid: Mixture | None
     """None where no validation sample was asked for."""
     report: MixtureReport
+    alignment: Mixture | None = None
+    """Sequences of the validation split behind those of `valid`, for policies that choose by
+    them: what is chosen by must not be what is evaluated. None where it was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +133,8 @@ def build_datasets(
     train_samples: int,
     valid_samples: int,
     seed: int,
+    aligns: bool = False,
+    reference: ReferenceLosses | None = None,
 ) -> Datasets:
     """The training and validation sequences.
 
@@ -109,12 +143,15 @@ def build_datasets(
 
     Args:
         source: from `open_data`.
-        options: split, cache folder and --eod-mask-loss are used.
+        options: split, cache folder, --eod-mask-loss and --label-noise are used.
         seq_length: T; samples have T+1 ids.
         train_samples: samples that the run reads.
         valid_samples: at most so many are in the validation set, the same at every evaluation;
             fewer where one epoch of the domains, in proportion to their weights, has no more.
-        seed: of the shuffling.
+        seed: of the shuffling of training sequences and of the label noise.
+        aligns: whether sequences for gradient alignment are wanted: the rest of the validation
+            split, which may be none at all.
+        reference: stored losses for training to read with its tokens.
 
     Raises:
         ConfigError: a split too small for one sequence, or a cache folder that cannot be used.
@@ -125,16 +162,27 @@ def build_datasets(
         seq_length=seq_length,
         train_samples=train_samples,
         valid_samples=valid_samples,
+        aligns=aligns,
     )
 
+    noise = LabelNoise(share=options.label_noise, seed=seed) if options.label_noise else None
+    extras = {"train": (seed, reference, noise), "valid": (VALIDATION_SEED, None, None)}
+
     def build() -> Datasets:
-        wanted = {"train": report.train_samples, "valid": report.valid_samples}
+        evaluated, held_out = report.valid_samples, report.alignment_samples
+        wanted = {"train": report.train_samples, "valid": evaluated + held_out}
         made = {
-            split: _build_split(source, options, report, split, count, seed)
+            split: _build_split(source, options, report, split, count, *extras[split])
             for split, count in wanted.items()
             if count > 0
         }
-        return Datasets(made["train"], made.get("valid"), report)
+        both = made.get("valid")
+        return Datasets(
+            train=made["train"],
+            valid=both.part(0, evaluated) if both is not None and evaluated else None,
+            report=report,
+            alignment=both.part(evaluated, len(both)) if both is not None and aligns else None,
+        )
 
     return _rank_zero_first(build)
 
@@ -146,6 +194,8 @@ def _build_split(
     split: str,
     num_samples: int,
     seed: int,
+    reference: ReferenceLosses | None,
+    noise: LabelNoise | None,
 ) -> Mixture:
     root = options.data_cache_path or os.path.join(
         os.path.dirname(source.domains[0].prefix), "cache"
@@ -169,7 +219,7 @@ def _build_split(
             )
         )
     if len(parts) == 1:
-        return Mixture(parts, None, None, num_samples, source)
+        return Mixture(parts, None, None, num_samples, source, reference, noise)
     weights = [domain.weight for domain in source.domains]
     domain_of, index_in_domain = _cached(
         root,
@@ -180,7 +230,7 @@ def _build_split(
     for d, part in enumerate(parts):
         used = int(np.count_nonzero(domain_of == d))
         assert used <= len(part), f"{source.domains[d].name}: {used} samples of {len(part)}"
-    return Mixture(parts, domain_of, index_in_domain, num_samples, source)
+    return Mixture(parts, domain_of, index_in_domain, num_samples, source, reference, noise)
 
 
 def _gpt_dataset(

@@ -43,6 +43,10 @@ class DataOptions:
     eod_mask_loss: bool = False
     """Leave out of scores and loss what follows an end-of-document token directly."""
 
+    label_noise: float = 0.0
+    """Share of the next-token targets of each training sequence to permute among themselves; inputs
+    and validation stay clean. For experiments on robustness."""
+
     num_workers: int = 2
     """Loader processes on each rank; 0 loads in the training process."""
 
@@ -53,5 +57,10 @@ class DataOptions:
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise ConfigError(f"--num-workers {self.num_workers} is negative; use 0 or more.")
+        if not 0.0 <= self.label_noise <= 1.0:
+            raise ConfigError(
+                f"--label-noise {self.label_noise:g} is outside [0, 1]: it is the share of targets "
+                "that are permuted; the paper's experiment uses 0.05."
+            )
         if self.max_epochs <= 0:
             raise ConfigError(f"--max-epochs {self.max_epochs:g} must be positive.")

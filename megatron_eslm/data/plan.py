@@ -42,6 +42,9 @@ class MixtureReport:
     train_samples: int
     valid_samples: int
     """Samples in the validation set; may be fewer than asked for."""
+    alignment_samples: int = 0
+    """Samples of the validation split that are not in the validation set, for gradient alignment;
+    0 where they were not asked for."""
 
 
 def plan_mixture(
@@ -50,6 +53,8 @@ def plan_mixture(
     seq_length: int,
     train_samples: int,
     valid_samples: int = 0,
+    *,
+    aligns: bool = False,
 ) -> MixtureReport:
     """Count documents, tokens and sequences by split, and what the run needs of them.
 
@@ -59,6 +64,7 @@ def plan_mixture(
         seq_length: T; a sequence takes T ids and the first of the next.
         train_samples: samples that the run reads.
         valid_samples: samples wanted for validation; 0 for none.
+        aligns: whether the rest of the validation split is wanted, too.
 
     Raises:
         ConfigError: a split that is needed holds less than one sequence of a domain.
@@ -69,20 +75,21 @@ def plan_mixture(
             "1 of length 2)."
         )
     counted = []
+    reads_valid = valid_samples > 0 or aligns
     for domain in source.domains:
         lengths = read_index(domain.prefix).lengths
         ranges = document_ranges(options.split, len(lengths))
         documents = {split: end - begin for split, (begin, end) in ranges.items()}
         tokens = {split: int(lengths[b:e].sum(dtype="int64")) for split, (b, e) in ranges.items()}
         sequences = {split: max(0, (n - 1) // seq_length) for split, n in tokens.items()}
-        for split in ("train", "valid") if valid_samples > 0 else ("train",):
+        for split in ("train", "valid") if reads_valid else ("train",):
             if sequences[split] == 0:
                 raise ConfigError(
                     f"--data-path {domain.prefix}: the {_LONG[split]} split has {tokens[split]} "
                     f"tokens in {documents[split]} of {len(lengths)} documents; one sequence of "
                     f"--seq-length {seq_length} needs {seq_length + 1}. Give this split a larger "
                     f"share in --split {options.split}, shorten --seq-length or add data"
-                    + ("." if split == "train" else ", or set --eval-iters 0.")
+                    + ("." if split == "train" or aligns else ", or set --eval-iters 0.")
                 )
         counted.append((domain, documents, tokens, sequences))
     valid_reach = min(
@@ -95,11 +102,12 @@ def plan_mixture(
             valid_samples,
         )
     valid_samples = min(valid_samples, valid_reach)
+    alignment_samples = valid_reach - valid_samples if aligns else 0
     plans = []
     for domain, documents, tokens, sequences in counted:
         needed = {
             "train": _samples_at_most(train_samples, domain.weight),
-            "valid": _samples_at_most(valid_samples, domain.weight),
+            "valid": _samples_at_most(valid_samples + alignment_samples, domain.weight),
         }
         plans.append(
             DomainPlan(
@@ -118,6 +126,7 @@ def plan_mixture(
         seq_length=seq_length,
         train_samples=train_samples,
         valid_samples=valid_samples,
+        alignment_samples=alignment_samples,
     )
 
 

@@ -95,7 +95,7 @@ def open_data(options: DataOptions) -> DataSource:
     )
     digest = hashlib.sha256(tokenizer.identity.encode())
     for index, meta in zip(indexes, metas, strict=True):
-        digest.update(_fingerprint(index, meta).encode())
+        digest.update(fingerprint(index, meta).encode())
     return DataSource(tokenizer=tokenizer, domains=domains, fingerprint=digest.hexdigest())
 
 
@@ -260,7 +260,8 @@ def _names(prefixes: list[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(prefixes)
 
 
-def _fingerprint(index: IndexFile, meta: DataMeta | None) -> str:
+def fingerprint(index: IndexFile, meta: DataMeta | None) -> str:
+    """Changes with the contents of one pair."""
     if meta is not None:
         return json.dumps([meta.bin_sha256, meta.idx_sha256])
     # Without stored sums: the whole index and both ends of the ids; reading all of a large .bin

@@ -7,10 +7,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megatron_eslm.data.folder_tokenizer import folder_tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.interop import huggingface
 from megatron_eslm.interop.prompts import prompts_ids
 from megatron_eslm.interop.publish import published
+
+__all__ = [
+    "LogitMismatch",
+    "checkpoint_to_folder",
+    "checkpoint_tokenizer",
+    "folder_to_checkpoint",
+    "folder_tokenizer",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -91,26 +100,6 @@ def checkpoint_tokenizer(directory: Path | None, load: str) -> Any:
             "written with it. Use a checkpoint that was saved while training on prepared data."
         )
     return load_tokenizer(directory)
-
-
-def folder_tokenizer(directory: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder as one of ours.
-
-    Raises:
-        ConfigError: the folder has neither tokenizer.json nor vocab.json with merges.txt.
-    """
-    from megatron_eslm.data.tokenizers import build_tokenizer
-
-    directory = Path(directory)
-    if (directory / "tokenizer.json").is_file():
-        return build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(directory))
-    vocab, merges = directory / "vocab.json", directory / "merges.txt"
-    if vocab.is_file() and merges.is_file():
-        return build_tokenizer("GPT2BPETokenizer", vocab_file=str(vocab), merge_file=str(merges))
-    raise ConfigError(
-        f"{directory} holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt is "
-        "there. Put the model's tokenizer beside its weights."
-    )
 
 
 def _checked(weights: dict, shape: Any, folder: Path, tokenizer: Any) -> float:

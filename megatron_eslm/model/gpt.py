@@ -19,6 +19,8 @@ from megatron_eslm.model.head import SelectiveHead
 from megatron_eslm.model.init import init_parameters
 from megatron_eslm.model.instance_selector import InstanceSelector, Selected
 from megatron_eslm.model.layers import Block, Embedding, FinalNorm, Layout, MirroredNorm
+from megatron_eslm.model.lora import freeze_all_but_adapters
+from megatron_eslm.model.options import Lora
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.head_statistics import VocabShard
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
@@ -42,6 +44,8 @@ class ModelSettings:
     """Spread norms and residuals over the tensor-parallel ranks by position."""
     activation_checkpoint_interval: int = 0
     """Blocks of which only the first one's input is kept for the backward pass; 0 keeps all."""
+    lora: Lora | None = None
+    """Adapters on the blocks' linear layers, which then are all that trains."""
 
 
 class GPT(nn.Module):
@@ -71,7 +75,7 @@ class GPT(nn.Module):
         self.policy = policy
         self.recorder = recorder
         self.settings = settings
-        layout = Layout(shape, mesh, settings.sequence_parallel)
+        layout = Layout(shape, mesh, settings.sequence_parallel, settings.lora)
         shard = VocabShard.of(shape.vocab_size, shape.padded_vocab_size, mesh.tp_group)
 
         def dropout(probability: float, name: str) -> NamedDropout:
@@ -115,6 +119,8 @@ class GPT(nn.Module):
             self.selector = InstanceSelector(
                 policy, recorder, layout, self.embedding, final_norm, shard
             )
+        if settings.lora is not None:
+            freeze_all_but_adapters(self)
 
     @property
     def is_first(self) -> bool:

@@ -24,7 +24,8 @@ class SelectiveHead(nn.Module):
     """Selected (see instance_selector) and the batch that it is of -> loss.
 
     In training the result is this rank's scaled term of the mean loss over kept tokens (float32
-    scalar); in evaluation float64 [2], the sum of the losses of all valid tokens and their number.
+    scalar); in evaluation float64 [M, 2], each row's sum of the losses of all its valid tokens and
+    their number.
     """
 
     def __init__(
@@ -203,5 +204,6 @@ class SelectiveHead(nn.Module):
     ) -> torch.Tensor:
         normed_ND = self._tied[1](hidden_TMD).flatten(0, 1)
         statistics = head_statistics(normed_ND, weight_VD, labels_N, self.shard, entropy=False)
-        total = torch.where(valid_N, statistics.loss_N, 0.0).sum(dtype=torch.float64)
-        return torch.stack([total, valid_N.sum(dtype=torch.float64)])
+        loss_N = torch.where(valid_N, statistics.loss_N, 0.0)
+        both_2N = torch.stack([loss_N.double(), valid_N.double()])
+        return both_2N.view(2, *hidden_TMD.shape[:2]).sum(dim=1).t()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_eslm.model.lora import LORA_A, LORA_B
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.parallel.seeding import generator
@@ -22,10 +23,11 @@ def init_parameters(
     """Fill all parameters of `module` in place, as GPT-2 does.
 
     Weights are normal(0, std), projections into the residual stream normal(0, std / sqrt(2
-    layers)), norms one and zero, biases zero. A tensor-parallel shard is cut from the full draw.
+    layers)), norms one and zero, biases zero. Of an adapter A is normal(0, 1 / sqrt(its columns))
+    and B zero. A tensor-parallel shard is cut from the full draw.
     """
     for name, parameter in module.named_parameters():
-        if name.endswith(".bias"):
+        if name.endswith((".bias", LORA_B)):
             parameter.zero_()
         elif "norm" in name:
             parameter.fill_(1.0)
@@ -37,6 +39,8 @@ def init_parameters(
             dim: int = getattr(parameter, "partition_dim", 0)
             if sharded:
                 full[dim] *= mesh.tp_size
+            if name.endswith(LORA_A):
+                scale = 1.0 / math.sqrt(full[1])
             if padded := name == WORD_EMBEDDING:
                 # How far the vocabulary is padded depends on the layout; padding is zero.
                 full[0] = shape.vocab_size

@@ -7,6 +7,8 @@ needs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -23,6 +25,8 @@ from megatron.core.tensor_parallel import (
 from torch import nn
 
 from megatron_eslm.model.dropout import NamedDropout, Places
+from megatron_eslm.model.lora import AdaptedColumnLinear, AdaptedRowLinear
+from megatron_eslm.model.options import Lora
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.parallel.mesh import Mesh
 
@@ -42,9 +46,12 @@ def _mark_sharded(weight: torch.Tensor, dim: int) -> None:
 class Layout:
     """How layers are spread over ranks, and the parts that are built accordingly."""
 
-    def __init__(self, shape: ModelShape, mesh: Mesh, sequence_parallel: bool) -> None:
+    def __init__(
+        self, shape: ModelShape, mesh: Mesh, sequence_parallel: bool, lora: Lora | None = None
+    ) -> None:
         self.shape = shape
         self.mesh = mesh
+        self.lora = lora
         self.sequence_parallel = sequence_parallel and mesh.tp_size > 1
         if self.sequence_parallel and parallel_state._GLOBAL_MEMORY_BUFFER is None:
             # megatron-core's linear layers gather into it; it comes with its global groups, which
@@ -59,28 +66,34 @@ class Layout:
 
     def column(self, d_in: int, d_out: int) -> ColumnParallelLinear:
         """[S, M, d_in] -> [T, M, d_out / TP]."""
-        layer = ColumnParallelLinear(
-            d_in,
-            d_out,
-            config=self.megatron,
-            init_method=_no_init,
-            tp_group=self.mesh.tp_group,
-        )
+        settings: dict[str, Any] = {
+            "config": self.megatron,
+            "init_method": _no_init,
+            "tp_group": self.mesh.tp_group,
+        }
+        if self.lora is None:
+            layer = ColumnParallelLinear(d_in, d_out, **settings)
+        else:
+            layer = AdaptedColumnLinear(d_in, d_out, self.lora, **settings)
+            _mark_sharded(layer.lora_b, 0)
         _mark_sharded(layer.weight, 0)
         return layer
 
     def row(self, d_in: int, d_out: int) -> RowParallelLinear:
         """[T, M, d_in / TP] -> [S, M, d_out], without its bias: see `shared`."""
-        layer = RowParallelLinear(
-            d_in,
-            d_out,
-            config=self.megatron,
-            init_method=_no_init,
-            bias=True,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            tp_group=self.mesh.tp_group,
-        )
+        settings: dict[str, Any] = {
+            "config": self.megatron,
+            "init_method": _no_init,
+            "bias": True,
+            "input_is_parallel": True,
+            "skip_bias_add": True,
+            "tp_group": self.mesh.tp_group,
+        }
+        if self.lora is None:
+            layer = RowParallelLinear(d_in, d_out, **settings)
+        else:
+            layer = AdaptedRowLinear(d_in, d_out, self.lora, **settings)
+            _mark_sharded(layer.lora_a, 1)
         _mark_sharded(layer.weight, 1)
         return layer
 

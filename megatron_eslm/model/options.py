@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_eslm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside the linear layers of the blocks (model/lora.py)."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter is multiplied by."""
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +69,22 @@ class ModelOptions:
     """Blocks whose activations are kept only at the first of them, and computed again in the
     backward pass; 0 keeps all."""
 
+    lora_rank: int = 0
+    """Train low-rank adapters (LoRA) of this rank on the four linear layers of each block, and
+    nothing else, of a model whose weights --load names; export merges them. 0 trains all
+    weights."""
+
+    lora_alpha: float | None = None
+    """Adapters are multiplied by this over their rank; default: twice the rank."""
+
+    @property
+    def lora(self) -> Lora | None:
+        """--lora-rank and --lora-alpha, resolved; None where all weights train."""
+        if not self.lora_rank:
+            return None
+        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return Lora(self.lora_rank, alpha)
+
     def __post_init__(self) -> None:
         for flag in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size"):
             value = getattr(self, flag)
@@ -68,6 +98,15 @@ class ModelOptions:
             raise ConfigError(
                 f"--activation-checkpoint-interval {self.activation_checkpoint_interval} must be 0 "
                 "or more; 0 keeps all activations."
+            )
+        if self.lora_rank < 0:
+            raise ConfigError(f"--lora-rank {self.lora_rank} must be 0 (no adapters) or more.")
+        if self.lora_alpha is not None and not 0.0 < self.lora_alpha < math.inf:
+            raise ConfigError(f"--lora-alpha {self.lora_alpha:g} must be above 0.")
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise ConfigError(
+                f"--lora-alpha {self.lora_alpha:g} scales adapters and there are none without "
+                "--lora-rank; give that, or leave it out."
             )
         for flag in ("hidden_dropout", "attention_dropout"):
             value = getattr(self, flag)

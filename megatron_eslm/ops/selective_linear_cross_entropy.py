@@ -32,7 +32,7 @@ def selective_linear_cross_entropy(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> torch.Tensor:
-    """Losses of the kept tokens, with gradients for hidden states and head.
+    """Losses of the kept tokens, with gradients for hidden states and, unless frozen, head.
 
     Args:
         hidden_KD: [K, D] normalised hidden states of the kept tokens, in the compute type.
@@ -86,7 +86,9 @@ class _SelectiveLinearCrossEntropy(torch.autograd.Function):
         shard: VocabShard = ctx.shard
         num_kept = hidden_KD.shape[0]
         grad_hidden_KD = torch.empty_like(hidden_KD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_weight_VD = None
+        if ctx.needs_input_grad[1]:  # else the head is frozen
+            grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         local_K, here_K = shard.localise(labels_K)
 
         step = chunk_rows(shard.num_rows, ctx.chunk_bytes)
@@ -104,6 +106,8 @@ class _SelectiveLinearCrossEntropy(torch.autograd.Function):
             dz_CV *= grad_K[rows, None]
             dz_CV = dz_CV.to(hidden_KD.dtype)
             torch.mm(dz_CV, weight_VD, out=grad_hidden_KD[rows])
+            if grad_weight_VD is None:
+                continue
             if weight_VD.dtype == torch.float32:
                 grad_weight_VD.addmm_(dz_CV.t(), hidden_KD[rows])
             else:
@@ -114,6 +118,6 @@ class _SelectiveLinearCrossEntropy(torch.autograd.Function):
             all_reduce_(grad_hidden_KD, shard.group)
         return (
             grad_hidden_KD,
-            grad_weight_VD.to(weight_VD.dtype),
+            None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
             *(None,) * 7,
         )

@@ -13,9 +13,13 @@ from megatron_eslm.errors import ConfigError
 class SelectionOptions:
     """Selection of sequences and tokens."""
 
-    selection: Literal["clm", "eslm", "random"] = "eslm"
+    selection: Literal["clm", "eslm", "random", "rho1", "greats", "uncertainty"] = "eslm"
     """Policy: clm trains on everything, eslm on the riskiest (Algorithm 1 of the paper), random on
-    the same share drawn at random (the control)."""
+    the same share drawn at random (the control), rho1 on the tokens of all sequences whose loss is
+    furthest above a reference model's, greats on the sequences whose gradients agree most with
+    those of validation sequences and least with each other's (each rank among its own, whatever
+    --eslm-scope says), uncertainty on the tokens of highest loss while it holds all others to the
+    weights that training started from (post-training)."""
 
     eslm_alpha: float = 0.1
     """Confidence level: the share of sequences, and of the kept sequences' tokens, to drop. 0 is
@@ -61,12 +65,20 @@ class SelectionOptions:
     eslm_alpha_max: float = 0.5
     """Highest alpha that ADA-ESLM goes to."""
 
+    greats_valid_share: float = 0.5
+    """Validation sequences of a greats choice, as a share of the micro-batch of a rank."""
+
+    uncertainty_quantile: float = 0.25
+    """Share of tokens, those of highest loss, that --selection uncertainty learns."""
+
     max_nonfinite_steps: int = 10
     """Stop after so many steps in a row with scores or gradients that are not finite."""
 
     @property
     def initial_alpha(self) -> float:
         """Share to drop at the first step: 0 for plain training, whatever --eslm-alpha says."""
+        if self.selection == "uncertainty":
+            return 1.0 - self.uncertainty_quantile
         return 0.0 if self.selection == "clm" else self.eslm_alpha
 
     def __post_init__(self) -> None:
@@ -75,7 +87,13 @@ class SelectionOptions:
                 f"--eslm-alpha {self.eslm_alpha:g} is outside [0, 1): it is the share that is "
                 "dropped; the paper uses 0.05 to 0.2."
             )
+        if not 0.0 < self.uncertainty_quantile <= 1.0:
+            raise ConfigError(
+                f"--uncertainty-quantile {self.uncertainty_quantile:g} is outside (0, 1]: it is "
+                "the share of tokens to learn; the paper uses 0.25."
+            )
         self._check_schedule()
+        self._check_greats()
         for flag, value in (
             ("--eslm-adapt-interval", self.eslm_adapt_interval),
             ("--eslm-proxy-layers", self.eslm_proxy_layers),
@@ -84,6 +102,18 @@ class SelectionOptions:
         ):
             if value < 1:
                 raise ConfigError(f"{flag} {value} must be 1 or more.")
+
+    def _check_greats(self) -> None:
+        if not 0.0 < self.greats_valid_share <= 1.0:
+            raise ConfigError(
+                f"--greats-valid-share {self.greats_valid_share:g} is outside (0, 1]: it is the "
+                "number of validation sequences over that of the micro-batch; the papers use 0.5."
+            )
+        if self.selection == "greats" and self.eslm_level == "token":
+            raise ConfigError(
+                "--selection greats chooses sequences and trains on all of their tokens, which "
+                "--eslm-level token rules out. Leave --eslm-level out."
+            )
 
     def _check_schedule(self) -> None:
         for flag, value in (

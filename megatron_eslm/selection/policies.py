@@ -6,6 +6,9 @@ import math
 
 import torch
 
+import megatron_eslm.selection.greats
+import megatron_eslm.selection.rho1
+import megatron_eslm.selection.uncertainty  # noqa: F401  (each registers itself)
 from megatron_eslm.ops.head_statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.parallel.seeding import generator

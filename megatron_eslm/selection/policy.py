@@ -32,6 +32,11 @@ class SelectionPolicy(ABC):
     name: ClassVar[str]
     instance_source: Source = "nothing"
     token_source: Source = "nothing"
+    needs_reference: ClassVar[bool] = False
+    """Whether token scores need the losses of a reference model."""
+    reference: Callable[[Batch], torch.Tensor] | None = None
+    """Batch -> float32 [M, T], what the reference model's losses are where the batch brings none;
+    set where the model is built, for policies that need it."""
 
     def __init__(
         self, options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
@@ -92,10 +97,15 @@ def register(name: str) -> Callable[[P], P]:
     return add
 
 
+def policy_class(name: str) -> type[SelectionPolicy]:
+    """The class of `--selection name`."""
+    import megatron_eslm.selection.policies  # noqa: F401  (registers them)
+
+    return POLICIES[name]
+
+
 def build_policy(
     options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
 ) -> SelectionPolicy:
     """The policy that `--selection` names."""
-    import megatron_eslm.selection.policies  # noqa: F401  (registers them)
-
-    return POLICIES[options.selection](options, state, peers, seed)
+    return policy_class(options.selection)(options, state, peers, seed)

@@ -15,6 +15,7 @@ from megatron_eslm.data.demo_corpus import prepare_demo_corpus
 from megatron_eslm.data.mixture import build_datasets
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.plan import MixtureReport, check_epochs, plan_mixture
+from megatron_eslm.data.reference_losses import ReferenceLosses, open_reference_losses
 from megatron_eslm.data.source import DataSource, open_data
 from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.errors import ConfigError
@@ -24,8 +25,10 @@ from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.parallel.phases import Phases
+from megatron_eslm.selection.objective import Objective
 from megatron_eslm.selection.policy import SelectionPolicy, build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
+from megatron_eslm.training.adapters import check_adapters
 from megatron_eslm.training.checkpoint import (
     Found,
     find_checkpoint,
@@ -36,13 +39,26 @@ from megatron_eslm.training.checkpoint import (
 from megatron_eslm.training.dump import prepare_dump_folder
 from megatron_eslm.training.engine import Engine
 from megatron_eslm.training.estimate import dry_run_text, step_work
-from megatron_eslm.training.flops import FlopsModel
+from megatron_eslm.training.flops import FlopsModel, TeacherCost
+from megatron_eslm.training.frozen import FrozenSource
+from megatron_eslm.training.gradient_alignment import (
+    align_before_micro_steps,
+    alignment_rows,
+    check_alignment,
+)
 from megatron_eslm.training.loop import Trainer
 from megatron_eslm.training.manifest import list_checkpoints
+from megatron_eslm.training.objectives import (
+    build_objective,
+    find_run_teacher,
+    teacher_shape,
+)
 from megatron_eslm.training.optimizer_state import OptimizerState
+from megatron_eslm.training.reference import find_run_reference, load_reference
 from megatron_eslm.training.report import MetricsFile, run_summary
 from megatron_eslm.training.stages import plan_stages, plan_text
 from megatron_eslm.training.state import TrainState
+from megatron_eslm.training.teacher import find_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +89,29 @@ def plan_run(run: RunConfig, source: DataSource, options: DataOptions) -> Mixtur
         run.model.seq_length,
         train_samples=t.train_iters * t.global_batch_size,
         valid_samples=t.eval_iters * t.micro_batch_size * run.dp_size,
+        aligns=alignment_rows(run) is not None,
     )
 
 
-def build_flops(run: RunConfig, shape: ModelShape, policy: SelectionPolicy) -> FlopsModel:
-    """The FLOPs ledgers of this run."""
+def build_flops(
+    run: RunConfig,
+    shape: ModelShape,
+    policy: SelectionPolicy,
+    teacher: ModelShape | None = None,
+    reference: FrozenSource | None = None,
+) -> FlopsModel:
+    """The FLOPs ledgers of this run.
+
+    Args:
+        run: the run.
+        shape: of the model.
+        policy: that selects.
+        teacher: shape of the teacher, if there is one.
+        reference: the model that runs beside training to compare with, if there is one.
+    """
     assert run.model.seq_length
+    last = run.objective.salt_iters if run.objective.distill == "salt" else run.training.train_iters
+    assert last is not None
     return FlopsModel(
         shape=shape,
         seq_length=run.model.seq_length,
@@ -87,11 +120,35 @@ def build_flops(run: RunConfig, shape: ModelShape, policy: SelectionPolicy) -> F
         proxy_stride=policy.proxy_stride,
         logits_recomputed=not run.keeps_logits(shape),
         blocks_recomputed=run.model.activation_checkpoint_interval > 0,
+        lora_rank=run.model.lora_rank,
+        alignment_rows=alignment_rows(run),
+        teacher=None
+        if teacher is None
+        else TeacherCost(shape=teacher, runs=lambda: policy.state.iteration < last),
+        reference=None if reference is None else reference.shape,
     )
 
 
-def data_record(run: RunConfig, source: DataSource) -> dict[str, Any]:
-    """What decides the order of the data; compared when a run continues."""
+def open_stored_losses(run: RunConfig, source: DataSource) -> ReferenceLosses | None:
+    """What --reference-losses names. Collective."""
+    name = run.reference.reference_losses
+    if name is None:
+        return None
+    losses = on_every_rank(lambda: open_reference_losses(source, name))
+    if losses.seq_length != run.model.seq_length:
+        logger.info(
+            "--reference-losses %s: scored in windows of %d tokens, training reads %d",
+            name,
+            losses.seq_length,
+            run.model.seq_length,
+        )
+    return losses
+
+
+def data_record(
+    run: RunConfig, source: DataSource, stored: ReferenceLosses | None, report: MixtureReport
+) -> dict[str, Any]:
+    """What decides what is read, and in which order; compared when a run continues."""
     return {
         "fingerprint": source.fingerprint,
         "weights": [round(d.weight, 9) for d in source.domains],
@@ -101,6 +158,11 @@ def data_record(run: RunConfig, source: DataSource) -> dict[str, Any]:
         "seq_length": run.model.seq_length,
         "global_batch_size": run.training.global_batch_size,
         "micro_batch_rows": (run.training.micro_batch_size or 0) * run.dp_size,
+        # None where there is none, as in checkpoints from before there could be any.
+        "label_noise": run.data.label_noise or None,
+        "reference_losses": stored.weights if stored is not None else None,
+        # Which those are depends on how many are evaluated.
+        "alignment_samples": report.alignment_samples or None,
     }
 
 
@@ -174,14 +236,14 @@ def check_continues(
             f"this run for {run.training.train_iters}. With data read more than once the order of "
             "samples depends on it. Keep it, or consent with --allow-data-change."
         )
-    for group in ("optimizer", "selection"):
+    for group in ("optimizer", "selection", "reference", "objective"):
         for key, value in dataclasses.asdict(getattr(run, group)).items():
-            if options[group].get(key) != value:
+            if key in options.get(group, {}) and options[group][key] != value:
                 logger.warning(
                     "--%s is %s; it was %s when %s was saved",
                     key.replace("_", "-"),
                     value,
-                    options[group].get(key),
+                    options[group][key],
                     found.folder,
                 )
 
@@ -194,11 +256,17 @@ def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
     source, options = open_run_data(run)
     report = plan_run(run, source, options)
     shape = run.shape(source.tokenizer.vocab_size)
+    open_stored_losses(run, source)
+    reference = on_rank_zero(lambda: find_run_reference(run, shape, source.tokenizer))
     state = SelectionState(alpha=run.selection.initial_alpha)
     policy = build_policy(run.selection, state, Peers(0, run.dp_size, None), run.training.seed)
-    text = dry_run_text(run, shape, build_flops(run, shape, policy), report)
+    named = run.objective.distill_teacher is not None
+    teacher = on_rank_zero(lambda: find_teacher(run, shape, source.tokenizer)) if named else None
+    flops = build_flops(run, shape, policy, teacher_shape(run, shape, teacher), reference)
+    text = dry_run_text(run, shape, flops, report)
     try:
         check_epochs(report, options.max_epochs)
+        check_alignment(run, report)
     except ConfigError as error:
         return text, error
     return text, None
@@ -212,22 +280,25 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
     """
     phases = phases or Phases()
     mesh = build_mesh(
-        run.engine.tensor_model_parallel_size,
-        run.engine.pipeline_model_parallel_size,
-        run.engine.collective_timeout_seconds,
+        run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
     )
     source, options = open_run_data(run)
     report = plan_run(run, source, options)
     check_epochs(report, options.max_epochs)
+    check_alignment(run, report)
     shape = run.shape(source.tokenizer.vocab_size)
-    data = data_record(run, source)
+    stored = open_stored_losses(run, source)
+    data = data_record(run, source, stored, report)
     if save := run.checkpoint.save:
         on_rank_zero(lambda: prepare_save_folder(save, run.checkpoint.load))
     if folder := run.report.dump_selection:
         on_rank_zero(lambda: prepare_dump_folder(folder))
     found = on_rank_zero(lambda: _find(run))
+    check_adapters(run, found)
     if found is not None:
         check_continues(run, found, shape, data, source.tokenizer)
+    reference = on_rank_zero(lambda: find_run_reference(run, shape, source.tokenizer))
+    teacher = find_run_teacher(run, shape, source.tokenizer, found)
 
     assert run.model.seq_length
     datasets = build_datasets(
@@ -237,20 +308,26 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
         train_samples=report.train_samples,
         valid_samples=report.valid_samples,
         seed=run.training.seed,
+        aligns=alignment_rows(run) is not None,
+        reference=stored,
     )
     state = TrainState(SelectionState(alpha=run.selection.initial_alpha))
     recorder = Recorder()
     peers = Peers(mesh.dp_rank, mesh.dp_size, mesh.dp_group, phases)
     policy = build_policy(run.selection, state.selection, peers, run.training.seed)
-    flops = build_flops(run, shape, policy)
+    flops = build_flops(run, shape, policy, teacher_shape(run, shape, teacher), reference)
     plan = plan_stages(run, shape, flops, step_work(run))
     if mesh.pp_size > 1:
         logger.info("%s", plan_text(plan))
-    model = build_model(run, shape, mesh, policy, recorder, plan.blocks(mesh.pp_rank))
+    objective = build_objective(run, mesh, teacher)
+    model = build_model(run, shape, mesh, policy, recorder, plan.blocks(mesh.pp_rank), objective)
     if found is not None and found.kind == "weights":
         load_model(model, mesh, found)
         logger.info("weights from %s", found.folder)
     engine = build_engine(run, model, mesh, phases)
+    align_before_micro_steps(run, engine, datasets.alignment)
+    if reference is not None:
+        policy.reference = load_reference(reference, mesh, engine.device, run.dtype)
     if save:
         OptimizerState(engine)  # refuses now what could not be saved later
     if found is not None and found.kind == "training":
@@ -284,6 +361,7 @@ def build_model(
     policy: SelectionPolicy,
     recorder: Recorder,
     blocks: range,
+    objective: Objective | None = None,
 ) -> GPT:
     """The model of a run, or its pipeline stage, with initial weights, in float32 on the CPU."""
     settings = ModelSettings(
@@ -293,13 +371,14 @@ def build_model(
         sequence_parallel=run.engine.sequence_parallel,
         activation_checkpoint_interval=run.model.activation_checkpoint_interval,
         keep_logits=run.keeps_logits(shape),
+        lora=run.model.lora,
     )
     return build_gpt(
         shape,
         mesh,
         policy,
         recorder,
-        CausalLM(),
+        objective or CausalLM(),
         settings,
         seed=run.training.seed,
         init_std=run.model.init_method_std,
@@ -324,7 +403,8 @@ def resume(run: RunConfig, engine: Engine, found: Found) -> TrainState:
     # The same number, unless the batch size changed (--allow-data-change).
     state.consumed_samples = state.iteration * t.global_batch_size
     before = found.run["options"]["selection"]
-    if any(before[key] != getattr(run.selection, key) for key in ("selection", "eslm_alpha")):
+    decide = ("selection", "eslm_alpha", "uncertainty_quantile")
+    if any(key in before and before[key] != getattr(run.selection, key) for key in decide):
         state.selection = SelectionState(alpha=run.selection.initial_alpha)
     if state.iteration == t.train_iters and continues_itself(run):
         logger.info("%s is the end of this run: nothing is left to train", found.folder)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.init import WORD_EMBEDDING
+from megatron_eslm.model.lora import is_adapter
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.parallel.mesh import Mesh
@@ -44,7 +45,7 @@ class Weights:
     """Full weights on the CPU, whatever the layout they were saved from."""
 
     weights: dict[str, torch.Tensor]
-    """float32, by parameter name; the vocabulary's padding rows are zero."""
+    """float32, by parameter name; the vocabulary's padding rows are zero, adapters are merged."""
     shape: ModelShape
     tokenizer_dir: Path | None
     iteration: int
@@ -145,6 +146,8 @@ def save_checkpoint(
 def _save_tensors(engine: Engine, folder: Path, vocab_size: int) -> None:
     """Write every rank's share of the tensors, and their index, aside. Collective."""
     temporary, rank = manifests.aside(folder), dist.get_rank()
+    lora = engine.model.settings.lora
+    scale = None if lora is None else lora.scale
     state = OptimizerState(engine)
     scalars = state.scalars()
     shards, tensors = gather_share(engine, state, vocab_size)
@@ -162,13 +165,15 @@ def _save_tensors(engine: Engine, folder: Path, vocab_size: int) -> None:
     def write_index() -> None:
         with _disk_errors(folder):
             parts = ((file, part) for file, part, _ in shares)
-            tensor_files.write_index(temporary, parts, scalars)
+            tensor_files.write_index(temporary, parts, scalars, scale)
 
     on_rank_zero(write_index)
 
 
 def load_model(model: torch.nn.Module, mesh: Mesh, found: Found) -> None:
     """Fill a model, or a pipeline stage of one, with this rank's part of the weights. Collective.
+
+    Adapters stay as they are; those of the checkpoint, if it has any, are merged.
 
     Args:
         model: not yet in an engine; any tensor-parallel size, any type.
@@ -183,9 +188,12 @@ def load_model(model: torch.nn.Module, mesh: Mesh, found: Found) -> None:
     def fill() -> None:
         reader = tensor_files.TensorReader(found.folder)
         shards = shards_of(model, mesh, found.shape.vocab_size)
+        shards = {name: shard for name, shard in shards.items() if not is_adapter(name)}
         reader.check_holds(shards)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(reader.read("weight", name, shards[name]).view(parameter.shape))
+        parameters = dict(model.named_parameters())
+        for name, shard in shards.items():
+            parameter = parameters[name]
+            parameter.copy_(reader.read("weight", name, shard).view(parameter.shape))
 
     on_every_rank(fill)
 
@@ -199,11 +207,11 @@ def load_engine(engine: Engine, found: Found) -> TrainState:
     state = OptimizerState(engine)
 
     def restore() -> None:
-        reader = tensor_files.TensorReader(found.folder)
+        reader = tensor_files.TensorReader(found.folder, merged=False)
         shards = shards_of(engine.model, engine.mesh, found.shape.vocab_size)
         reader.check_holds(shards)
         for name, parameter in engine.model.named_parameters():
-            for kind in tensor_files.KINDS:
+            for kind in state.kinds(parameter):
                 begin, end, part = state.part(parameter, kind)
                 if begin < end:
                     part.copy_(reader.read(kind, name, shards[name], begin, end))
@@ -220,6 +228,8 @@ def load_engine(engine: Engine, found: Found) -> TrainState:
 
 def read_weights(load: str | Path, tag: str | None = None) -> Weights:
     """Full float32 weights of a checkpoint of any kind and layout, for export and generation.
+
+    Adapters are merged.
 
     Raises:
         ConfigError: no complete checkpoint there.

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,12 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, biases and norms do not."""
+    """Matrices decay, biases and norms do not; what is frozen is in no group."""
     named = [p for p in model.parameters() if p.requires_grad]
-    return [
+    groups = [
         {"params": [p for p in named if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
+    # Adapters are all matrices, and DeepSpeed takes no empty group.
+    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(
@@ -67,7 +69,11 @@ class Engine:
         bare: float32 without ZeRO, where DeepSpeed's optimizer is a plain torch one: neither
             gradient norm nor skipping of steps, and clipping that fails where a step is skipped.
             All three are done here.
+        before_micro_step: called with each micro-batch before its training pass, with all weights
+            whole; for policies that look at gradients first.
     """
+
+    before_micro_step: Callable[[Batch], None] | None = None
 
     def __init__(self, run: RunConfig, model: GPT, mesh: Mesh, phases: Phases) -> None:
         import deepspeed
@@ -119,6 +125,8 @@ class Engine:
 
     def _step(self, batches: Iterable[Batch]) -> tuple[float, bool]:
         for batch in batches:
+            if self.before_micro_step is not None:
+                self.before_micro_step(batch)
             with self.phases("forward"):
                 loss = self.ds(*batch)
             # Gradients are reduced over data-parallel ranks in here.
@@ -161,20 +169,28 @@ class Engine:
         return square.sqrt().float().squeeze(0)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], num_batches: int) -> torch.Tensor:
-        """float64 [2] of this data-parallel rank: sum of losses over valid tokens, their number.
+    def evaluate(self, batches: Iterable[Batch], num_batches: int, num_rows: int) -> torch.Tensor:
+        """Losses of sequences, without selection.
 
-        A pipeline's stages all get the result, and its middle ones read no batch.
+        Args:
+            batches: `num_batches` of `num_rows` sequences, of this data-parallel rank; a
+                pipeline's middle stages read none.
+            num_batches: 1 or more.
+            num_rows: the same in every batch.
+
+        Returns:
+            float64 [num_batches * num_rows, 2], in order: the sum of the losses of a sequence's
+            valid tokens, and their number. On all stages of a pipeline.
         """
         self.ds.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = []
         try:
             for batch in batches:
                 with self.phases("evaluation forward"):
-                    total += self.ds(*batch)
+                    sums.append(self.ds(*batch))
         finally:
             self.ds.train()
-        return total
+        return torch.cat(sums)
 
 
 def is_counted_here(parameter: nn.Parameter, mesh: Mesh) -> bool:

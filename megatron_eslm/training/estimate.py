@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +14,17 @@ from megatron_eslm.data.plan import MixtureReport
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.head_statistics import CHUNK_BYTES
 from megatron_eslm.ops.keep_rule import num_to_keep
+from megatron_eslm.selection.alpha import AlphaController
+from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.selection.state import Peers, SelectionState
 from megatron_eslm.training.flops import FlopsModel, Work
-from megatron_eslm.training.stages import StagePlan, plan_stages, plan_text, stage_params
+from megatron_eslm.training.stages import (
+    StagePlan,
+    adapter_params,
+    plan_stages,
+    plan_text,
+    stage_params,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +38,45 @@ class MemoryEstimate:
     optimizer: float
     activations: float
     head: float
+    alignment: float = 0.0
+    """What the pass by which GREATS chooses holds beyond activations and head: neither is there at
+    the same time."""
+    teacher: float = 0.0
+    reference: float = 0.0
 
     @property
     def total(self) -> float:
         """Sum of all parts."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+        own = self.weights + self.gradients + self.optimizer + self.activations + self.head
+        return own + self.alignment + self.teacher + self.reference
 
 
-def estimate_memory(run: RunConfig, shape: ModelShape, plan: StagePlan) -> MemoryEstimate:
+def estimate_memory(
+    run: RunConfig, shape: ModelShape, plan: StagePlan, flops: FlopsModel
+) -> MemoryEstimate:
     """Device memory of a rank of the stage that needs most, from what each part stores.
 
     Neither the allocator's overhead nor buffers of collectives are in it. Activations are those of
     a rank that keeps all of its rows, as one of several data-parallel ranks may.
+
+    Args:
+        run: the run.
+        shape: of the model.
+        plan: its stages.
+        flops: says which frozen models and passes there are besides.
     """
     ranks = [_estimate_stage(run, shape, plan, stage) for stage in range(plan.num_stages)]
+    last = ranks[-1]
+    if flops.teacher is not None:
+        element = 2 if run.objective.distill_teacher_dtype == "bf16" else 4
+        last = dataclasses.replace(last, teacher=_frozen_bytes(run, flops.teacher.shape, element))
+    if flops.reference is not None:
+        reference = _frozen_bytes(run, flops.reference, run.dtype.itemsize)
+        last = dataclasses.replace(last, reference=reference)
+    if flops.alignment_rows is not None:
+        excess = alignment_bytes(run, shape, flops.alignment_rows) - last.activations - last.head
+        last = dataclasses.replace(last, alignment=max(0.0, excess))
+    ranks[-1] = last
     return max(ranks, key=lambda rank: rank.total)
 
 
@@ -49,17 +85,20 @@ def _estimate_stage(
 ) -> MemoryEstimate:
     first, last = stage == 0, stage == plan.num_stages - 1
     tp, element = run.engine.tensor_model_parallel_size, run.dtype.itemsize
-    n = float(stage_params(shape, plan.num_blocks[stage], first=first, last=last, tp=tp))
+    n = trained = float(stage_params(shape, plan.num_blocks[stage], first=first, last=last, tp=tp))
+    if rank := run.model.lora_rank:
+        trained = float(adapter_params(shape, plan.num_blocks[stage], rank, tp))
+        n += trained
     zero, dp = run.engine.zero_stage or 0, run.dp_size
     # DeepSpeed's pipeline in bf16 spreads the optimizer even in stage 0.
     spreads = zero >= 1 or (plan.num_stages > 1 and run.engine.bf16)
     master = 4 if element == 2 or spreads else 0
-    optimizer = n * (8 + master) / (dp if spreads else 1)
+    optimizer = trained * (8 + master) / (dp if spreads else 1)
     gradient_element = 4 if element == 2 and zero >= 1 else element
     return MemoryEstimate(
         stage=stage,
         weights=n * element / (dp if zero == 3 else 1),
-        gradients=n * gradient_element / (dp if zero >= 2 else 1),
+        gradients=trained * gradient_element / (dp if zero >= 2 else 1),
         optimizer=0.0 if run.engine.cpu_offload else optimizer,
         activations=_stage_activations(run, shape, plan, stage),
         head=_head_bytes(run, shape, early_exit=first and plan.early_exit > 0, last=last),
@@ -67,26 +106,42 @@ def _estimate_stage(
 
 
 def block_activations(run: RunConfig, shape: ModelShape) -> float:
-    """Bytes that a block keeps for its backward pass over one micro-batch of one rank.
+    """Bytes that a block keeps for its backward pass over one micro-batch of one rank."""
+    model = run.model
+    return _tokens(run) * _activations_of_token(
+        run, shape, hidden_dropout=model.hidden_dropout, attention_dropout=model.attention_dropout
+    )
+
+
+def _activations_of_token(
+    run: RunConfig,
+    shape: ModelShape,
+    *,
+    hidden_dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+) -> float:
+    """Bytes that a block keeps for its backward pass, a position.
 
     Inputs and outputs of both norms, which all tensor-parallel ranks hold unless sequence parallel;
     qkv, attention output and the MLP's two wide tensors, of which each rank holds its columns;
-    dropout masks; in float32 the norms' statistics and the attention's log-sum-exp.
+    what is between the factors of adapters; dropout masks; in float32 the norms' statistics and the
+    attention's log-sum-exp.
     """
     tp = run.engine.tensor_model_parallel_size
     tp_residual = tp if run.engine.sequence_parallel else 1
     d, heads, length = shape.hidden_size, shape.num_attention_heads, run.model.seq_length
     assert length
     values = 4 * d / tp_residual + (4 * d + 2 * shape.ffn_hidden_size) / tp
+    values += 2 * run.model.lora_rank * (1 + 1 / tp_residual)  # between the factors of adapters
     float32 = 4 / tp_residual
-    if run.model.hidden_dropout:
+    if hidden_dropout:
         values += 2 * d
-    if run.model.attention_dropout:
+    if attention_dropout:
         # Without the fused kernel: the weights, their mask, and both together.
         values += 3 * heads / tp * length
     else:
         float32 += heads / tp
-    return _tokens(run) * (values * run.dtype.itemsize + float32 * 4)
+    return values * run.dtype.itemsize + float32 * 4
 
 
 def _stage_activations(run: RunConfig, shape: ModelShape, plan: StagePlan, stage: int) -> float:
@@ -114,11 +169,42 @@ def _head_bytes(run: RunConfig, shape: ModelShape, *, early_exit: bool, last: bo
         logits = tokens * vocab * element if run.keeps_logits(shape) else 0.0
         hidden = 3 * tokens * shape.hidden_size * element  # normed, its gradient, and before
         gradient = torch.float32.itemsize * vocab * shape.hidden_size
+        if run.model.lora_rank:
+            gradient = 0.0  # frozen
         return logits + hidden + gradient + _chunks(tokens * vocab)
     if early_exit:
         scored = tokens / run.selection.eslm_proxy_stride
         return 2 * scored * shape.hidden_size * element + _chunks(scored * vocab)
     return 0.0
+
+
+def _frozen_bytes(run: RunConfig, shape: ModelShape, element: int) -> float:
+    """Weights, and what one block of a forward pass without gradient holds at a time."""
+    tp, tokens = run.engine.tensor_model_parallel_size, _tokens(run)
+    weights = stage_params(shape, shape.num_layers, first=True, last=True, tp=tp)
+    hidden = 3 * shape.hidden_size + 2 * shape.ffn_hidden_size / tp
+    logits = _chunks(tokens * shape.padded_vocab_size / tp)
+    return element * (weights + tokens * hidden) + logits
+
+
+def alignment_bytes(run: RunConfig, shape: ModelShape, rows: tuple[int, int]) -> float:
+    """What is there where the pass by which GREATS chooses turns back at the head.
+
+    Activations of all blocks, without dropout and whatever checkpoints training has; the head's
+    input before and after the norm and its gradient; the candidates' gradients at the logits;
+    the validation rows' gradient of the head in float32; chunks.
+
+    Args:
+        run: the run.
+        shape: of the model.
+        rows: candidates and validation rows of one rank.
+    """
+    assert run.model.seq_length
+    length, vocab, element = run.model.seq_length, shape.padded_vocab_size, run.dtype.itemsize
+    blocks = shape.num_layers * _activations_of_token(run, shape) + 3 * shape.hidden_size * element
+    logits = rows[0] * length * vocab * element
+    gradient = torch.float32.itemsize * vocab * shape.hidden_size
+    return sum(rows) * length * blocks + logits + gradient + _chunks(length * vocab)
 
 
 def _chunks(num_logits: float) -> float:
@@ -132,24 +218,59 @@ def _tokens(run: RunConfig) -> int:
     return run.training.micro_batch_size * run.model.seq_length
 
 
-def step_work(run: RunConfig) -> Work:
-    """Work of one step as the keep rule will have it, with nothing masked."""
+def step_work(run: RunConfig, alpha: float | None = None) -> Work:
+    """Work of one step as the keep rule will have it, with nothing masked.
+
+    Args:
+        run: the run.
+        alpha: of the step; that which the run begins or warms up to where it is left out.
+    """
     t, s = run.training, run.selection
     assert t.micro_batch_size and run.model.seq_length
-    rows = t.micro_batch_size * (run.dp_size if s.eslm_scope == "global" else 1)
-    groups = 1 if s.eslm_scope == "global" else run.dp_size
+    # GREATS chooses on each rank alone, whatever the scope.
+    together = s.eslm_scope == "global" and s.selection != "greats"
+    rows = t.micro_batch_size * (run.dp_size if together else 1)
+    groups = 1 if together else run.dp_size
     steps = run.gradient_accumulation_steps * groups
-    alpha = s.initial_alpha
-    kept = rows if s.eslm_level == "token" else num_to_keep(rows, alpha)
+    alpha = s.initial_alpha if alpha is None else alpha
+    policy = build_policy(s, SelectionState(alpha=alpha), Peers(0, run.dp_size, None), t.seed)
+    kept = rows if policy.instance_source == "nothing" else num_to_keep(rows, alpha)
     deep = kept * run.model.seq_length
-    trained = deep if s.eslm_level == "instance" else num_to_keep(deep, alpha)
-    scored = trained if s.selection == "random" else deep
+    # The uncertainty objective has a loss for what selection drops, too.
+    all_tokens = policy.token_source == "nothing" or s.selection == "uncertainty"
+    trained = deep if all_tokens else num_to_keep(deep, alpha)
+    scored = deep if policy.token_source == "head" else trained
     return Work(
         tokens=steps * rows * run.model.seq_length,
         tokens_deep=steps * deep,
         tokens_scored=steps * scored,
         tokens_trained=steps * trained,
     )
+
+
+def _totals(run: RunConfig, flops: FlopsModel) -> tuple[float, float, int]:
+    """Of all steps: FLOPs by both ledgers, and tokens that are trained on.
+
+    Alpha begins and rises as it is told to; where ADA-ESLM will move it nobody knows. SALT's later
+    steps have no teacher.
+    """
+    steps = run.training.train_iters
+    assert steps
+    taught = min(steps, run.objective.salt_iters) if run.objective.distill == "salt" else steps
+    state = SelectionState(alpha=run.selection.initial_alpha)
+    controller, kinds = AlphaController(run.selection, state), Counter[tuple[float, bool]]()
+    for iteration in range(steps):
+        controller.begin_step(iteration)
+        kinds[state.alpha, iteration < taught] += 1
+    executed = by_paper = 0.0
+    trained = 0
+    for (alpha, has_teacher), count in kinds.items():
+        work = step_work(run, alpha)
+        ledgers = flops if has_teacher else dataclasses.replace(flops, teacher=None)
+        executed += count * ledgers.executed(work)
+        by_paper += count * ledgers.paper(work)
+        trained += count * work.tokens_trained
+    return executed, by_paper, trained
 
 
 def _layout(run: RunConfig) -> str:
@@ -173,7 +294,8 @@ def dry_run_text(
     assert t.train_iters and t.global_batch_size and run.model.seq_length
     work = step_work(run)
     plan = plan_stages(run, shape, flops, work)
-    memory = estimate_memory(run, shape, plan)
+    memory = estimate_memory(run, shape, plan, flops)
+    executed, by_paper, trained = _totals(run, flops)
     gib = 2.0**30
     read = t.train_iters * work.tokens
     lines = [
@@ -183,17 +305,24 @@ def dry_run_text(
         f"{t.micro_batch_size}",
         f"layout               {_layout(run)}",
         f"tokens read          {read:,}",
-        f"tokens trained on    {t.train_iters * work.tokens_trained:,} "
-        f"({work.tokens_trained / work.tokens:.1%})",
+        f"tokens trained on    {trained:,} ({trained / read:.1%})",
         f"parameters           {shape.num_params:,} (vocabulary {shape.vocab_size:,} padded to "
         f"{shape.padded_vocab_size:,})",
-        f"FLOPs executed       {t.train_iters * flops.executed(work):.3e} "
-        f"({flops.executed(work):.3e} a step)",
-        f"FLOPs by the paper   {t.train_iters * flops.paper(work):.3e} "
-        f"({flops.paper(work):.3e} a step)",
+        *(
+            [f"trained              {adapter_params(shape, shape.num_layers, rank):,} (adapters)"]
+            if (rank := run.model.lora_rank)
+            else []
+        ),
+        f"FLOPs executed       {executed:.3e} ({executed / t.train_iters:.3e} a step)",
+        f"FLOPs by the paper   {by_paper:.3e} ({by_paper / t.train_iters:.3e} a step)",
         f"memory a rank        {memory.total / gib:.2f} GiB = weights {memory.weights / gib:.2f} + "
         f"gradients {memory.gradients / gib:.2f} + optimizer {memory.optimizer / gib:.2f} + "
         f"activations {memory.activations / gib:.2f} + head {memory.head / gib:.2f}"
+        + "".join(
+            f" + {name} {part / gib:.2f}"
+            for name in ("alignment", "teacher", "reference")
+            if (part := getattr(memory, name))
+        )
         + (f" (stage {memory.stage}, which needs most)" if plan.num_stages > 1 else ""),
     ]
     if plan.num_stages > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -14,8 +15,18 @@ from megatron_eslm.selection.batch import Batch
 from megatron_eslm.training.engine import Engine
 
 
-def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int) -> float:
-    """Mean loss in nats over every valid token of `dataset`, each once. Collective.
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean losses in nats, each over every valid token once."""
+
+    loss: float
+    """Over the whole set; nan where no token is valid."""
+    loss_by_domain: dict[str, float]
+    """Over the sequences of each domain that has any in the set, in the order of --data-path."""
+
+
+def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int) -> Evaluation:
+    """Losses over every valid token of `dataset`. Collective.
 
     The set does not have to divide into micro-batches: ranks that run out of rows read the first
     one again with all its labels masked, so that every rank takes part in every forward pass.
@@ -23,20 +34,36 @@ def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int
     rows = micro_batch_size * mesh.dp_size
     begins = range(0, _round_up(len(dataset), rows), rows)
 
+    def numbers(begin: int) -> range:
+        first = begin + mesh.dp_rank * micro_batch_size
+        return range(first, first + micro_batch_size)
+
     def batches() -> Iterator[Batch]:
         for begin in begins:
-            first = begin + mesh.dp_rank * micro_batch_size
-            numbers = range(first, first + micro_batch_size)
-            items = [dataset[i if i < len(dataset) else 0] for i in numbers]
+            items = [dataset[i if i < len(dataset) else 0] for i in numbers(begin)]
             valid = torch.stack([item["valid"] for item in items])
-            valid &= torch.tensor([i < len(dataset) for i in numbers])[:, None]
+            valid &= torch.tensor([i < len(dataset) for i in numbers(begin)])[:, None]
             tokens = torch.stack([item["tokens"] for item in items])
             yield Batch.of(tokens.to(engine.device), valid.to(engine.device))
 
-    total = engine.evaluate(batches(), len(begins))
-    all_reduce_(total, mesh.dp_group)
-    loss, count = total.tolist()
-    return loss / count if count else math.nan
+    sums_R2 = engine.evaluate(batches(), len(begins), micro_batch_size)
+    domain_R = torch.tensor(
+        [dataset.domain_of(i) if i < len(dataset) else 0 for b in begins for i in numbers(b)]
+    )
+    names = [domain.name for domain in dataset.source.domains]
+    # On the CPU, where the order of the sum is always the same.
+    sums_D2 = torch.zeros(len(names), 2, dtype=torch.float64)
+    sums_D2 = sums_D2.index_add_(0, domain_R, sums_R2.cpu()).to(engine.device)
+    all_reduce_(sums_D2, mesh.dp_group)
+    total, count = sums_D2.sum(dim=0).tolist()
+    return Evaluation(
+        loss=total / count if count else math.nan,
+        loss_by_domain={
+            name: loss / tokens
+            for name, (loss, tokens) in zip(names, sums_D2.tolist(), strict=True)
+            if tokens
+        },
+    )
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -7,6 +7,7 @@ scores again).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_eslm.model.shape import ModelShape
@@ -26,6 +27,44 @@ class Work:
     """Tokens in the loss."""
 
 
+def block_forward(shape: ModelShape, length: int) -> tuple[float, float]:
+    """(linear layers, attention) of one block, forward, a token of a sequence of `length`."""
+    linear = 2 * (4 * shape.hidden_size**2 + 2 * shape.hidden_size * shape.ffn_hidden_size)
+    return linear, 4 * length * shape.hidden_size
+
+
+def adapters_forward(shape: ModelShape, rank: int) -> float:
+    """Adapters of one block (model/lora.py), forward, a token."""
+    return 2.0 * rank * (8 * shape.hidden_size + 2 * shape.ffn_hidden_size)
+
+
+def head_forward(shape: ModelShape) -> float:
+    """Logits of one token."""
+    return 2.0 * shape.hidden_size * shape.padded_vocab_size
+
+
+def forward_flops(shape: ModelShape, *, positions: int, length: int, scored: int) -> float:
+    """Matrix products of a forward pass.
+
+    Args:
+        shape: of the model.
+        positions: that go through its blocks, in sequences of `length`.
+        length: of the sequences.
+        scored: positions whose logits are computed.
+    """
+    blocks = positions * shape.num_layers * sum(block_forward(shape, length))
+    return blocks + scored * head_forward(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherCost:
+    """What a teacher adds to a step."""
+
+    shape: ModelShape
+    runs: Callable[[], bool]
+    """Whether it does so in the step under way; SALT's ends one day."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlopsModel:
     """FLOPs of a step of one model and policy."""
@@ -40,41 +79,122 @@ class FlopsModel:
     logits_recomputed: bool = False
     blocks_recomputed: bool = False
     """Whether the backward pass computes the blocks' activations again."""
+    alignment_rows: tuple[int, int] | None = None
+    """Candidates and validation rows of the pass by which GREATS chooses, before each micro-step
+    of a rank that drops any (training.gradient_alignment)."""
 
-    def _block_forward(self) -> tuple[float, float]:
-        """(linear layers, attention) of one block, a token."""
-        s = self.shape
-        linear = 2 * (4 * s.hidden_size**2 + 2 * s.hidden_size * s.ffn_hidden_size)
-        return linear, 4 * self.seq_length * s.hidden_size
+    teacher: TeacherCost | None = None
+    reference: ModelShape | None = None
+    """Of the reference model that scores what is read, where one runs beside training."""
+    lora_rank: int = 0
+    """Of adapters, where nothing else trains: frozen layers have no product for a gradient of their
+    weights."""
 
     def block(self, work: Work, number: int) -> float:
         """Matrix products of one block, forward and backward.
 
         Blocks before the selector run backward over all rows (with zero gradients for dropped
-        ones), blocks behind it see kept rows only.
+        ones), blocks behind it see kept rows only. With adapters nothing before those of the first
+        block trains, so that nothing goes back to its input.
         """
-        linear, attention = self._block_forward()
+        linear, attention = block_forward(self.shape, self.seq_length)
         again = 1 if self.blocks_recomputed else 0
         tokens = work.tokens if number < self.selector_depth else work.tokens_deep
-        return tokens * ((3 + again) * linear + (3.5 + again) * attention)
+        products = (3 + again) * linear
+        if self.lora_rank:
+            products = (2 + again) * linear
+            products += (3 + again) * adapters_forward(self.shape, self.lora_rank)
+            if number == 0:
+                d = self.shape.hidden_size
+                products -= 2 * (3 * d * d + self.lora_rank * d)
+        return tokens * (products + (3.5 + again) * attention)
 
     def scoring(self, work: Work) -> float:
         """Matrix products of the head as the early exit uses it: forward, on what is read."""
-        return work.tokens * self._head_forward() / self.proxy_stride if self.proxy else 0.0
+        return work.tokens * head_forward(self.shape) / self.proxy_stride if self.proxy else 0.0
 
     def head(self, work: Work) -> float:
-        """Matrix products of the final head; its backward pass sees kept tokens only."""
-        backward = 3 if self.logits_recomputed else 2
-        return self._head_forward() * (work.tokens_scored + backward * work.tokens_trained)
+        """Matrix products of the final head, whose backward pass sees kept tokens only, and of the
+        frozen models beside it.
+        """
+        products = 3 if self.logits_recomputed else 2
+        if self._is_taught and self.logits_recomputed:
+            products += 1  # the divergence needs the logits in the forward pass, too
+        if self.lora_rank:
+            products -= 1  # a frozen head has no gradient
+        own = head_forward(self.shape) * (work.tokens_scored + products * work.tokens_trained)
+        return own + self.teaching(work) + self.referring(work)
+
+    def teaching(self, work: Work) -> float:
+        """Matrix products of the teacher: kept sequences through its blocks, forward; tokens in the
+        loss through its head, whose logits the backward pass computes again.
+        """
+        if not self._is_taught:
+            return 0.0
+        assert self.teacher is not None
+        return forward_flops(
+            self.teacher.shape,
+            positions=work.tokens_deep,
+            length=self.seq_length,
+            scored=2 * work.tokens_trained,
+        )
+
+    def referring(self, work: Work) -> float:
+        """Matrix products of the reference model: a forward pass over what the head scores."""
+        if self.reference is None:
+            return 0.0
+        return forward_flops(
+            self.reference,
+            positions=work.tokens_deep,
+            length=self.seq_length,
+            scored=work.tokens_scored,
+        )
+
+    @property
+    def _is_taught(self) -> bool:
+        return self.teacher is not None and self.teacher.runs()
+
+    def alignment(self, work: Work) -> float:
+        """Matrix products of the pass by which GREATS chooses.
+
+        Forward and, for activations alone, backward over candidates and validation rows; one
+        gradient of the linear layers over validation rows and its product with candidates; and for
+        each pair of candidates the products of positions of both factors.
+        """
+        if not self._aligns(work):
+            return 0.0
+        assert self.alignment_rows is not None
+        linear, attention = block_forward(self.shape, self.seq_length)
+        head = head_forward(self.shape)
+        weights = self.shape.num_layers * linear + head  # forward, a token
+        tokens = self.seq_length * sum(self.alignment_rows)
+        layers = 2 * self.shape.num_layers * linear + 3.5 * self.shape.num_layers * attention
+        passes = tokens * (layers + 2 * head + weights)
+        return self._num_alignments(work) * (passes + self._pairs())
+
+    def _aligns(self, work: Work) -> bool:
+        # Where the keep rule keeps every row there is nothing to choose, and the pass is left out.
+        return self.alignment_rows is not None and work.tokens_deep < work.tokens
+
+    def _num_alignments(self, work: Work) -> float:
+        assert self.alignment_rows is not None
+        return work.tokens / (self.seq_length * self.alignment_rows[0])
+
+    def _pairs(self) -> float:
+        """Products of positions for every pair of candidates of one micro-step."""
+        assert self.alignment_rows is not None
+        s, candidates = self.shape, self.alignment_rows[0]
+        d, f = s.hidden_size, s.ffn_hidden_size
+        blocks = s.num_layers * ((d + 3 * d) + (d + d) + (d + f) + (f + d))
+        # Lookup and head: four similarities of hidden states, one of logits.
+        embedding = 4 * d + s.padded_vocab_size
+        pairs = candidates * (candidates + 1) / 2
+        return pairs * 2 * self.seq_length**2 * (blocks + embedding)
 
     def executed(self, work: Work) -> float:
         """Matrix products that ran, forward and backward. The embedding, a lookup, has none."""
         blocks = sum(self.block(work, number) for number in range(self.shape.num_layers))
-        return self.scoring(work) + blocks + self.head(work)
-
-    def _head_forward(self) -> float:
-        """Logits of one token."""
-        return 2.0 * self.shape.hidden_size * self.shape.padded_vocab_size
+        return self.scoring(work) + blocks + self.head(work) + self.alignment(work)
 
     def paper(self, work: Work) -> float:
         """Section 3, "FLOPs accounting", of the ESLM paper.
@@ -82,7 +202,10 @@ class FlopsModel:
         6N + 12 L H Q T a token of the kept sequences; the proxy 2 N_proxy + 6 L' H Q T + 2 D V a
         token read; 4 D V + 32 D^2 + 8 D saved a masked token. N counts every parameter once,
         N_proxy embeddings, norms and the first L' blocks. The paper runs the proxy apart from the
-        training pass, so its L' blocks count twice here as they do there.
+        training pass, so its L' blocks count twice here as they do there. A teacher, of which it
+        says nothing, counts as its forward pass: 2 N a token of the kept sequences. So does the
+        reference model of Rho-1, whose forward pass Appendix D.4 adds. Of adapters it knows
+        nothing: they change no number here.
         """
         s = self.shape
         d, v, hqt = s.hidden_size, s.padded_vocab_size, s.hidden_size * self.seq_length
@@ -91,6 +214,18 @@ class FlopsModel:
         if self.proxy:
             n_proxy = s.num_params_embedding + self.selector_depth * s.num_params_block + 2 * d
             total += work.tokens * (2.0 * n_proxy + 6 * self.selector_depth * hqt + 2 * d * v)
+        if self._aligns(work):
+            # Appendix D.4: forward on candidates and validation rows, backward to activations,
+            # and the ghost products.
+            assert self.alignment_rows is not None
+            tokens = self.seq_length * sum(self.alignment_rows)
+            one = tokens * (4.0 * s.num_params + 12 * s.num_layers * hqt) + self._pairs()
+            total += self._num_alignments(work) * one
+        if self._is_taught:
+            assert self.teacher is not None
+            total += work.tokens_deep * 2.0 * self.teacher.shape.num_params
+        if self.reference is not None:
+            total += work.tokens_deep * 2.0 * self.reference.num_params
         return total
 
 

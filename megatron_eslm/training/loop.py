@@ -23,7 +23,7 @@ from megatron_eslm.selection.state import Recorder
 from megatron_eslm.training.checkpoint import save_checkpoint
 from megatron_eslm.training.dump import dump_selection
 from megatron_eslm.training.engine import Engine
-from megatron_eslm.training.evaluate import evaluate
+from megatron_eslm.training.evaluate import Evaluation, evaluate
 from megatron_eslm.training.flops import FlopsModel, device_peak_flops
 from megatron_eslm.training.nonfinite import NonfiniteGuard
 from megatron_eslm.training.report import (
@@ -75,21 +75,21 @@ class Trainer:
         with StopSignal() as stop:
             batches = self._batches()
             if state.iteration == 0 and self.datasets.valid is not None:
-                self._report(None, None, valid_loss=self._evaluate())
+                self._report(None, None, self._evaluate())
             while state.iteration < t.train_iters and stopped is None:
                 stats, norm = self._step(batches, stop)
                 last = state.iteration == t.train_iters
                 if stats.stop_requested and not last:
                     stopped = stop.received or signal.SIGTERM
-                valid_loss = None
+                evaluation = None
                 if (
                     self.datasets.valid is not None
                     and not stopped
                     and (last or state.iteration % t.eval_interval == 0)
                 ):
-                    valid_loss = self._evaluate()
-                if valid_loss is not None or last or state.iteration % t.log_interval == 0:
-                    self._report(stats, norm, valid_loss=valid_loss)
+                    evaluation = self._evaluate()
+                if evaluation is not None or last or state.iteration % t.log_interval == 0:
+                    self._report(stats, norm, evaluation)
                 leaves = t.exit_interval is not None and state.iteration % t.exit_interval == 0
                 if (
                     last
@@ -188,18 +188,19 @@ class Trainer:
                 tensors.get("reference"),
             )
 
-    def _evaluate(self) -> float:
+    def _evaluate(self) -> Evaluation:
         assert self.datasets.valid is not None and self.run.training.micro_batch_size
         with self.phases("evaluation", waits=self.mesh.world_size > 1):
-            loss = evaluate(
+            evaluation = evaluate(
                 self.engine, self.datasets.valid, self.mesh, self.run.training.micro_batch_size
             )
-        if self.state.best_valid_loss is None or loss < self.state.best_valid_loss:
-            self.state.best_valid_loss = loss
-        return loss
+        best = self.state.best_valid_loss
+        if best is None or evaluation.loss < best:
+            self.state.best_valid_loss = evaluation.loss
+        return evaluation
 
     def _report(
-        self, stats: StepStats | None, norm: float | None, *, valid_loss: float | None
+        self, stats: StepStats | None, norm: float | None, evaluation: Evaluation | None
     ) -> None:
         """Progress line, metrics file and monitors; only rank 0 has any of them."""
         seconds = self._last_seconds
@@ -213,7 +214,7 @@ class Trainer:
         line = metrics_line(
             self.state,
             stats,
-            valid_loss=valid_loss,
+            evaluation=evaluation,
             lr=learning_rate(self.run.optimizer, max(0, self.state.iteration - 1)),
             grad_norm=norm,
             step_seconds=step_seconds,

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.mesh import Mesh
-from megatron_eslm.training.tensor_files import Scalars
+from megatron_eslm.training.tensor_files import KINDS, Scalars
 
 if TYPE_CHECKING:
     from megatron_eslm.training.engine import Engine
@@ -33,7 +33,8 @@ class Place:
     """Elements `begin` to `end` of a flattened parameter lie in `master` from `offset` on."""
 
     master: torch.Tensor
-    """float32; what the optimizer steps, and the key of its state."""
+    """float32; what the optimizer steps, and the key of its state. Of a frozen parameter what the
+    model computes with."""
     offset: int
     begin: int
     end: int
@@ -54,13 +55,21 @@ class OptimizerState:
         self._places = dict(places)
         self._partitioned = not engine.bare
 
+    @staticmethod
+    def kinds(parameter: torch.nn.Parameter) -> tuple[str, ...]:
+        """Which tensors there are of a parameter: a frozen one has no moments."""
+        return KINDS if parameter.requires_grad else KINDS[:1]
+
     def part(self, parameter: torch.nn.Parameter, kind: str) -> tuple[int, int, torch.Tensor]:
         """This rank's part of a tensor: (begin, end, float32 [end - begin]).
 
         The range is of the flattened parameter; it is empty where other ranks hold it all. The
-        tensor is a view: writing into it writes the optimizer's state.
+        tensor is a view: writing into it writes the optimizer's state. Of a frozen parameter it is
+        the parameter itself, in the compute type.
         """
         place = self._places.get(parameter)
+        if not parameter.requires_grad:
+            place = _frozen(parameter, self._mesh.dp_rank)
         if place is None:
             return 0, 0, torch.empty(0)
         tensor = place.master if kind == "weight" else self._moments(place.master)[kind]
@@ -83,7 +92,10 @@ class OptimizerState:
         """
         begin, end, part = self.part(parameter, kind)
         mine = self._mesh.dp_rank == owner
-        if not self._partitioned or self._mesh.dp_size == 1:  # every rank has it all
+        everywhere = not self._partitioned or (
+            not parameter.requires_grad and not hasattr(parameter, "ds_tensor")
+        )
+        if everywhere or self._mesh.dp_size == 1:  # every rank has it all
             return part.float() if mine else None
         numel = getattr(parameter, "ds_numel", parameter.numel())
         # Every element comes from one rank. Added up as integers, it arrives bit for bit.
@@ -165,6 +177,15 @@ def _replay(adam: Any, num_steps: int) -> None:
         adam.ds_opt_adam.adam_update(
             adam.opt_id, step, *settings, group["bias_correction"], *nothing
         )
+
+
+def _frozen(parameter: Any, dp_rank: int) -> Place:
+    """A parameter that no optimizer knows; only ZeRO 3 cuts it (see _zero3)."""
+    if not hasattr(parameter, "ds_tensor"):
+        return Place(parameter, 0, 0, parameter.numel())
+    size = parameter.partition_numel()
+    begin = min(dp_rank * size, parameter.ds_numel)
+    return Place(parameter.ds_tensor, 0, begin, min(begin + size, parameter.ds_numel))
 
 
 Placed = Iterator[tuple[torch.nn.Parameter, Place]]

@@ -81,7 +81,7 @@ class StagePipeline(PipelineModule):
 
     def get_tied_weights_and_groups(self) -> list[tuple[torch.Tensor, dist.ProcessGroup]]:
         """Weights whose gradients are summed over the stages that hold them."""
-        return [(weight, self._ends_group) for weight in self._tied]
+        return [(weight, self._ends_group) for weight in self._tied if weight.requires_grad]
 
 
 # What a rank is doing during an instruction, and whether it then waits for another stage.
@@ -158,7 +158,7 @@ class PipelinedEngine(Engine):
         return self._outcome(self._bare_norm)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], num_batches: int) -> torch.Tensor:
+    def evaluate(self, batches: Iterable[Batch], num_batches: int, num_rows: int) -> torch.Tensor:
         self._refresh_mirror()
         # DeepSpeed adds up the outputs of the last stage, and ours has another shape than a loss.
         self.ds.total_loss = None
@@ -166,13 +166,13 @@ class PipelinedEngine(Engine):
             _twice(batches), reduce_output=None, bcast_loss=False, num_micro_batches=num_batches
         )
         self.ds.module.train()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        rows = torch.empty(num_batches * num_rows, 2, dtype=torch.float64, device=self.device)
         if self.mesh.is_last_stage:
-            total += torch.stack(sums).sum(0)
+            torch.cat(sums, out=rows)
         with self.phases("validation loss to all stages", waits=True):
             source = dist.get_global_rank(self.mesh.pp_group, self.mesh.pp_size - 1)
-            dist.broadcast(total, source, group=self.mesh.pp_group)
-        return total
+            dist.broadcast(rows, source, group=self.mesh.pp_group)
+        return rows
 
 
 def _reduce_tied_gradients(engine: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -11,10 +12,16 @@ from typing import Any, TextIO
 
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.selection.state import Peers, SelectionState
+from megatron_eslm.training.evaluate import Evaluation
 from megatron_eslm.training.state import TrainState
 from megatron_eslm.training.step_stats import StepStats
 
 logger = logging.getLogger(__name__)
+
+_JSON = (bool, int, float, str, type(None))
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -69,14 +76,24 @@ class MetricsFile:
 
 
 def run_summary(run: RunConfig) -> dict[str, Any]:
-    """What a comparison of runs needs to know of this one; first line of the metrics file."""
+    """What a comparison of runs needs to know of this one; first line of the metrics file.
+
+    Besides what every run says, whatever it does unlike the default: runs that are the same here
+    but for the seed are taken for one method. So what has no effect on a policy is not told.
+    """
     s, t = run.selection, run.training
-    return {
+    alone = Peers(0, 1, None)
+    policy = build_policy(s, SelectionState(alpha=s.initial_alpha), alone, seed=t.seed)
+    by_instance, by_token = (
+        source != "nothing" for source in (policy.instance_source, policy.token_source)
+    )
+    early_exit = policy.instance_source == "head"
+    summary = {
         "selection": s.selection,
         "alpha": s.initial_alpha,
         "score": s.eslm_score if s.selection == "eslm" else None,
-        "level": s.eslm_level if s.selection != "clm" else None,
-        "proxy_layers": s.eslm_proxy_layers if s.selection == "eslm" else None,
+        "level": _LEVELS[by_instance, by_token],
+        "proxy_layers": s.eslm_proxy_layers if early_exit else None,
         "seed": t.seed,
         "model_size": run.model.model_size,
         "num_layers": run.model.num_layers,
@@ -91,13 +108,52 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
         "data_parallel_size": run.dp_size,
         "data_path": "demo corpus" if run.demo else " ".join(run.data.data_path),
     }
+    told = {"selection", "eslm_alpha", "eslm_score", "eslm_level", "eslm_proxy_layers", *summary}
+    told |= _without_effect(s, early_exit=early_exit)
+    parts = (run.model, run.selection, run.objective, run.reference, run.optimizer, run.data)
+    for options in parts:
+        for field in dataclasses.fields(options):
+            value = getattr(options, field.name)
+            if value != field.default and field.name not in {*told, "data_cache_path"}:
+                summary[field.name] = value if isinstance(value, _JSON) else str(value)
+    if run.checkpoint.load != run.checkpoint.save:
+        summary["load"] = run.checkpoint.load
+    return summary
+
+
+_LEVELS = {
+    (True, True): "both",
+    (True, False): "instance",
+    (False, True): "token",
+    (False, False): None,
+}
+"""By whether sequences and tokens are selected."""
+
+
+def _without_effect(options: SelectionOptions, *, early_exit: bool) -> set[str]:
+    """Options of selection that change nothing in this run, whatever they are set to."""
+    policy, idle = options.selection, set()
+    if not early_exit:
+        idle |= {"eslm_proxy_stride"}
+    if policy in ("clm", "greats"):  # greats: each rank alone, always
+        idle |= {"eslm_scope"}
+    if policy == "clm":
+        idle |= {"eslm_start_iter", "eslm_alpha_warmup_iters"}
+    if policy != "greats":
+        idle |= {"greats_valid_share"}
+    if policy != "uncertainty":
+        idle |= {"uncertainty_quantile"}
+    if not options.eslm_adaptive:
+        idle |= {"eslm_gamma", "eslm_adapt_interval", "eslm_adapt_epsilon"}
+        idle |= {"eslm_alpha_min", "eslm_alpha_max"}
+    return idle
 
 
 def metrics_line(
     state: TrainState,
     stats: StepStats | None,
     *,
-    valid_loss: float | None,
+    evaluation: Evaluation | None,
     lr: float,
     grad_norm: float | None,
     step_seconds: float | None,
@@ -107,7 +163,8 @@ def metrics_line(
     return {
         "iteration": state.iteration,
         "loss": stats.loss if stats else None,
-        "valid_loss": valid_loss,
+        "valid_loss": evaluation.loss if evaluation else None,
+        "valid_loss_by_domain": evaluation.loss_by_domain if evaluation else None,
         "alpha": state.selection.alpha,
         "cvar_delta": state.selection.delta,
         "kept_instances": stats.kept_instances_share if stats else None,
@@ -154,9 +211,12 @@ def write_monitors(monitor: Any, line: dict[str, Any]) -> None:
     """TensorBoard, W&B and CSV as the DeepSpeed JSON switches them on."""
     if not monitor.enabled:
         return
+    values = {k: v for k, v in line.items() if k not in ("iteration", "valid_loss_by_domain")}
+    for domain, loss in (line["valid_loss_by_domain"] or {}).items():
+        values[f"valid_loss_by_domain/{domain}"] = loss
     events = [
         (f"Train/{name}", value, line["iteration"])
-        for name, value in line.items()
-        if name != "iteration" and _plain(name, value) is not None
+        for name, value in values.items()
+        if _plain(name, value) is not None
     ]
     monitor.write_events(events)

@@ -142,6 +142,15 @@ def stage_params(
     return params
 
 
+def adapter_params(shape: ModelShape, num_blocks: int, rank: int, tp: int = 1) -> int:
+    """Parameters of adapters (model/lora.py) that one of `tp` tensor-parallel ranks holds.
+
+    Of each one factor is divided by `tp` as its layer is; the other is held whole.
+    """
+    d, f = shape.hidden_size, shape.ffn_hidden_size
+    return num_blocks * rank * ((3 * d + d + f + f) // tp + (d + d + d + d))
+
+
 def plan_text(plan: StagePlan) -> str:
     """The plan as a table, one line a stage."""
     total, most = sum(plan.flops), max(plan.flops)

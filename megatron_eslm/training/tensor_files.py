@@ -3,7 +3,8 @@
 A file holds `weight/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>` in float32, where <name> is a
 parameter's name in the whole model. Of a tensor-parallel parameter a file holds one shard; the
 index says which files hold its pieces and where in it they lie. Nothing in either depends on the
-layout that saved them.
+layout that saved them. Beside adapters (model/lora.py) the weights are frozen and have no moments;
+whoever reads such weights gets them with the adapters merged, unless they ask for the parts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.lora import adapter_names, is_adapter
 from megatron_eslm.training.parameter_shard import Shard, whole
 
 INDEX = "tensors.json"
@@ -87,7 +89,10 @@ def write_file(
 
 
 def write_index(
-    folder: Path, shares: Iterable[tuple[str, dict[str, Shard]]], scalars: Scalars
+    folder: Path,
+    shares: Iterable[tuple[str, dict[str, Shard]]],
+    scalars: Scalars,
+    lora_scale: float | None = None,
 ) -> None:
     """Write the index of a folder.
 
@@ -95,6 +100,7 @@ def write_index(
         folder: where the files are.
         shares: each file with the parts that were written to it.
         scalars: stored with it.
+        lora_scale: what the products of adapters are multiplied by; None without adapters.
     """
     pieces: dict[str, list[Piece]] = {}
     shards: dict[str, Shard] = {}
@@ -110,19 +116,29 @@ def write_index(
     }
     for name, entry in stored.items():
         assert entry.complete, f"{name}: {entry} was written by other ranks than it should be"
-    index = {**asdict(scalars), "tensors": {name: asdict(entry) for name, entry in stored.items()}}
+    index = {
+        **asdict(scalars),
+        **({} if lora_scale is None else {"lora_scale": lora_scale}),
+        "tensors": {name: asdict(entry) for name, entry in stored.items()},
+    }
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
 class TensorReader:
     """Reads parts of parameters, from whichever files hold them.
 
+    Args:
+        folder: a checkpoint.
+        merged: add adapters to the weights that they belong to; else they are parameters beside
+            them, as in training.
+
     Raises:
         ConfigError: the index, or a file that it names, is not as it was written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, merged: bool = True) -> None:
         self.folder = folder
+        self._merged = merged
         self._files: dict[str, Any] = {}
         try:
             index = json.loads((folder / INDEX).read_text())
@@ -135,6 +151,9 @@ class TensorReader:
                 )
                 for name, entry in index["tensors"].items()
             }
+            self._lora_scale: float | None = (
+                float(index["lora_scale"]) if any(map(is_adapter, self._stored)) else None
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{folder / INDEX} cannot be read: {error!r}.") from error
         for name, stored in self._stored.items():
@@ -143,7 +162,7 @@ class TensorReader:
 
     def check_holds(self, shards: dict[str, Shard]) -> None:
         """ConfigError unless these parts can be read from here."""
-        missing = sorted(shards.keys() - self._stored.keys())
+        missing = sorted(shards.keys() - self._names())
         if missing:
             raise ConfigError(
                 f"{self.folder} does not hold {', '.join(missing[:3])} ({len(missing)} parameters "
@@ -189,14 +208,35 @@ class TensorReader:
                 source[axis] = slice(start - piece.begin, stop - piece.begin)
                 part = self._open(piece.file).get_slice(f"{kind}/{name}")[tuple(source)]
                 out.narrow(axis, start - low, stop - start).copy_(part)
+        if self._merged and self._is_adapted(name):
+            assert kind == "weight"
+            out += self._adapter(name, *(slice(*ends) for ends in wanted))
         return out.view(-1)[begin - first * width : end - first * width]
 
     def read_whole(self, kind: str) -> dict[str, torch.Tensor]:
         """Every full tensor of a kind, float32, by parameter name."""
+        shapes = {name: self._stored[name].shape for name in sorted(self._names())}
         return {
-            name: self.read(kind, name, whole(stored.shape)).view(stored.shape)
-            for name, stored in self._stored.items()
+            name: self.read(kind, name, whole(shape)).view(shape) for name, shape in shapes.items()
         }
+
+    def _names(self) -> set[str]:
+        """Parameters that can be read."""
+        return {name for name in self._stored if not (self._merged and is_adapter(name))}
+
+    def _is_adapted(self, name: str) -> bool:
+        return name.endswith(".weight") and adapter_names(name)[0] in self._stored
+
+    def _adapter(self, name: str, rows: slice, columns: slice) -> torch.Tensor:
+        """What its adapter adds to these rows and columns of a weight."""
+        lora_a, lora_b = (
+            self.read("weight", part, whole(self._stored[part].shape)).view(
+                self._stored[part].shape
+            )
+            for part in adapter_names(name)
+        )
+        assert self._lora_scale is not None
+        return self._lora_scale * (lora_b[rows] @ lora_a[:, columns])
 
     def _open(self, file: str) -> Any:
         if file not in self._files:

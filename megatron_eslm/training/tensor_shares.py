@@ -13,7 +13,6 @@ import torch
 
 from megatron_eslm.training.optimizer_state import OptimizerState
 from megatron_eslm.training.parameter_shard import Shard, shards_of
-from megatron_eslm.training.tensor_files import KINDS
 
 if TYPE_CHECKING:
     from megatron_eslm.training.engine import Engine
@@ -51,7 +50,7 @@ def gather_share(
     owners = deal({name: shard.numel for name, shard in written.items()}, mesh.dp_size)
     tensors = {}
     for name, shard in written.items():
-        for kind in KINDS:
+        for kind in state.kinds(parameters[name]):
             flat = state.gather(parameters[name], kind, owners[name])
             if flat is not None:
                 kept = flat.view(shard.shape).narrow(shard.axis, 0, shard.end - shard.begin)

@@ -25,7 +25,9 @@ from megatron_eslm.errors import ConfigError
 T = 32
 
 
-def build(words, train=100, valid=8, split="80,20", seed=1, seq_length=T, **more) -> Datasets:
+def build(
+    words, train=100, valid=8, split="80,20", seed=1, seq_length=T, aligns=False, **more
+) -> Datasets:
     options = DataOptions(data_path=tuple(words), split=split, **more)
     return build_datasets(
         open_data(options),
@@ -34,6 +36,7 @@ def build(words, train=100, valid=8, split="80,20", seed=1, seq_length=T, **more
         train_samples=train,
         valid_samples=valid,
         seed=seed,
+        aligns=aligns,
     )
 
 
@@ -104,6 +107,8 @@ def test_order_depends_on_seed_and_is_cached(two, tmp_path, monkeypatch):
         patch.setattr(gpt_dataset, "_build_shuffle_index", None)  # a second build reads the cache
         assert rows(build(two).train) == first
     assert rows(build(two, seed=2).train) != first
+    # Runs of several seeds are measured by the same text.
+    assert rows(build(two, seed=2).valid) == rows(build(two).valid)
     elsewhere = tmp_path / "elsewhere"
     assert rows(build(two, data_cache_path=str(elsewhere)).train) == first
     assert elsewhere.is_dir()
@@ -149,6 +154,32 @@ def test_validation_never_repeats_and_keeps_the_weights(two):
     assert abs(len(data.valid) - min(limits)) <= 1 / min(d.weight for d in data.report.domains)
     assert build(two, valid=3).report.valid_samples == 3
     assert build(two, valid=0).valid is None
+
+
+@pytest.mark.parametrize("domains_read", [1, 2])
+def test_what_alignment_reads_is_the_rest_of_the_validation_split(two, domains, domains_read):
+    words = two if domains_read == 2 else [domains[0]]
+    plain, everything = build(words), build(words, valid=100_000)
+    assert plain.alignment is None and plain.report.alignment_samples == 0
+    both = build(words, aligns=True)
+    assert rows(both.train) == rows(plain.train) and rows(both.valid) == rows(plain.valid)
+    assert rows(both.valid) + rows(both.alignment) == rows(everything.valid)
+    assert len(both.alignment) == both.report.alignment_samples > 8
+    for part in (both.valid, both.alignment):
+        assert [part.domain_of(i) for i in range(len(part))] == [
+            part[i]["domain"] for i in range(len(part))
+        ]
+        with pytest.raises(IndexError):
+            part[len(part)]
+    for domain in both.report.domains:
+        assert domain.samples_needed["valid"] <= domain.sequences["valid"]
+    # Whatever seed training has; all of it where nothing is evaluated, none where all of it is.
+    assert rows(build(words, seed=2, aligns=True).alignment) == rows(both.alignment)
+    unevaluated = build(words, valid=0, aligns=True)
+    assert unevaluated.valid is None and rows(unevaluated.alignment) == rows(everything.valid)
+    assert len(build(words, valid=100_000, aligns=True).alignment) == 0
+    with pytest.raises(ConfigError, match=r"validation split has 0 tokens .*or add data\.$"):
+        build(words, split="1,0", valid=0, aligns=True)
 
 
 @pytest.mark.parametrize("weight", [0.05, 1 / 3, 0.5, 0.9])

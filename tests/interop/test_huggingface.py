@@ -18,8 +18,8 @@ from megatron_eslm.interop.huggingface import (
     load_gpt2,
     to_gpt2,
 )
-from megatron_eslm.interop.layout import weight_sizes
 from megatron_eslm.interop.prompts import prompts_ids
+from megatron_eslm.model.gpt2_names import weight_sizes
 
 from .conftest import edit_json, files_of, random_gpt2
 

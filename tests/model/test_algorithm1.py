@@ -227,11 +227,12 @@ def test_evaluation_is_the_mean_over_all_valid_tokens(selection: str) -> None:
     model, recorder = small_gpt(selection=selection, alpha=0.3)
     model.eval()
     with torch.no_grad():
-        total, count = model(batch.tokens_MS, batch.valid_MT).tolist()
+        sums_M2 = model(batch.tokens_MS, batch.valid_MT)
+    assert sums_M2[:, 1].tolist() == batch.valid_MT.sum(dim=1).tolist()
+    total, count = sums_M2.sum(dim=0).tolist()
     outcome = algorithm1(
         dict(model.named_parameters()), CONFIG, batch.tokens_MS, batch.valid_MT, alpha=0.0
     )
-    assert count == int(batch.valid_MT.sum())
     assert total / count == pytest.approx(outcome.loss.item(), abs=1e-5)
     assert recorder.take() == Recorder().take(), "evaluation left something in the record"
 

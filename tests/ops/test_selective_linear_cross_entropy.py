@@ -102,6 +102,20 @@ def test_against_autograd(shape: tuple, which: str, keep_logits: bool, dtype: to
             assert not got[1][dropped_N].any()
 
 
+def test_a_frozen_head_has_no_gradient_and_the_hidden_states_have_theirs() -> None:
+    case, shard = make_case(*SHAPES[1], scale=0.5), VocabShard.of(17, 24)
+    statistics = head_statistics(
+        case.hidden_ND, case.weight_VD, case.labels_N, shard, entropy=False, keep_logits=False
+    )
+    hidden_ND = case.hidden_ND.clone().requires_grad_()
+    loss_N = selective_linear_cross_entropy(
+        hidden_ND, case.weight_VD, case.labels_N, None, statistics, shard
+    )
+    loss_N.backward(upstream(len(loss_N)))
+    assert case.weight_VD.grad is None
+    assert torch.equal(hidden_ND.grad, run(case, None, shard, keep_logits=False)[1])
+
+
 def test_no_tokens_at_all() -> None:
     case = make_case(0, 5, 17, 24)
     for keep_logits in (False, True):

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from megatron_eslm.config.run import parse_run
+from megatron_eslm.interop.convert import checkpoint_to_folder, folder_to_checkpoint
 from megatron_eslm.parallel.bootstrap import init_distributed
 from megatron_eslm.parallel.mesh import build_mesh
+from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from megatron_eslm.training.build import build_flops, build_model, dry_run
 from megatron_eslm.training.estimate import (
     MemoryEstimate,
+    alignment_bytes,
     block_activations,
     estimate_memory,
     step_work,
 )
+from megatron_eslm.training.flops import Work
+from megatron_eslm.training.gradient_alignment import gradient_products
+from megatron_eslm.training.loop import Trainer
 from megatron_eslm.training.stages import plan_stages
 from tests.harness import run_ranks
 
@@ -43,6 +51,11 @@ def number(text: str, label: str) -> float:
         ("--eslm-alpha", "0.3", "--eslm-proxy-stride", "4"),
         ("--selection", "clm"),
         ("--selection", "random", "--eslm-alpha", "0.2"),
+        ("--selection", "random", "--eslm-alpha", "0.3", "--eslm-level", "instance"),
+        ("--selection", "random", "--eslm-alpha", "0.3", "--eslm-level", "token"),
+        ("--selection", "greats", "--eslm-alpha", "0.3", "--split", "90,10"),
+        ("--selection", "greats", "--eslm-alpha", "0", "--split", "90,10"),
+        ("--eslm-alpha", "0.5", "--eslm-start-iter", "1", "--eslm-alpha-warmup-iters", "1"),
         ("--head-logits", "recompute"),
     ],
     ids=" ".join,
@@ -67,6 +80,77 @@ def test_promised_and_done(
     assert number(text, "FLOPs executed") == pytest.approx(last["flops"], rel=1e-3)
     assert number(text, "FLOPs by the paper") == pytest.approx(last["flops_paper"], rel=1e-3)
     assert f"2 micro-steps x {world} ranks x {8 // world}" in text
+
+
+@pytest.fixture(scope="module")
+def start(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A trained model: its checkpoints, and its weights alone."""
+    folder = tmp_path_factory.mktemp("start")
+
+    def fn(rank: int) -> None:
+        train(words(data, "--selection", "clm", "--save", folder / "trained", iters=2))
+
+    run_ranks(1, fn)
+    checkpoint_to_folder(str(folder / "trained"), str(folder / "hf"))
+    folder_to_checkpoint(str(folder / "hf"), str(folder / "weights"))
+    return {"trained": folder / "trained", "weights": folder / "weights"}
+
+
+WORK = {
+    "clm": ("--selection", "clm"),
+    "eslm": ("--eslm-alpha", "0.3"),
+    "eslm instances": ("--eslm-alpha", "0.3", "--eslm-level", "instance"),
+    "eslm tokens": ("--eslm-alpha", "0.3", "--eslm-level", "token"),
+    "eslm local": ("--eslm-alpha", "0.3", "--eslm-scope", "local"),
+    "random": ("--selection", "random", "--eslm-alpha", "0.3"),
+    "random instances": (
+        "--selection",
+        "random",
+        "--eslm-alpha",
+        "0.3",
+        "--eslm-level",
+        "instance",
+    ),
+    "random tokens": ("--selection", "random", "--eslm-alpha", "0.3", "--eslm-level", "token"),
+    "rho1": ("--selection", "rho1", "--eslm-alpha", "0.3", "--reference", "trained"),
+    "rho1 local": (
+        *("--selection", "rho1", "--eslm-alpha", "0.3", "--reference", "trained"),
+        *("--eslm-scope", "local"),
+    ),
+    "greats": ("--selection", "greats", "--eslm-alpha", "0.3", "--split", "90,10"),
+    "uncertainty": ("--selection", "uncertainty", "--load", "weights"),
+}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_work_of_a_step_is_what_a_step_does(
+    data: list[str], start: dict[str, Path], world: int
+) -> None:
+    def fn(rank: int) -> dict[str, tuple[Work, list[Work]]]:
+        found = {}
+        for name, flags in WORK.items():
+            given = [start.get(word, word) for word in flags]
+            argv = words(data, *given, "--global-batch-size", 16, micro_batch_size=8 // world)
+            done: list[Work] = []
+
+            def prepare(trainer: Trainer, done: list[Work] = done) -> None:
+                ordinary = trainer.flops
+
+                class Seen:
+                    def executed(self, work: Work) -> float:
+                        done.append(work)
+                        return ordinary.executed(work)
+
+                    paper = staticmethod(ordinary.paper)
+
+                trainer.flops = Seen()
+
+            train([*argv, "--train-iters", "2"], prepare=prepare)
+            found[name] = step_work(parse_run(argv, world)), done
+        return found
+
+    for name, (told, done) in run_ranks(world, fn, timeout=240)[0].items():
+        assert done == [told] * 2, name
 
 
 def test_what_it_says_of_model_and_data(data: list[str]) -> None:
@@ -185,8 +269,8 @@ def memory(*flags: str | int, world: int = 8) -> MemoryEstimate:
     run = parse_run([*argv, *map(str, flags)], world)
     shape = run.shape(50_257)
     policy = build_policy(run.selection, SelectionState(alpha=0.0), Peers(0, 1, None), 0)
-    plan = plan_stages(run, shape, build_flops(run, shape, policy), step_work(run))
-    return estimate_memory(run, shape, plan)
+    flops = build_flops(run, shape, policy)
+    return estimate_memory(run, shape, plan_stages(run, shape, flops, step_work(run)), flops)
 
 
 N = 354_871_296
@@ -262,3 +346,69 @@ def test_the_head_counts_where_it_is() -> None:
     assert scoring.head == pytest.approx(2 * 128 * 2**20 + 2 * tokens * width * 4)
     blind = memory(PP, 4, "--pipeline-split", "21,1,1,1", "--selection", "random")
     assert (blind.stage, blind.head) == (0, 0.0)
+
+
+def test_a_reference_model_counts_where_the_labels_are() -> None:
+    """Weights of 350M and what one of its blocks holds, in the last of two stages."""
+    run = parse_run(
+        [
+            *("--data-path", "x", "--model-size", "350M", "--global-batch-size", "256", "--bf16"),
+            *("--selection", "rho1", "--reference", "y", PP, "2"),
+            *("--activation-checkpoint-interval", "1"),
+        ],
+        8,
+    )
+    shape = run.shape(50_257)
+    policy = build_policy(run.selection, SelectionState(alpha=0.1), Peers(0, 1, None), 0)
+    alone = build_flops(run, shape, policy)
+    flops = dataclasses.replace(alone, reference=shape)
+    plan = plan_stages(run, shape, alone, step_work(run))
+    without, beside = (estimate_memory(run, shape, plan, each) for each in (alone, flops))
+    tokens, width = 8 * 1024, 1024
+    expected = 2 * (N + tokens * (3 * width + 2 * 4 * width)) + 2 * 128 * 2**20
+    assert without.reference == 0.0
+    assert (beside.stage, beside.reference) == (1, pytest.approx(expected))
+    # A cheaper last stage holds fewer blocks; the plan had to know of it.
+    assert plan_stages(run, shape, flops, step_work(run)).num_blocks[1] < plan.num_blocks[1]
+
+
+ALIGNED = (
+    *("--data-path", "x", "--num-layers", "6", "--hidden-size", "64", "--num-attention-heads"),
+    *("4", "--seq-length", "128", "--lr", "1e-3", "--micro-batch-size", "8", "--train-iters", "10"),
+    *("--selection", "greats"),
+)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("vocab", [257, 4000])
+@pytest.mark.parametrize("flags", [(), ("--bf16",), ("--num-layers", "12")], ids=" ".join)
+def test_the_pass_of_greats_holds_what_is_told(flags: tuple[str, ...], vocab: int) -> None:
+    """The profiler's peak of one pass over 8 candidates and 4 validation rows."""
+    run = parse_run([*ALIGNED, *flags], 1)
+    shape, mesh = run.shape(vocab), build_mesh(1, 1)
+    policy = build_policy(run.selection, SelectionState(alpha=0.1), Peers(0, 1, None), 1)
+    model = build_model(run, shape, mesh, policy, Recorder(), range(shape.num_layers))
+    model = model.to(run.dtype)
+
+    def rows(number: int) -> Batch:
+        tokens_MS = torch.zeros(number, 129, dtype=torch.int64)
+        return Batch.of(tokens_MS, torch.ones(number, 128, dtype=torch.bool))
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        gradient_products(model, rows(8), rows(4))
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    told = alignment_bytes(run, shape, (8, 4))
+    assert told == pytest.approx(peak, rel=0.15)
+    # It takes the place of what training does then, so only the difference comes on top.
+    flops = build_flops(run, shape, policy)
+    plain = dataclasses.replace(flops, alignment_rows=None)
+    plan = plan_stages(run, shape, flops, step_work(run))
+    found, alone = (estimate_memory(run, shape, plan, each) for each in (flops, plain))
+    excess = max(0.0, told - alone.activations - alone.head)
+    assert (found.alignment, alone.alignment) == (excess, 0.0)
+    assert found.total == pytest.approx(alone.total + excess)
+    assert (excess > 0) == (vocab == 257)

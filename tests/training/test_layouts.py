@@ -135,6 +135,45 @@ def test_every_split_of_the_batch_selects_the_same(data: list[str], tmp_path: Pa
     assert not (kept["loss"] == kept["entropy"]).all()
 
 
+SPLIT_MODELS = {
+    "random": POLICIES["random"],
+    "noisy clm": ("--selection", "clm", "--label-noise", "0.2"),
+    "noisy eslm": ("--eslm-alpha", "0.3", "--label-noise", "0.2"),
+}
+
+
+def test_the_controls_and_label_noise_where_the_model_is_split(
+    data: list[str], tmp_path: Path
+) -> None:
+    """Beside what the parity matrix has: draws and noisy labels on every rank that needs them."""
+    layouts = {
+        "one": (),
+        "tp2": ("--tensor-model-parallel-size", "2"),
+        "pp2": ("--pipeline-model-parallel-size", "2"),
+    }
+
+    def run(name: str, layout: str) -> Outcome:
+        place = tmp_path / f"{name}-{layout}".replace(" ", "_")
+        flags = (*SPLIT_MODELS[name], *layouts[layout], "--dump-selection", place)
+        return train(words(data, *STEPS, *flags), place.with_suffix(".jsonl"))
+
+    def fn(rank: int, some: tuple[str, ...]) -> dict[tuple[str, str], Outcome]:
+        return {(name, layout): run(name, layout) for name in SPLIT_MODELS for layout in some}
+
+    one = run_ranks(1, fn, ("one",))[0]
+    for (name, layout), outcome in run_ranks(2, fn, ("tp2", "pp2"))[0].items():
+        for column in ("loss", "grad_norm"):
+            np.testing.assert_allclose(
+                outcome.column(column),
+                one[name, "one"].column(column),
+                rtol=1e-4,
+                atol=1e-5,
+                err_msg=f"{name} {layout}",
+            )
+        ours, theirs = (f"{name}-{where}".replace(" ", "_") for where in (layout, "one"))
+        assert_same_dumps(tmp_path / ours, tmp_path / theirs)
+
+
 def test_local_scope_thresholds_each_rank_alone(data: list[str], tmp_path: Path) -> None:
     def fn(rank: int) -> Outcome:
         argv = words(

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.keep_rule import num_to_keep
-from megatron_eslm.training.report import MetricsFile
+from megatron_eslm.training.report import MetricsFile, run_summary
 from tests.harness import run_ranks
 
 from .runs import Outcome, build, read_dumps, read_metrics, refusal, train, words
@@ -18,7 +19,7 @@ from .runs import Outcome, build, read_dumps, read_metrics, refusal, train, word
 FIELDS = {
     "iteration", "loss", "valid_loss", "alpha", "kept_instances", "kept_tokens", "tau_instance",
     "tau_token", "cvar", "lr", "grad_norm", "tokens", "tokens_trained", "flops", "flops_paper",
-    "step_seconds", "mfu", "nonfinite_steps",
+    "step_seconds", "mfu", "nonfinite_steps", "valid_loss_by_domain",
 }  # fmt: skip
 
 
@@ -39,6 +40,11 @@ def test_every_line_has_the_fields_of_the_design(data: list[str], tmp_path: Path
     assert start["valid_loss"] == pytest.approx(math.log(257), abs=0.3)
     # At 0, every second step, and the last one always.
     assert [line["valid_loss"] is not None for line in lines] == [1, 0, 1, 0, 1, 1]
+    for line in lines:
+        if line["valid_loss"] is None:
+            assert line["valid_loss_by_domain"] is None
+        else:
+            assert list(line["valid_loss_by_domain"]) == ["prose", "code"]
     for line, dump in zip(lines[1:], read_dumps(tmp_path / "dump").values(), strict=True):
         assert line["loss"] == pytest.approx(float(dump["loss"]))
         assert line["tau_instance"] == pytest.approx(float(dump["tau_instance"]))
@@ -46,6 +52,61 @@ def test_every_line_has_the_fields_of_the_design(data: list[str], tmp_path: Path
         assert line["cvar"] > line["tau_token"]
         assert line["step_seconds"] > 0 and line["mfu"] > 0
     assert outcome.column("loss")[0] > outcome.column("loss")[-1]
+
+
+def test_the_first_line_says_whatever_is_unlike_the_default(data: list[str]) -> None:
+    def summary(*flags: str) -> dict:
+        return run_summary(parse_run(words(data, *flags), 1))
+
+    plain = summary()
+    assert not {"eslm_adaptive", "label_noise", "eslm_scope"} & plain.keys()
+    assert plain["lr"] == 5e-3 and plain["init_method_std"] == 0.1
+    flags = ("--eslm-adaptive", "--label-noise", "0.05", "--eslm-scope", "local")
+    other = summary(*flags, "--lr-warmup-iters", "2")
+    assert other["eslm_adaptive"] is True and other["label_noise"] == 0.05
+    assert summary("--save", "a", "--load", "b")["load"] == "b"
+    assert "load" not in summary("--save", "a", "--load", "a")
+    assert other["eslm_scope"] == "local" and other["lr_warmup_iters"] == 2
+    assert plain["lr_warmup_iters"] != 2
+    assert json.loads(json.dumps(other)) == other
+
+
+POLICIES = {
+    # selection and what goes with it: alpha, score, level, proxy_layers
+    ("--selection", "clm", "--eslm-alpha", "0.2"): (0.0, None, None, None),
+    ("--selection", "eslm"): (0.1, "loss", "both", 1),
+    ("--eslm-score", "entropy", "--eslm-proxy-layers", "2"): (0.1, "entropy", "both", 2),
+    ("--eslm-level", "instance"): (0.1, "loss", "instance", 1),
+    ("--eslm-level", "token"): (0.1, "loss", "token", None),
+    ("--selection", "random"): (0.1, None, "both", None),
+    ("--selection", "random", "--eslm-level", "token"): (0.1, None, "token", None),
+    ("--selection", "rho1", "--reference-losses", "self"): (0.1, None, "token", None),
+    ("--selection", "greats"): (0.1, None, "instance", None),
+    ("--selection", "uncertainty", "--load", "a"): (0.75, None, "token", None),
+}
+
+
+@pytest.mark.parametrize("flags", POLICIES, ids=" ".join)
+def test_the_first_line_says_what_a_policy_does(data: list[str], flags: tuple[str, ...]) -> None:
+    def summary(*more: str) -> dict:
+        return run_summary(parse_run(words(data, *flags, *more), 1))
+
+    plain = summary()
+    names = ("alpha", "score", "level", "proxy_layers")
+    assert tuple(plain[name] for name in names) == POLICIES[flags]
+    name = plain["selection"]
+    # What has no effect makes no other method of a run; what has one does.
+    for more, effective in (
+        (("--eslm-gamma", "0.7", "--eslm-adapt-interval", "7"), False),
+        (("--eslm-alpha-min", "0.02"), False),
+        (("--greats-valid-share", "0.25"), name == "greats"),
+        (("--uncertainty-quantile", "0.5"), name == "uncertainty"),
+        (("--eslm-start-iter", "1"), name != "clm"),
+        (("--eslm-scope", "local"), name not in ("clm", "greats")),
+        (("--eslm-proxy-stride", "2"), plain["proxy_layers"] is not None),
+        (("--max-nonfinite-steps", "3"), True),
+    ):
+        assert (summary(*more) != plain) == effective, more
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -103,7 +164,7 @@ def test_validation_loss_does_not_depend_on_the_split_of_its_batches(
             flags = ("--split", "90,10,0", "--eval-iters", "1000")
             trainer = build(words(data, *flags, micro_batch_size=rows))
             assert trainer.datasets.valid is not None
-            return trainer._evaluate(), len(trainer.datasets.valid)
+            return trainer._evaluate().loss, len(trainer.datasets.valid)
 
         losses.append(run_ranks(world, fn)[0])
     assert len({samples for _, samples in losses}) == 1
@@ -182,6 +243,9 @@ def test_deepspeeds_monitors_get_the_same_numbers(data: list[str], tmp_path: Pat
     rows = (tmp_path / "csv" / "job" / "Train_loss.csv").read_text().splitlines()
     losses = {int(step): float(value) for step, value in (r.split(",") for r in rows[1:])}
     assert losses == pytest.approx(dict(enumerate(outcome.column("loss"), start=1)))
+    by_domain = tmp_path / "csv" / "job" / "Train_valid_loss_by_domain_code.csv"
+    last = by_domain.read_text().splitlines()[-1].split(",")
+    assert float(last[1]) == pytest.approx(outcome.steps[-1]["valid_loss_by_domain"]["code"])
 
 
 def test_dumps_have_the_fields_of_the_design(data: list[str], tmp_path: Path) -> None:

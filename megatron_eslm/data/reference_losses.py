@@ -1,0 +1,301 @@
+"""Losses of a reference model, stored beside the tokens that they are of.
+
+`PREFIX.reference-NAME.npy` is float16 [tokens of PREFIX.bin]: entry i is the loss, in nats, of
+predicting token i from what precedes it. So one file serves every mixture, seed, epoch and split.
+`PREFIX.reference-NAME.json` says of which data and which weights they are, and how many are there:
+a writer that was killed goes on where this says, and nobody reads a file that is not complete.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_eslm.data.index_file import IndexFile, read_index
+from megatron_eslm.data.meta import read_meta
+from megatron_eslm.data.source import DataSource, fingerprint
+from megatron_eslm.errors import ConfigError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceMeta:
+    """What one file of losses is of."""
+
+    data: str
+    """Fingerprint of the `.bin/.idx` pair."""
+    weights: str
+    """Fingerprint of the reference model's weights."""
+    seq_length: int
+    """Tokens that were predicted from one context, at most."""
+    dtype: str
+    """In which the reference model computed."""
+    tokens: int
+    scored: int = 0
+    """Tokens whose losses are in the file; it is complete where that is `tokens`."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def complete(self) -> bool:
+        """Whether every token is scored."""
+        return self.scored == self.tokens
+
+    def differences(self, other: ReferenceMeta) -> list[str]:
+        """What makes two files other losses, in words."""
+        return [
+            f"{f.name}: {getattr(self, f.name)} there, {getattr(other, f.name)} here"
+            for f in dataclasses.fields(self)
+            if f.name != "scored" and getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+def losses_path(prefix: str, name: str) -> Path:
+    """Where the losses `name` of a pair are."""
+    return Path(f"{prefix}.reference-{name}.npy")
+
+
+def data_fingerprint(index: IndexFile) -> str:
+    """Of one pair, as ReferenceMeta has it."""
+    return hashlib.sha256(fingerprint(index, read_meta(index.prefix)).encode()).hexdigest()
+
+
+class ReferenceWriter:
+    """Writes the losses of one pair from its first token to its last, across interruptions.
+
+        with ReferenceWriter(prefix, name, meta) as writer:
+            while writer.scored < meta.tokens:
+                writer.append(losses)
+
+    Each `append` is on the disk, and counted, when it returns.
+
+    Raises:
+        ConfigError: other losses have this name, another process writes them, or the disk refuses.
+    """
+
+    def __init__(self, prefix: str, name: str, meta: ReferenceMeta, overwrite: bool = False):
+        """
+        Args:
+            prefix: of the pair.
+            name: of the losses.
+            meta: what they are of, `scored` aside.
+            overwrite: begin anew, whatever is there.
+        """
+        self._path = losses_path(prefix, name)
+        self._json = self._path.with_suffix(".json")
+        stored = None if overwrite else _read_meta(self._json)
+        if stored is not None and (differences := stored.differences(meta)):
+            raise ConfigError(
+                f"{self._path} holds losses of something else ({'; '.join(differences)}). Choose "
+                "another --name, or replace them with --overwrite."
+            )
+        self._meta = dataclasses.replace(meta, scored=stored.scored if stored else 0)
+        try:
+            self._file = self._open()
+        except OSError as error:
+            raise _disk_error(self._path, error) from error
+
+    @property
+    def scored(self) -> int:
+        """Tokens that are done."""
+        return self._meta.scored
+
+    def _open(self) -> BinaryIO:
+        file = self._path.open("r+b" if self._path.exists() else "w+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise ConfigError(
+                f"{self._path} is being written by another process; wait for it, or choose another "
+                "--name."
+            ) from error
+        header = {"descr": "<f2", "fortran_order": False, "shape": (self._meta.tokens,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        begin, end = file.tell(), file.seek(0, os.SEEK_END)
+        counted = begin + 2 * self._meta.scored
+        if end < counted:
+            file.close()
+            raise ConfigError(
+                f"{self._path} is damaged: it ends before the {self._meta.scored} losses that its "
+                ".json counts. Begin anew with --overwrite."
+            )
+        # What was written after it was last counted is written again.
+        file.truncate(counted)
+        file.seek(counted)
+        self._write_meta()
+        return file
+
+    def append(self, losses: np.ndarray) -> None:
+        """Add the losses, float32 [n], of the next n tokens."""
+        if not np.isfinite(losses).all():
+            raise ConfigError(
+                f"The reference model gives losses that are not finite, at token {self.scored} of "
+                f"{self._path} or soon after. Its weights are of no use as a reference."
+            )
+        if self.scored + len(losses) > self._meta.tokens:
+            raise ValueError(f"{self.scored} + {len(losses)} of {self._meta.tokens} losses")
+        largest = np.finfo(np.float16).max
+        try:
+            self._file.write(np.minimum(losses, largest).astype("<f2").tobytes())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._meta = dataclasses.replace(self._meta, scored=self.scored + len(losses))
+            self._write_meta()
+        except OSError as error:
+            raise _disk_error(self._path, error) from error
+
+    def _write_meta(self) -> None:
+        temporary = self._json.with_suffix(".json.tmp")
+        with temporary.open("w") as file:
+            file.write(json.dumps(dataclasses.asdict(self._meta), indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._json)
+
+    def __enter__(self) -> ReferenceWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceLosses:
+    """The losses of every domain of a mixture, ready to be read."""
+
+    name: str
+    by_domain: tuple[np.ndarray, ...]
+    """float16 [tokens of the domain], memory maps, in the order of the domains."""
+    weights: str
+    """Fingerprint of the reference model."""
+    seq_length: int
+
+    def of_sample(self, domain: int, part: Any, index: int) -> np.ndarray:
+        """float32 [T]: the losses of the labels of one sequence of a domain's GPTDataset."""
+        positions_S = positions_of(part, index)
+        losses_T = self.by_domain[domain][np.maximum(positions_S[1:], 0)].astype(np.float32)
+        return np.where(positions_S[1:] >= 0, losses_T, 0.0).astype(np.float32)
+
+
+def open_reference_losses(source: DataSource, name: str) -> ReferenceLosses:
+    """The stored losses `name` of all domains.
+
+    Raises:
+        ConfigError: a domain has none, or has incomplete, damaged or other losses.
+    """
+    opened = [_open_domain(domain.prefix, name) for domain in source.domains]
+    metas = [meta for meta, _ in opened]
+    for domain, meta in zip(source.domains, metas, strict=True):
+        differing = [
+            key
+            for key in ("weights", "seq_length", "dtype")
+            if getattr(meta, key) != getattr(metas[0], key)
+        ]
+        if differing:
+            raise ConfigError(
+                f"--reference-losses {name}: {source.domains[0].prefix} and {domain.prefix} were "
+                f"scored with different {' and '.join(differing)}, so their excess losses cannot "
+                "be compared. Score them with one reference model in one way."
+            )
+    return ReferenceLosses(
+        name=name,
+        by_domain=tuple(losses for _, losses in opened),
+        weights=metas[0].weights,
+        seq_length=metas[0].seq_length,
+    )
+
+
+def _open_domain(prefix: str, name: str) -> tuple[ReferenceMeta, np.ndarray]:
+    path, index = losses_path(prefix, name), read_index(prefix)
+    command = f"tools/score_reference.py --data-path {prefix} --name {name}"
+    meta = _read_meta(path.with_suffix(".json"))
+    if meta is None or not path.is_file():
+        raise ConfigError(
+            f"--reference-losses {name}: there is no {path} with its .json. Score the text with "
+            f"{command} --load and a reference model, or use --reference."
+        )
+    if meta.data != data_fingerprint(index) or meta.tokens != index.tokens:
+        raise ConfigError(
+            f"--reference-losses {name}: {path} was made of other text than {prefix}.bin. Score it "
+            f"again: {command} --overwrite."
+        )
+    if not meta.complete:
+        raise ConfigError(
+            f"--reference-losses {name}: {path} has {meta.scored} of {meta.tokens} tokens. Run the "
+            "tools/score_reference.py command that began it again; it goes on from there."
+        )
+    try:
+        losses = np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise _damaged(path, str(error), command) from error
+    if losses.dtype != np.float16 or losses.shape != (index.tokens,):
+        found = f"it holds {losses.dtype} {list(losses.shape)}"
+        raise _damaged(path, found, command)
+    return meta, losses
+
+
+def _damaged(path: Path, what: str, command: str) -> ConfigError:
+    return ConfigError(f"{path} is damaged ({what}). Write it anew: {command} --overwrite.")
+
+
+def _disk_error(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be written: {error.strerror or error}. Make room or get permission, and "
+        "run the same command again: what was scored is kept."
+    )
+
+
+def _read_meta(path: Path) -> ReferenceMeta | None:
+    try:
+        return ReferenceMeta(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}). Remove it and the .npy beside it, and score the "
+            "text again."
+        ) from error
+
+
+def positions_of(part: Any, index: int) -> np.ndarray:
+    """Where in the `.bin` each token of a sequence stands.
+
+    Args:
+        part: a megatron-core GPTDataset.
+        index: number of the sequence in it.
+
+    Returns:
+        int64 [T+1]; -1 where the sequence is filled up.
+    """
+    # The dataset puts a sequence together from spans of documents, in ways of its own. Given spans
+    # of positions instead of ids, it does the same with them.
+    twin = copy.copy(part)
+    twin.dataset = _Positions(part.dataset)
+    twin._pad_token_id = -1
+    positions_S, _ = twin._query_document_sample_shuffle_indices(index)
+    # It builds its maps of the indices on first use.
+    for name in ("document_index", "sample_index", "shuffle_index"):
+        setattr(part, name, getattr(twin, name))
+    return positions_S
+
+
+class _Positions:
+    """Has positions where an IndexedDataset has ids."""
+
+    def __init__(self, indexed: Any) -> None:
+        self._index = indexed.index
+
+    def get(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        pointer, document_length, _ = self._index[document]
+        begin = pointer // np.dtype(self._index.dtype).itemsize + offset
+        return np.arange(begin, begin + (document_length - offset if length is None else length))

@@ -1,0 +1,97 @@
+"""What is minimised besides the causal language modelling loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_eslm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """Objective: knowledge distillation."""
+
+    distill: Literal["dense", "eslm", "salt"] | None = None
+    """Learn from a teacher's distributions too: eslm on the tokens that --selection eslm keeps
+    (ESLM-KD, Algorithm 3), dense on all tokens (--selection clm), salt on all tokens for the first
+    --salt-iters steps and plainly from then on (--selection clm)."""
+
+    distill_teacher: str | None = None
+    """The teacher, any size with the same tokenizer: a folder of checkpoints, one checkpoint, or a
+    Hugging Face GPT-2. With --selection uncertainty: what the model starts from, where --load does
+    not name that."""
+
+    distill_teacher_dtype: Literal["bf16", "float32"] = "bf16"
+    """Type in which the teacher computes; its logits are compared in float32 in any case."""
+
+    distill_weight: float = 0.5
+    """Share of the divergence from the teacher in the loss (lambda); the rest is the causal
+    language modelling loss."""
+
+    distill_temperature: float = 1.0
+    """Temperature of both distributions (rho)."""
+
+    salt_iters: int = 12_000
+    """Steps of --distill salt with the teacher."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.distill_weight <= 1.0:
+            raise ConfigError(
+                f"--distill-weight {self.distill_weight:g} is outside [0, 1]: it is the teacher's "
+                "share of the loss; the paper uses 0.5."
+            )
+        if not 0.0 < self.distill_temperature < math.inf:
+            raise ConfigError(
+                f"--distill-temperature {self.distill_temperature:g} must be above 0; the paper "
+                "uses 1."
+            )
+        if self.salt_iters < 1:
+            raise ConfigError(f"--salt-iters {self.salt_iters} must be 1 or more.")
+
+
+def check_objective(
+    options: ObjectiveOptions, selection: str, *, loads: bool, given: frozenset[str] = frozenset()
+) -> None:
+    """What crosses the objective and the rest of a run.
+
+    Args:
+        options: of the objective.
+        selection: --selection.
+        loads: whether --load is given.
+        given: names of the flags that were set.
+
+    Raises:
+        ConfigError: the two do not fit, or a flag would have no effect.
+    """
+    kind = options.distill
+    fitting = {None: None, "dense": "clm", "salt": "clm", "eslm": "eslm"}[kind]
+    if fitting is not None and selection != fitting:
+        on = "the tokens that ESLM keeps" if fitting == "eslm" else "all tokens"
+        raise ConfigError(
+            f"--distill {kind} trains on {on} and --selection is {selection}; use --selection "
+            f"{fitting}{', or --distill eslm' if selection == 'eslm' else ''}."
+        )
+    if kind is not None and options.distill_teacher is None:
+        raise ConfigError(
+            f"--distill {kind} needs a teacher and --distill-teacher is not set. Give a folder of "
+            "checkpoints or of a Hugging Face GPT-2."
+        )
+    idle = given & {"distill_weight", "distill_temperature", "salt_iters"}
+    if kind is not None:
+        idle -= {"distill_weight", "distill_temperature"}
+    if kind == "salt":
+        idle -= {"salt_iters"}
+    if kind is None and selection != "uncertainty":
+        idle |= given & {"distill_teacher", "distill_teacher_dtype"}
+    if idle:
+        flag = "--" + min(idle).replace("_", "-")
+        wanted = "--distill salt" if flag == "--salt-iters" else "--distill dense, eslm or salt"
+        raise ConfigError(f"{flag} has no effect without {wanted}; give that, or leave it out.")
+    if selection == "uncertainty" and not loads:
+        raise ConfigError(
+            "--selection uncertainty trains a model further and holds it to what it was: it needs "
+            "--load with weights to start from (tools/convert_from_hf.py makes them of a Hugging "
+            "Face GPT-2). To train from scratch use another --selection."
+        )

@@ -1,0 +1,44 @@
+"""Where the losses of a reference model come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_eslm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceOptions:
+    """Reference model of --selection rho1."""
+
+    reference: str | None = None
+    """Folder of checkpoints with the reference model, which then scores every micro-batch during
+    training, in exactly its context. Needs a forward pass of it each micro-step."""
+
+    reference_losses: str | None = None
+    """Name of the losses that tools/score_reference.py --name has stored beside each prefix of
+    --data-path: the reference model is not needed in training."""
+
+    def __post_init__(self) -> None:
+        if self.reference is not None and self.reference_losses is not None:
+            raise ConfigError(
+                f"--reference {self.reference} and --reference-losses {self.reference_losses} are "
+                "two sources of the same losses; give one of them."
+            )
+        name = self.reference_losses
+        if name is not None and not is_plain_name(name):
+            raise ConfigError(
+                f"--reference-losses {name!r} is not a name of scored losses (letters, digits, "
+                "'-', '_', '.'): it is what tools/score_reference.py was given as --name, not a "
+                "path."
+            )
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a source of reference losses."""
+        return self.reference is not None or self.reference_losses is not None
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name can be a part of a file's name."""
+    return name.replace("-", "").replace("_", "").replace(".", "").isalnum()

@@ -1,0 +1,303 @@
+"""The pass by which GREATS chooses sequences: inner products of their gradients, before each step.
+
+One forward and backward pass of the whole model over the rank's micro-batch and a micro-batch of
+validation sequences, with frozen weights: gradients flow to activations only, so neither `.grad`
+nor an engine's hooks notice. Each layer's products are taken where its gradient arrives
+(ops.ghost_products), after which its input is let go of. Without dropout, so that the choice is a
+function of weights and sequences.
+
+All parameters take part: weights and biases of linear layers, norms, positions, and the word
+embedding with its gradients as lookup and as head.
+
+Shape legend: R rows, the first M candidates and the others validation; T positions; D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import nn
+
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.data.mixture import Mixture
+from megatron_eslm.data.plan import MixtureReport
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.gpt import GPT
+from megatron_eslm.model.layers import Embedding
+from megatron_eslm.model.lora import is_adapter
+from megatron_eslm.ops.ghost_products import (
+    GradientProducts,
+    head_gradients,
+    linear_products,
+    tied_embedding_products,
+    vector_products,
+)
+from megatron_eslm.parallel.seeding import generator
+from megatron_eslm.selection.batch import Batch
+from megatron_eslm.selection.greats import Greats
+from megatron_eslm.training.engine import Engine
+
+
+def alignment_rows(run: RunConfig) -> tuple[int, int] | None:
+    """(candidates, validation rows) of a rank's micro-step; None where nothing is aligned."""
+    if run.selection.selection != "greats":
+        return None
+    candidates = run.training.micro_batch_size
+    assert candidates
+    return candidates, max(1, int(candidates * run.selection.greats_valid_share + 0.5))
+
+
+def check_alignment(run: RunConfig, report: MixtureReport) -> None:
+    """Refuse a greats run that has nothing to choose from, or too little to choose by.
+
+    Args:
+        run: the run.
+        report: what it reads.
+
+    Raises:
+        ConfigError: one row a micro-batch, or fewer sequences than a choice needs in what
+            evaluation leaves of the validation split.
+    """
+    rows = alignment_rows(run)
+    if rows is None:
+        return
+    if rows[0] == 1:
+        raise ConfigError(
+            "--selection greats chooses among the sequences of each rank's micro-batch and "
+            "--micro-batch-size is 1, which leaves no choice. Raise it."
+        )
+    if report.alignment_samples < rows[1]:
+        raise ConfigError(
+            f"--selection greats chooses by {rows[1]} validation sequences (--greats-valid-share "
+            f"{run.selection.greats_valid_share:g} of --micro-batch-size {rows[0]}) that are not "
+            f"evaluated, and of the validation split evaluation takes {report.valid_samples} and "
+            f"leaves {report.alignment_samples}. Raise its share in --split {run.data.split}, or "
+            f"lower --eval-iters {run.training.eval_iters}."
+        )
+
+
+def align_before_micro_steps(
+    run: RunConfig, engine: Engine, validation: Mixture | None
+) -> GradientAlignment | None:
+    """Where the policy is greats, have it choose before each of the engine's micro-steps.
+
+    Args:
+        run: the run.
+        engine: with the model that chooses.
+        validation: sequences to choose by; none of those that the validation loss is of.
+    """
+    policy, rows = engine.model.policy, alignment_rows(run)
+    if not isinstance(policy, Greats):
+        return None
+    assert validation is not None and rows is not None
+    alignment = GradientAlignment(
+        engine.model,
+        policy,
+        validation,
+        rows[1],
+        lambda: engine.ds.optimizer.param_groups[0]["lr"],
+    )
+
+    def choose(batch: Batch) -> None:
+        with engine.phases("gradient alignment"):
+            alignment(batch)
+
+    engine.before_micro_step = choose
+    return alignment
+
+
+class GradientAlignment:
+    """Has the policy choose among the rows of a batch, by the gradients of all of them.
+
+    Args:
+        model: the whole model on this rank.
+        policy: of the model; told what the products are.
+        validation: where validation rows are drawn from.
+        num_validation: of them for each micro-step.
+        learning_rate: the current one.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        policy: Greats,
+        validation: Mixture,
+        num_validation: int,
+        learning_rate: Callable[[], float],
+    ) -> None:
+        check_covered(model)
+        self.model = model
+        self.policy = policy
+        self.validation = validation
+        self.num_validation = num_validation
+        self.learning_rate = learning_rate
+
+    def __call__(self, batch: Batch) -> None:
+        if not self.policy.needs_products(len(batch.tokens_MS)):
+            return
+        rows = self.validation_rows(len(self.model.recorder.records))
+        items = [self.validation[i] for i in rows]
+        device = batch.tokens_MS.device
+        validation = Batch.of(
+            torch.stack([item["tokens"] for item in items]).to(device),
+            torch.stack([item["valid"] for item in items]).to(device),
+        )
+        products = gradient_products(self.model, batch, validation)
+        self.policy.choose(products, self.learning_rate(), batch)
+
+    def validation_rows(self, micro_step: int) -> list[int]:
+        """Which validation sequences a micro-step of this rank chooses by."""
+        rng = generator(
+            self.policy.seed,
+            "greats",
+            self.policy.state.iteration,
+            micro_step,
+            self.policy.peers.rank,
+        )
+        return torch.randperm(len(self.validation), generator=rng)[: self.num_validation].tolist()
+
+
+def check_covered(model: GPT) -> None:
+    """ConfigError if a parameter belongs to no layer whose products are known."""
+    known = (ColumnParallelLinear, RowParallelLinear, nn.LayerNorm, Embedding)
+    names = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, known)
+        for name, _ in module.named_parameters()
+        if not is_adapter(f"{path}.{name}")
+    }
+    unknown = sorted({name for name, _ in model.named_parameters()} - names)
+    if unknown:
+        raise ConfigError(
+            f"--selection greats knows no gradient products of {', '.join(unknown[:3])} "
+            f"({len(unknown)} in all). Use another --selection with this model."
+        )
+
+
+def gradient_products(model: GPT, candidates: Batch, validation: Batch) -> GradientProducts:
+    """Inner products of the gradients of each candidate's mean token loss.
+
+    Args:
+        model: the whole model; its `.grad` and everything else of it stay as they are.
+        candidates: M rows; trained on are their labels.
+        validation: other rows; their gradient is that of the mean loss of all of their tokens.
+
+    Returns:
+        Products over all parameters, float32. Rows without any label have zeros.
+    """
+    num_candidates = len(candidates.tokens_MS)
+    tokens_RS, valid_RT, labels_RT = (
+        torch.cat([getattr(candidates, name), getattr(validation, name)])
+        for name in ("tokens_MS", "valid_MT", "labels_MT")
+    )
+    layers = _Layers(num_candidates, tokens_RS.device)
+    with layers.watched(model):
+        normed_TRD = _with_frozen_weights(model, Batch.of(tokens_RS, valid_RT))
+    normed_RTD = normed_TRD.detach().transpose(0, 1)
+    head = head_gradients(
+        normed_RTD,
+        model.embedding.word.weight.detach(),
+        labels_RT,
+        valid_RT,
+        num_candidates,
+        model.shape.vocab_size,
+    )
+    # The embedding's output is the only leaf that there is.
+    normed_TRD.backward(head.hidden_RTD.transpose(0, 1))
+    assert layers.embedded_TRD.grad is not None
+    lookup_RTD, total = layers.embedded_TRD.grad.transpose(0, 1), layers.products
+    # Row t of the position table is used once by every sequence.
+    total += vector_products(lookup_RTD.flatten(1), num_candidates)
+    total += tied_embedding_products(head, normed_RTD, tokens_RS[:, :-1], lookup_RTD)
+    return _of_means(total, valid_RT.sum(dim=1), num_candidates)
+
+
+def _of_means(
+    sums: GradientProducts, num_valid_R: torch.Tensor, num_candidates: int
+) -> GradientProducts:
+    """From gradients of sums of token losses to those of means."""
+    share_M = 1.0 / num_valid_R[:num_candidates].clamp(min=1)
+    num_validation = num_valid_R[num_candidates:].sum().clamp(min=1)
+    return GradientProducts(
+        sums.pairs_MM * share_M * share_M[:, None], sums.validation_M * share_M / num_validation
+    )
+
+
+def _with_frozen_weights(model: GPT, batch: Batch) -> torch.Tensor:
+    """The head's input [T, R, D] in evaluation mode, with gradients for activations alone."""
+    body = _Body(model)
+    weights = {name: parameter.detach() for name, parameter in body.named_parameters()}
+    was_training = model.training
+    model.eval()  # all rows, no dropout, no activation checkpoints, nothing recorded
+    try:
+        return torch.func.functional_call(body, weights, (batch,))
+    finally:
+        model.train(was_training)
+
+
+class _Body(nn.Module):
+    """The model up to its head."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        hidden_TRD, *_ = self.model.run(batch)
+        return self.model.final_norm(hidden_TRD)
+
+
+class _Layers:
+    """Watches the layers of one pass and adds up their products as gradients arrive."""
+
+    def __init__(self, num_candidates: int, device: torch.device) -> None:
+        self.num_candidates = num_candidates
+        self.products = GradientProducts.zeros(num_candidates, device)
+        self.embedded_TRD: torch.Tensor
+
+    @contextmanager
+    def watched(self, model: GPT) -> Iterator[None]:
+        """Hooks on the model's layers during a forward pass."""
+        with ExitStack() as stack:
+            for module in model.modules():
+                hook: Callable | None = None
+                if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                    hook = self._linear
+                elif isinstance(module, nn.LayerNorm):
+                    hook = self._norm
+                elif isinstance(module, Embedding):
+                    hook = self._embedding
+                if hook is not None:
+                    stack.callback(module.register_forward_hook(hook).remove)
+            yield
+
+    def _embedding(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        self.embedded_TRD = output.detach().requires_grad_()
+        return self.embedded_TRD
+
+    def _linear(self, module: Any, inputs: tuple, output: tuple) -> None:
+        held = [inputs[0].detach()]
+        output[0].register_hook(partial(self._add_linear, held, module.bias is not None))
+
+    def _add_linear(self, held: list[torch.Tensor], bias: bool, grad_TRF: torch.Tensor) -> None:
+        inputs_RTD, grads_RTF = held.pop().transpose(0, 1), grad_TRF.transpose(0, 1)
+        self.products += linear_products(inputs_RTD, grads_RTF, self.num_candidates, bias=bias)
+
+    def _norm(self, module: nn.LayerNorm, inputs: tuple, output: torch.Tensor) -> None:
+        held = [inputs[0].detach()]
+        output.register_hook(partial(self._add_norm, held, module))
+
+    def _add_norm(
+        self, held: list[torch.Tensor], module: nn.LayerNorm, grad_TRD: torch.Tensor
+    ) -> None:
+        normalised_TRD = F.layer_norm(held.pop(), module.normalized_shape, eps=module.eps).float()
+        weight_RD = (normalised_TRD * grad_TRD.float()).sum(dim=0)
+        bias_RD = grad_TRD.float().sum(dim=0)
+        self.products += vector_products(torch.cat([weight_RD, bias_RD], 1), self.num_candidates)
