@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Compare training runs: a table and a picture from their metrics files.
+"""Compare training runs: tables, curves and a page from their metrics files.
 
-    python tools/compare_runs.py clm.jsonl eslm.jsonl random.jsonl --output-prefix report
+    python tools/compare_runs.py clm_s1.jsonl clm_s2.jsonl eslm_s1.jsonl random_s1.jsonl
 
-Writes report.md and report.png; relative numbers refer to the first run.
+Runs that differ by their seed alone are taken together. Writes report.md, report.png and
+report.html.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from rich.console import Console
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.reports import curves
-from megatron_eslm.reports.compare import compare, lines_below, to_console, to_markdown
+from megatron_eslm.reports.compare import compare, markdown
+from megatron_eslm.reports.groups import group_runs
+from megatron_eslm.reports.html import write_page
+from megatron_eslm.reports.page import comparison_page
 from megatron_eslm.reports.runs import read_run
+from megatron_eslm.reports.tables import to_console
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,53 +32,53 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN.jsonl", help="files of --metrics-file")
-    parser.add_argument("--labels", nargs="+", help="names of the runs; default: the file names")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        help="a name for each run, runs of one name being seeds of one method; default: runs whose "
+        "settings are the same but for the seed, named after their files",
+    )
     parser.add_argument(
         "--target",
         type=float,
-        help="validation loss to reach; default: the worst final one among the runs",
+        help="validation loss to reach; default: what the baseline reaches at its end",
     )
     parser.add_argument(
-        "--output-prefix", default="report", help="writes PREFIX.md and PREFIX.png (%(default)s)"
+        "--baseline",
+        metavar="LABEL",
+        help="what to compare with; default: the first method with --selection clm, or else the "
+        "first of all",
+    )
+    parser.add_argument(
+        "--output-prefix",
+        default="report",
+        help="writes PREFIX.md, PREFIX.png and PREFIX.html (%(default)s)",
     )
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
-        report(args.runs, args.labels, args.target, args.output_prefix)
+        report(args)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def report(
-    files: list[str], labels: list[str] | None, target: float | None, output_prefix: str
-) -> None:
+def report(args: argparse.Namespace) -> None:
     """Read, compare, print and write."""
-    runs = [read_run(file) for file in files]
-    comparison = compare(runs, labels or default_labels(files), target)
-    markdown, picture = Path(f"{output_prefix}.md"), Path(f"{output_prefix}.png")
-    try:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(to_markdown(comparison), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"--output-prefix {output_prefix} cannot be written: {error}. Choose another place."
-        ) from error
-    curves.draw(runs, comparison.labels, picture, comparison.target)
-    Console().print(to_console(comparison))
-    print(*lines_below(comparison), sep="\n")
-    print(f"wrote {markdown} and {picture}")
-
-
-def default_labels(files: list[str]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
-    paths = [Path(file).with_suffix("") for file in files]
-    for parts in range(1, max(len(path.parts) for path in paths) + 1):
-        labels = ["/".join(path.parts[-parts:]) for path in paths]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [f"{path.name} #{number}" for number, path in enumerate(paths, start=1)]
+    groups = group_runs([read_run(file) for file in args.runs], args.labels)
+    comparison = compare(groups, args.target, args.baseline)
+    text, picture, page = (Path(f"{args.output_prefix}.{end}") for end in ("md", "png", "html"))
+    flag = f"--output-prefix {args.output_prefix}"
+    write_page(text, markdown(comparison, picture.name), flag)
+    write_page(page, comparison_page(comparison), flag)
+    curves.save(curves.draw(comparison.groups, comparison.target), picture)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for table in comparison.tables:
+        console.print(to_console(table))
+        print(f"{table.reading}\n")
+    print(*comparison.notes, sep="\n")
+    print(f"wrote {text}, {picture} and {page}")
 
 
 if __name__ == "__main__":

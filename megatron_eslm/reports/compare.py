@@ -1,7 +1,8 @@
-"""Two or more runs side by side: what each reached, and what it took to get there.
+"""Training runs side by side: what each method reached, and what it took to get there.
 
-Following the rule of how savings are believed, tokens read, tokens trained on, FLOPs executed,
-FLOPs as the paper counts them and wall-clock each have a row of their own.
+Following the rule of how savings are believed, iterations, tokens trained on, FLOPs executed, FLOPs
+as the paper counts them and wall-clock each have a column of their own, and savings are told
+against plain training and against the random control.
 """
 
 from __future__ import annotations
@@ -9,187 +10,163 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.reports.runs import Record, Run
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from megatron_eslm.reports.groups import (
+    Group,
+    differing_settings,
+    mixed_settings,
+    on_common_seeds,
+)
+from megatron_eslm.reports.runs import Run
+from megatron_eslm.reports.tables import Table, to_markdown
+from megatron_eslm.reports.targets import Reach, default_target
 
 NO_CONTROL = (
-    "no random-selection control among these runs: a gain here cannot be told from dropping the "
-    "same share at random"
+    "No random-selection control among these runs: a gain here cannot be told from dropping the "
+    "same share at random."
 )
 
-_PLACES = {"save", "metrics_file", "dump_selection", "data_cache_path"}
-"""Settings that say where a run wrote, which never makes two runs differ."""
-
-Relative = Literal["ratio", "difference", "none"]
 Format = Callable[[float], str]
 
 
+def count(value: float) -> str:
+    """A number of things."""
+    return f"{value:,.0f}"
+
+
+def seconds(value: float) -> str:
+    """A time."""
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def flops(value: float) -> str:
+    """A number of operations."""
+    return f"{value:.3e}"
+
+
+def loss(value: float) -> str:
+    """Nats."""
+    return f"{value:.4f}"
+
+
 @dataclass(frozen=True)
-class Row:
-    """One quantity of every run, in the order of the runs."""
+class Quantity:
+    """Something that grows while a run trains."""
 
     name: str
-    values: list[float | None]
-    """None: not measured, or (in a `to target` row) never reached."""
-
+    """Field of the metrics line."""
+    title: str
     form: Format
-    relative: Relative = "ratio"
-    """How a value stands to the first run's."""
 
-    absent: list[str] | None = None
-    """What to print for each None; default: "n/a"."""
 
-    def cell(self, column: int) -> str:
-        """The value of one run as text, with how it stands to the first run's."""
-        value, first = self.values[column], self.values[0]
-        if value is None:
-            return self.absent[column] if self.absent else "n/a"
-        text = self.form(value)
-        if column == 0 or first is None or not math.isfinite(value - first):
-            return text
-        if self.relative == "difference":
-            return f"{text} ({'+' if value >= first else '-'}{self.form(abs(value - first))})"
-        if self.relative == "ratio" and first:
-            return f"{text} ({value / first:.2f}x)"
-        return text
+QUANTITIES = (
+    Quantity("iteration", "iterations", count),
+    Quantity("tokens_trained", "tokens trained on", count),
+    Quantity("flops", "FLOPs executed", flops),
+    Quantity("flops_paper", "FLOPs, paper's count", flops),
+    Quantity("elapsed_seconds", "seconds", seconds),
+)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The whole table, before it is drawn."""
+    """Everything that a report of runs says, before it is drawn."""
 
-    labels: list[str]
-    rows: list[Row]
+    groups: list[Group]
+    baseline: Group
+    """What differences and savings refer to."""
     target: float
+    tables: list[Table]
     notes: list[str] = field(default_factory=list)
 
 
-def compare(runs: Sequence[Run], labels: Sequence[str], target: float | None = None) -> Comparison:
-    """Compare runs; relative numbers refer to the first.
+def compare(
+    groups: Sequence[Group], target: float | None = None, baseline: str | None = None
+) -> Comparison:
+    """Compare groups of runs.
 
     Args:
-        runs: two or more.
-        labels: one for each.
-        target: validation loss (nats) of the "to target" rows; default: the worst final validation
-            loss among the runs, which all of them reach.
+        groups: two or more.
+        target: validation loss (nats) to reach; default: what the baseline reaches at its end.
+        baseline: label of the group to compare with; default: the first one of plain training
+            (clm), or else the first.
 
     Raises:
-        ConfigError: fewer than two runs, another number of labels, or a run without evaluation.
+        ConfigError: fewer than two groups, an unknown baseline, or a run without evaluation.
     """
-    if len(runs) < 2:
-        raise ConfigError(f"{len(runs)} run given; a comparison needs two or more metrics files.")
-    if len(labels) != len(runs):
+    if len(groups) < 2:
         raise ConfigError(
-            f"--labels names {len(labels)} runs, but there are {len(runs)}; give one for each."
+            f"{len(groups)} method given ({', '.join(group.label for group in groups)}); a "
+            "comparison needs metrics files of two or more, or --labels that tell them apart."
         )
-    for run in runs:
-        if not run.evaluations:
-            raise ConfigError(
-                f"The metrics file {run.path} has no valid_loss, so there is nothing to compare. "
-                "Train with --eval-interval below the number of iterations."
-            )
+    for group in groups:
+        for run in group.runs:
+            if not run.evaluations:
+                raise ConfigError(
+                    f"The metrics file {run.path} has no valid_loss, so there is nothing to "
+                    "compare. Train with --eval-interval below the number of iterations."
+                )
+    base = _baseline(groups, baseline)
     if target is None:
-        target = common_target(runs)
-    rows = [*_result_rows(runs), *_cost_rows(runs), *_target_rows(runs, target)]
-    return Comparison(list(labels), rows, target, _notes(runs))
-
-
-def common_target(runs: Sequence[Run]) -> float:
-    """The worst final validation loss: every run that ended with a finite loss reaches it."""
-    finals = [run.evaluations[-1]["valid_loss"] for run in runs]
-    finite = [loss for loss in finals if math.isfinite(loss)]
-    if not finite:
-        raise ConfigError("No run ended with a finite validation loss; give --target.")
-    return max(finite)
-
-
-def first_reach(evaluations: Sequence[Record], name: str, target: float) -> float | None:
-    """Where a run first reaches a validation loss, linear between evaluations.
-
-    Args:
-        evaluations: records with `valid_loss`, in order.
-        name: the quantity to read off, for instance "flops".
-        target: validation loss, nats.
-
-    Returns:
-        The quantity at that point; None if the loss is never reached or the quantity is missing.
-    """
-    before: Record | None = None
-    for record in evaluations:
-        loss = record["valid_loss"]
-        if loss <= target:
-            if record.get(name) is None:
-                return None
-            if before is None or before.get(name) is None:
-                return float(record[name])
-            share = (before["valid_loss"] - target) / (before["valid_loss"] - loss)
-            return float(before[name] + share * (record[name] - before[name]))
-        # NaN and infinity are no end of a line to interpolate on.
-        before = record if math.isfinite(loss) else None
-    return None
-
-
-def to_markdown(comparison: Comparison) -> str:
-    """The comparison as a Markdown table with its notes below."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    columns = range(len(comparison.labels))
-    lines = [
-        line(["", *comparison.labels]),
-        "|---|" + "---:|" * len(comparison.labels),
-        *(line([row.name, *map(row.cell, columns)]) for row in comparison.rows),
-        *(f"\n{line_below}" for line_below in lines_below(comparison)),
+        target = default_target(groups, base)
+    tables = [
+        _results(groups, base),
+        _costs(groups),
+        *_to_target(groups, base, target),
+        *_domains(groups),
+        *_settings(groups),
     ]
-    return "\n".join(lines) + "\n"
+    return Comparison(list(groups), base, target, tables, _notes(groups))
 
 
-def to_console(comparison: Comparison) -> Table:
-    """The comparison as a rich table; `lines_below` goes with it."""
-    from rich.table import Table
-    from rich.text import Text
-
-    # Text, not str: square brackets in a label are no markup.
-    table = Table()
-    table.add_column("")
-    for label in comparison.labels:
-        table.add_column(Text(label), justify="right")
-    for row in comparison.rows:
-        cells = (row.cell(column) for column in range(len(comparison.labels)))
-        table.add_row(row.name, *map(Text, cells))
-    return table
+def markdown(comparison: Comparison, picture: str | None = None) -> str:
+    """The report as Markdown, with the name of its picture where there is one."""
+    parts = ["# Comparison of training runs\n"]
+    parts += [f"{note}\n" for note in comparison.notes]
+    if picture is not None:
+        parts.append(f"![Validation loss against what it cost](<{picture}>)\n")
+    parts += map(to_markdown, comparison.tables)
+    return "\n".join(parts)
 
 
-def lines_below(comparison: Comparison) -> list[str]:
-    """How to read the table, and what there is to say about it; a line each."""
-    reading = (
-        f"Target validation loss: {comparison.target:.4f}. In brackets: against "
-        f"{comparison.labels[0]} (ratio; for losses and skipped steps the difference)."
-    )
-    return [reading, *comparison.notes]
+def controls(groups: Sequence[Group]) -> list[Group]:
+    """The random controls among groups."""
+    return [group for group in groups if group.selection == "random"]
 
 
-def _result_rows(runs: Sequence[Run]) -> list[Row]:
-    return [
-        Row(
-            "final validation loss",
-            [run.evaluations[-1]["valid_loss"] for run in runs],
-            "{:.4f}".format,
-            "difference",
-        ),
-        Row(
-            "best validation loss",
-            [best_loss(run) for run in runs],
-            "{:.4f}".format,
-            "difference",
-        ),
-    ]
+def control_of(group: Group, groups: Sequence[Group]) -> Group | None:
+    """The random control of a method: the one that trains on the most similar share of tokens."""
+    mine = share_trained(group)
+
+    def distance(control: Group) -> float:
+        theirs = share_trained(control)
+        return math.inf if mine is None or theirs is None else abs(mine - theirs)
+
+    return min(controls(groups), key=distance, default=None)
+
+
+def share_trained(group: Group) -> float | None:
+    """Of the tokens that were read, the share that entered the loss; mean over runs."""
+
+    def share(run: Run) -> float | None:
+        trained, read = run.last("tokens_trained"), run.last("tokens")
+        return trained / read if trained is not None and read else None
+
+    spread = group.spread(share)
+    return spread.mean if spread else None
+
+
+def label(group: Group) -> str:
+    """A group's name, with the number of its seeds."""
+    seeds = len(group.runs)
+    return f"{group.label} ({seeds} seed{'s' if seeds > 1 else ''})"
+
+
+def final_loss(run: Run) -> float:
+    """Validation loss at the last evaluation."""
+    return run.evaluations[-1]["valid_loss"]
 
 
 def best_loss(run: Run) -> float | None:
@@ -198,72 +175,211 @@ def best_loss(run: Run) -> float | None:
     return min(losses, default=None)
 
 
-def _cost_rows(runs: Sequence[Run]) -> list[Row]:
-    def totals(name: str) -> list[float | None]:
-        return [run.last(name) for run in runs]
+def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:
+    if wanted is None:
+        return next((group for group in groups if group.selection == "clm"), groups[0])
+    for group in groups:
+        if group.label == wanted:
+            return group
+    raise ConfigError(
+        f"--baseline {wanted}: no such method; there are "
+        f"{', '.join(group.label for group in groups)}."
+    )
 
-    def means(name: str) -> list[float | None]:
-        return [run.mean(name) for run in runs]
+
+def _results(groups: Sequence[Group], base: Group) -> Table:
+    some = controls(groups)
+    rows = []
+    for group in groups:
+        control = control_of(group, groups)
+        cells = [
+            label(group),
+            _cell(group, final_loss, loss),
+            _difference(group, base),
+            *([_difference(group, control)] if some else []),
+            _cell(group, best_loss, loss),
+        ]
+        rows.append(cells)
+    return Table(
+        "Validation loss at the end",
+        ["", "final", f"against {base.label}", *(["against random"] if some else []), "best"],
+        rows,
+        "Nats per token over the whole validation set, all tokens, whatever was trained on. Mean "
+        "over seeds, in brackets the lowest and the highest seed (not shown where they print "
+        "alike). Differences are between means over the seeds that both have; negative is "
+        "better.",
+    )
+
+
+def _difference(group: Group, other: Group | None) -> str:
+    if other is None or other is group:
+        return "–"
+    mine, theirs = (part.spread(final_loss) for part in on_common_seeds(group, other))
+    assert mine is not None and theirs is not None
+    return f"{mine.mean - theirs.mean:+.4f}"
+
+
+def _costs(groups: Sequence[Group]) -> Table:
+    def last(name: str) -> Callable[[Run], float | None]:
+        return lambda run: run.last(name)
+
+    def mean(name: str) -> Callable[[Run], float | None]:
+        return lambda run: run.mean(name)
+
+    columns: list[tuple[str, Callable[[Run], float | None], Format]] = [
+        ("iterations", last("iteration"), count),
+        ("tokens read", last("tokens"), count),
+        *((q.title, last(q.name), q.form) for q in QUANTITIES[1:]),
+        ("seconds a step", mean("step_seconds"), "{:.4g}".format),
+        ("sequences kept", mean("kept_instances"), "{:.4f}".format),
+        ("tokens kept", mean("kept_tokens"), "{:.4f}".format),
+        ("skipped steps", last("nonfinite_steps"), count),
+    ]
+    return Table(
+        "What the runs cost",
+        ["", *(title for title, _, _ in columns)],
+        [[g.label, *(_cell(g, read, form) for _, read, form in columns)] for g in groups],
+        "Means over seeds, in brackets lowest and highest. Seconds are training alone, without "
+        "evaluation and saving, on whatever machine a run had. Tokens kept are those of the kept "
+        "sequences; both shares are means over the run.",
+    )
+
+
+def _cell(group: Group, read: Callable[[Run], float | None], form: Format) -> str:
+    spread = group.spread(read)
+    return spread.text(form) if spread else "n/a"
+
+
+def _to_target(groups: Sequence[Group], base: Group, target: float) -> list[Table]:
+    header = ["", *(q.title for q in QUANTITIES)]
+
+    def needs(group: Group) -> list[str]:
+        found = [(Reach.of(group, q.name, target), q.form) for q in QUANTITIES]
+        return [r.spread.text(form) if r.spread else r.why_not for r, form in found]
+
+    def saves(group: Group, other: Group | None) -> list[str]:
+        if other is None or other is group:
+            return ["–"] * len(QUANTITIES)
+        cells = []
+        group, other = on_common_seeds(group, other)
+        for q in QUANTITIES:
+            mine, theirs = (Reach.of(part, q.name, target) for part in (group, other))
+            saved = mine.saved_on(theirs)
+            if saved is not None:
+                cells.append(f"{saved:+.1%}")
+            elif mine.spread is None:
+                cells.append(mine.why_not)
+            else:
+                cells.append(f"{other.label}: {theirs.why_not}")
+        return cells
+
+    tables = [
+        Table(
+            f"To a validation loss of {target:.4f}",
+            header,
+            [[label(group), *needs(group)] for group in groups],
+            "Where a run first reaches the target, linear between evaluations: mean over seeds, in "
+            "brackets lowest and highest. There is no mean unless every seed reaches it.",
+        ),
+        Table(
+            f"Saved against {base.label} to {target:.4f}",
+            header,
+            [[g.label, *saves(g, base)] for g in groups if g is not base],
+            f"Positive: less than {base.label} needs to the same loss; negative: more. Means over "
+            "the seeds that both have.",
+        ),
+    ]
+    if some := controls(groups):
+        rows = [
+            [
+                f"{g.label} (against {control.label})" if len(some) > 1 else g.label,
+                *saves(g, control),
+            ]
+            for g in groups
+            if g not in some and (control := control_of(g, groups)) is not None
+        ]
+        tables.append(
+            Table(
+                f"Saved against random selection to {target:.4f}",
+                header,
+                rows,
+                "The control drops the same share at random; only what is saved against it is owed "
+                "to the choice. Positive: less than it needs to the same loss.",
+            )
+        )
+    return tables
+
+
+def _domains(groups: Sequence[Group]) -> list[Table]:
+    """Validation loss of every domain at the end, if any run says it."""
+
+    def final(run: Run) -> dict[str, float]:
+        return run.evaluations[-1].get("valid_loss_by_domain") or {}
+
+    names = list(dict.fromkeys(n for g in groups for run in g.runs for n in final(run)))
+    if not names:
+        return []
+
+    def cell(group: Group, name: str) -> str:
+        return _cell(group, lambda run: final(run).get(name), loss)
 
     return [
-        Row("iterations", totals("iteration"), _count),
-        Row("tokens read", totals("tokens"), _count),
-        Row("tokens trained on", totals("tokens_trained"), _count),
-        Row("FLOPs executed", totals("flops"), "{:.3e}".format),
-        Row("FLOPs, paper's count", totals("flops_paper"), "{:.3e}".format),
-        Row("wall-clock seconds", totals("elapsed_seconds"), _seconds),
-        Row("mean step seconds", means("step_seconds"), "{:.4g}".format),
-        Row("kept instances, mean", means("kept_instances"), "{:.4f}".format, "none"),
-        Row("kept tokens, mean", means("kept_tokens"), "{:.4f}".format, "none"),
-        Row("skipped steps", totals("nonfinite_steps"), _count, "difference"),
+        Table(
+            "Validation loss by domain at the end",
+            ["", *names],
+            [[label(group), *(cell(group, name) for name in names)] for group in groups],
+            "Nats per token; mean over seeds, in brackets lowest and highest.",
+        )
     ]
 
 
-def _target_rows(runs: Sequence[Run], target: float) -> list[Row]:
-    reached = [any(r["valid_loss"] <= target for r in run.evaluations) for run in runs]
-    absent = ["n/a" if hit else "not reached" for hit in reached]
-
-    def row(what: str, name: str, form: Format) -> Row:
-        values = [first_reach(run.evaluations, name, target) for run in runs]
-        return Row(f"{what} to target", values, form, absent=absent)
-
-    return [
-        row("iterations", "iteration", "{:,.1f}".format),
-        row("FLOPs executed", "flops", "{:.3e}".format),
-        row("FLOPs, paper's count", "flops_paper", "{:.3e}".format),
-        row("wall-clock seconds", "elapsed_seconds", _seconds),
-    ]
+def _settings(groups: Sequence[Group]) -> list[Table]:
+    different = differing_settings(groups)
+    if not different:
+        return []
+    rows = [[g.label, *(_short(v[n]) for v in different.values())] for n, g in enumerate(groups)]
+    return [Table("Settings that differ", ["", *different], rows)]
 
 
-def _notes(runs: Sequence[Run]) -> list[str]:
+def _notes(groups: Sequence[Group]) -> list[str]:
     notes = []
-    different = differing_settings(runs)
-    if different:
-        notes.append(f"settings that differ: {'; '.join(different)}")
-    if not any(run.settings.get("selection") == "random" for run in runs):
+    if not controls(groups):
         notes.append(NO_CONTROL)
+    if len({frozenset(run.settings.get("seed") for run in group.runs) for group in groups}) > 1:
+        notes.append(
+            "The methods were not run with the same seeds. The seed also decides which validation "
+            "sequences are read, so losses of different seeds are not over the same text; the "
+            "differences and savings below are over the seeds that both methods have, if any."
+        )
+    single = [group.label for group in groups if len(group.runs) == 1]
+    if single:
+        notes.append(
+            f"One seed only: {', '.join(single)}. With a single seed a difference cannot be told "
+            "from the luck of initial weights and order of data."
+        )
+    for group in groups:
+        if mixed := mixed_settings(group):
+            notes.append(f"The runs under {group.label} differ in more: {', '.join(mixed)}.")
+        for run in group.runs:
+            planned = run.settings.get("train_iters")
+            if isinstance(planned, int) and run.iterations < planned:
+                notes.append(
+                    f"{run.path.name} ({group.label}) ended early, at {run.iterations} of "
+                    f"{planned} iterations."
+                )
+    for group in groups:
+        control = control_of(group, groups)
+        if control is None or group.selection in ("clm", "random"):
+            continue
+        mine, theirs = share_trained(group), share_trained(control)
+        if mine is not None and theirs is not None and abs(mine - theirs) > 0.02:
+            notes.append(
+                f"{group.label} trains on {mine:.1%} of the tokens; its control {control.label} "
+                f"on {theirs:.1%}. No random control has the same share."
+            )
     return notes
 
 
-def differing_settings(runs: Sequence[Run]) -> list[str]:
-    """The settings in which the runs differ, with each run's value ("-" where it is not said)."""
-    names = dict.fromkeys(name for run in runs for name in run.settings if name not in _PLACES)
-    told: list[str] = []
-    for name in names:
-        values = [_short(run.settings.get(name)) for run in runs]
-        if len(set(values)) > 1:
-            told.append(f"{name} = {', '.join(values)}")
-    return told
-
-
 def _short(value: Any) -> str:
-    text = "-" if value is None else str(value)
+    text = "–" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}"

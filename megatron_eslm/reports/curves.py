@@ -1,58 +1,77 @@
-"""Validation loss against what it cost: FLOPs on the left, seconds on the right."""
+"""Validation loss against what it cost: a panel for each quantity."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.reports.groups import Group, Spread
 from megatron_eslm.reports.runs import Run
+from megatron_eslm.reports.theme import LIGHT, Theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with every common colour blindness; its yellow is left out,
-# being too faint on white. Line and marker differ too, for print without colour.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 _FLOPS_UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 _TIME_UNITS = ((2 * 3600.0, "hours", 3600.0), (10 * 60.0, "minutes", 60.0))
+_COUNT_UNITS = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+
+PANELS = (
+    ("iteration", "iterations"),
+    ("tokens_trained", "tokens trained on"),
+    ("flops", "FLOPs executed"),
+    ("flops_paper", "FLOPs, paper's count"),
+    ("elapsed_seconds", "training time"),
+)
 
 
-def draw(
-    runs: Sequence[Run], labels: Sequence[str], path: str | Path, target: float | None
-) -> None:
-    """Write a PNG with two panels.
+def draw(groups: Sequence[Group], target: float | None, theme: Theme = LIGHT) -> Figure:
+    """A figure of five panels and a legend.
+
+    Several seeds are a line of their means with a band from the lowest to the highest.
 
     Args:
-        runs: each with evaluations.
-        labels: one for each run, for the legend.
-        path: the file to write.
+        groups: each with evaluations.
         target: validation loss to mark with a line across, or None.
-
-    Raises:
-        ConfigError: the file cannot be written.
+        theme: colours.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # No pyplot: it keeps figures in module state and may look for a display.
-    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(12, 7), dpi=150, layout="constrained", facecolor=theme.ground)
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    scale, unit = flops_unit(_largest(runs, "flops"))
-    _panel(left, runs, labels, "flops", scale, target)
-    left.set_xlabel(f"training compute executed ({unit})")
-    left.set_ylabel("validation loss (nats per token)")
-    scale, unit = time_unit(_largest(runs, "elapsed_seconds"))
-    _panel(right, runs, labels, "elapsed_seconds", scale, target)
-    right.set_xlabel(f"training time ({unit})")
-    right.legend(frameon=False)
-    left.set_ylim(top=ceiling(runs))
+    axes = figure.subplots(2, 3, sharey=True).flatten()
+    for place, (name, title) in zip(axes, PANELS, strict=False):
+        scale, unit = _unit(name, _largest(groups, name))
+        _panel(place, groups, name, scale, target, theme)
+        place.set_xlabel(f"{title} ({unit})" if unit else title, color=theme.ink)
+        dress(place, theme)
+    for place in (axes[0], axes[3]):
+        place.set_ylabel("validation loss (nats per token)", color=theme.ink)
+    axes[0].set_ylim(top=ceiling([run for group in groups for run in group.runs]))
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[5].axis("off")
+    axes[5].legend(
+        handles, labels, loc="upper left", frameon=False, labelcolor=theme.ink, handlelength=3
+    )
+    return figure
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a PNG.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     try:
         # Without the version in it, the same runs give the same bytes.
         figure.savefig(path, format="png", metadata={"Software": None})
@@ -60,6 +79,16 @@ def draw(
         raise ConfigError(
             f"The picture {path} cannot be written: {error}. Choose another --output-prefix."
         ) from error
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG document, always the same for the same figure."""
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "curves"}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
 
 
 def points(run: Run, name: str) -> tuple[list[float], list[float]]:
@@ -70,6 +99,21 @@ def points(run: Run, name: str) -> tuple[list[float], list[float]]:
         if r.get(name) is not None and math.isfinite(r["valid_loss"]) and math.isfinite(r[name])
     ]
     return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def band(group: Group, name: str) -> tuple[list[float], list[Spread]]:
+    """Mean cost and spread of the loss at the iterations at which all runs of a group have both."""
+    found: list[dict[int, tuple[float, float]]] = []
+    for run in group.runs:
+        kept = {
+            r["iteration"]: (float(r[name]), float(r["valid_loss"]))
+            for r in run.evaluations
+            if r.get(name) is not None and math.isfinite(r["valid_loss"]) and math.isfinite(r[name])
+        }
+        found.append(kept)
+    common = sorted(set.intersection(*map(set, found)))
+    costs = [sum(one[i][0] for one in found) / len(found) for i in common]
+    return costs, [Spread.of([one[i][1] for one in found]) for i in common]
 
 
 def ceiling(runs: Sequence[Run]) -> float | None:
@@ -102,20 +146,31 @@ def time_unit(largest_seconds: float) -> tuple[float, str]:
     )
 
 
-def _largest(runs: Sequence[Run], name: str) -> float:
+def _unit(name: str, largest: float) -> tuple[float, str]:
+    if name.startswith("flops"):
+        return flops_unit(largest)
+    if name == "elapsed_seconds":
+        return time_unit(largest)
+    if name == "iteration":
+        return 1.0, ""
+    return next(((size, unit) for size, unit in _COUNT_UNITS if largest >= 10 * size), (1.0, ""))
+
+
+def _largest(groups: Sequence[Group], name: str) -> float:
+    runs = [run for group in groups for run in group.runs]
     return max((x for run in runs for x in points(run, name)[0]), default=0.0)
 
 
 def _panel(
     axes: Axes,
-    runs: Sequence[Run],
-    labels: Sequence[str],
+    groups: Sequence[Group],
     name: str,
     scale: float,
     target: float | None,
+    theme: Theme,
 ) -> None:
     if target is not None:
-        axes.axhline(target, color="0.45", linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+        axes.axhline(target, color=theme.muted, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
         axes.annotate(
             f"target {target:.3f}",
             (0.02, target),
@@ -123,25 +178,47 @@ def _panel(
             xytext=(0, 3),
             textcoords="offset points",
             annotation_clip=True,
-            color="0.35",
+            color=theme.muted,
             fontsize=9,
         )
-    for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        xs, ys = points(run, name)
+    drawn = False
+    for number, group in enumerate(groups):
+        costs, spreads = band(group, name)
+        drawn = drawn or bool(costs)
+        colour = theme.series[number % len(theme.series)]
+        xs = [cost / scale for cost in costs]
+        seeds = len(group.runs)
         axes.plot(
-            [x / scale for x in xs],
-            ys,
-            label=label,
-            color=COLOURS[number % len(COLOURS)],
+            xs,
+            [spread.mean for spread in spreads],
+            label=f"{group.label} ({seeds} seed{'s' if seeds > 1 else ''})",
+            color=colour,
             linestyle=LINES[number % len(LINES)],
             marker=MARKERS[number % len(MARKERS)],
             markersize=4,
             markevery=max(1, len(xs) // 12),
             linewidth=1.8,
         )
-    if not axes.has_data():
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
-    axes.grid(True, color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+        if seeds > 1:
+            axes.fill_between(
+                xs,
+                [spread.low for spread in spreads],
+                [spread.high for spread in spreads],
+                color=colour,
+                alpha=0.18,
+                linewidth=0,
+            )
+    if not drawn:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=theme.ink)
     axes.set_xlim(left=0)
+
+
+def dress(axes: Axes, theme: Theme) -> None:
+    """Grid, ticks and spines of a panel."""
+    axes.set_facecolor(theme.ground)
+    axes.grid(True, color=theme.faint)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.ink)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.muted)

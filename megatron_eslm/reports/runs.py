@@ -14,7 +14,8 @@ from megatron_eslm.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-"""One metrics line; numbers, or None where nothing was measured."""
+"""One metrics line; numbers, or None where nothing was measured, and `valid_loss_by_domain` as a
+dict of them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Run:
     records: list[Record] = field(default_factory=list)
     """Metrics lines in order of iteration. Every record has `iteration` and `elapsed_seconds`
     (training time so far, without evaluation and saving; None if it cannot be known)."""
+
+    @property
+    def iterations(self) -> int:
+        """How far it got."""
+        return self.records[-1]["iteration"]
 
     @property
     def evaluations(self) -> list[Record]:
@@ -135,8 +141,11 @@ def _parse(line: bytes) -> Record:
     if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration < 0:
         raise ValueError('no "iteration" that is a whole number')
     for name, value in item.items():
-        if value is not None and not isinstance(value, (int, float)):
-            raise ValueError(f'"{name}" is {value!r}, not a number')
+        parts = value if name == "valid_loss_by_domain" and isinstance(value, dict) else {"": value}
+        for part, number in parts.items():
+            if number is not None and not isinstance(number, (int, float)):
+                where = name + (f"/{part}" if part else "")
+                raise ValueError(f'"{where}" is {number!r}, not a number')
     return item
 
 

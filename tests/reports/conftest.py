@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_eslm.reports.runs import read_run
+
 
 @pytest.fixture
 def metrics_file(tmp_path: Path) -> Callable[..., Path]:
@@ -16,6 +18,7 @@ def metrics_file(tmp_path: Path) -> Callable[..., Path]:
 
     def write(name: str, *items: dict[str, Any]) -> Path:
         path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(item) + "\n" for item in items))
         return path
 
@@ -25,3 +28,35 @@ def metrics_file(tmp_path: Path) -> Callable[..., Path]:
 def line(iteration: int, valid_loss: float | None = None, **more: Any) -> dict[str, Any]:
     """One metrics line."""
     return {"iteration": iteration, "loss": 5.0, "valid_loss": valid_loss, **more}
+
+
+def totals(share: float, iteration: int, seconds: float) -> dict[str, Any]:
+    """Running totals that grow with the iteration; `share` of the tokens is trained on."""
+    return {
+        "tokens": 1000 * iteration,
+        "tokens_trained": int(1000 * share * iteration),
+        "flops": 2e9 * share * iteration,
+        "flops_paper": 3e9 * share * iteration,
+        "elapsed_seconds": seconds * iteration,
+        "step_seconds": seconds,
+        "kept_instances": share,
+        "kept_tokens": share,
+        "nonfinite_steps": 0,
+    }
+
+
+@pytest.fixture
+def make_run(metrics_file):
+    """A run of two evaluations, at iterations 100 and 200."""
+
+    def make(name: str, losses: tuple[float, float], share=1.0, seconds=0.5, by=None, **settings):
+        lines = [
+            line(i, loss, **totals(share, i, seconds))
+            for i, loss in zip((100, 200), losses, strict=True)
+        ]
+        if by is not None:
+            lines[-1]["valid_loss_by_domain"] = by
+        head = {"run": {"seed": 1, "train_iters": 200, **settings}}
+        return read_run(metrics_file(f"{name}.jsonl", head, *lines))
+
+    return make

@@ -8,184 +8,207 @@ import pytest
 from rich.console import Console
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.reports.compare import (
-    NO_CONTROL,
-    common_target,
-    compare,
-    first_reach,
-    lines_below,
-    to_console,
-    to_markdown,
-)
-from megatron_eslm.reports.runs import Run, read_run
+from megatron_eslm.reports.compare import NO_CONTROL, compare, control_of, markdown
+from megatron_eslm.reports.groups import Group
+from megatron_eslm.reports.runs import read_run
+from megatron_eslm.reports.tables import Table, to_console, to_markdown
 
 from .conftest import line
 
 
-def totals(share, iteration, seconds):
-    """Running totals that grow with the iteration; `share` of the tokens is trained on."""
-    return {
-        "tokens": 1000 * iteration,
-        "tokens_trained": int(1000 * share * iteration),
-        "flops": 2e9 * share * iteration,
-        "flops_paper": 3e9 * share * iteration,
-        "elapsed_seconds": seconds * iteration,
-        "step_seconds": seconds,
-        "kept_instances": share,
-        "kept_tokens": share,
-        "nonfinite_steps": 0,
+@pytest.fixture
+def groups(make_run):
+    """Plain training to 4.0 and 4.2 over two seeds; a method to 3.0; its control to 3.5."""
+    by = {"book": 5.0, "code": 1.0}
+    return [
+        Group("random", [make_run("r", (6.0, 3.5), 0.8, 0.4, by, selection="random")]),
+        Group(
+            "clm",
+            [
+                make_run("c1", (6.0, 4.2), by=by, selection="clm", seed=1),
+                make_run("c2", (6.0, 4.0), by={"book": 6.0, "code": 2.0}, selection="clm", seed=2),
+            ],
+        ),
+        Group("eslm", [make_run("e", (5.0, 3.0), 0.8, 0.4, by, selection="eslm")]),
+    ]
+
+
+def row(comparison, title, name):
+    table = next(table for table in comparison.tables if table.title.startswith(title))
+    found = next(row for row in table.rows if row[0] == name)
+    return dict(zip(table.header[1:], found[1:], strict=True))
+
+
+def test_the_baseline_is_plain_training_wherever_it_stands(groups):
+    comparison = compare(groups)
+    assert comparison.baseline.label == "clm"
+    assert comparison.target == 4.2
+    assert compare(groups, baseline="eslm").target == 3.0
+    assert compare([groups[0], groups[2]]).baseline.label == "random"
+    with pytest.raises(ConfigError, match="--baseline gpt: no such method; there are random, clm"):
+        compare(groups, baseline="gpt")
+
+
+def test_final_loss_with_mean_spread_and_differences(groups):
+    comparison = compare(groups)
+    assert row(comparison, "Validation loss at the end", "clm (2 seeds)") == {
+        "final": "4.1000 [4.0000, 4.2000]",
+        "against clm": "–",
+        "against random": "+0.7000",  # of seed 1, which both have
+        "best": "4.1000 [4.0000, 4.2000]",
+    }
+    assert row(comparison, "Validation loss at the end", "eslm (1 seed)") == {
+        "final": "3.0000",
+        "against clm": "-1.2000",
+        "against random": "-0.5000",
+        "best": "3.0000",
     }
 
 
-@pytest.fixture
-def two_runs(metrics_file):
-    plain = metrics_file(
-        "clm.jsonl",
-        {"run": {"selection": "clm", "seed": 1, "score": None, "save": "here"}},
-        line(100, 6.0, **totals(1.0, 100, 0.5)),
-        line(200, 4.0, **totals(1.0, 200, 0.5)),
-    )
-    selective = metrics_file(
-        "eslm.jsonl",
-        {"run": {"selection": "eslm", "seed": 1, "score": "loss", "save": "there"}},
-        line(100, 5.0, **totals(0.8, 100, 0.4)),
-        line(200, 3.0, **{**totals(0.8, 200, 0.4), "nonfinite_steps": 2}),
-    )
-    return [read_run(plain), read_run(selective)]
+def test_costs(groups):
+    assert row(compare(groups), "What the runs cost", "eslm") == {
+        "iterations": "200",
+        "tokens read": "200,000",
+        "tokens trained on": "160,000",
+        "FLOPs executed": "3.200e+11",
+        "FLOPs, paper's count": "4.800e+11",
+        "seconds": "80.0",
+        "seconds a step": "0.4",
+        "sequences kept": "0.8000",
+        "tokens kept": "0.8000",
+        "skipped steps": "0",
+    }
 
 
-def cells(comparison, name):
-    row = next(row for row in comparison.rows if row.name == name)
-    return [row.cell(column) for column in range(len(comparison.labels))]
+def test_to_target_and_saved(groups):
+    comparison = compare(groups)
+    # clm: at 200 and at 190; eslm: 140; random: 172.
+    assert row(comparison, "To a validation loss of 4.2000", "clm (2 seeds)") == {
+        "iterations": "195 [190, 200]",
+        "tokens trained on": "195,000 [190,000, 200,000]",
+        "FLOPs executed": "3.900e+11 [3.800e+11, 4.000e+11]",
+        "FLOPs, paper's count": "5.850e+11 [5.700e+11, 6.000e+11]",
+        "seconds": "97.5 [95.0, 100.0]",
+    }
+    assert row(comparison, "Saved against clm to 4.2000", "eslm") == {
+        "iterations": "+30.0%",  # 140 of the 200 of seed 1
+        "tokens trained on": "+44.0%",  # 112,000 of 200,000
+        "FLOPs executed": "+44.0%",
+        "FLOPs, paper's count": "+44.0%",
+        "seconds": "+44.0%",  # 56 of 100
+    }
+    assert row(comparison, "Saved against random", "eslm")["iterations"] == "+18.6%"  # 140 of 172
+    # Against the control's 275.2 GFLOP, clm's seed 1 needs 400.
+    assert row(comparison, "Saved against random", "clm")["FLOPs executed"] == "-45.3%"
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("final validation loss", ["4.0000", "3.0000 (-1.0000)"]),
-        ("best validation loss", ["4.0000", "3.0000 (-1.0000)"]),
-        ("iterations", ["200", "200 (1.00x)"]),
-        ("tokens read", ["200,000", "200,000 (1.00x)"]),
-        ("tokens trained on", ["200,000", "160,000 (0.80x)"]),
-        ("FLOPs executed", ["4.000e+11", "3.200e+11 (0.80x)"]),
-        ("FLOPs, paper's count", ["6.000e+11", "4.800e+11 (0.80x)"]),
-        ("wall-clock seconds", ["100.0", "80.0 (0.80x)"]),
-        ("mean step seconds", ["0.5", "0.4 (0.80x)"]),
-        ("kept instances, mean", ["1.0000", "0.8000"]),
-        ("kept tokens, mean", ["1.0000", "0.8000"]),
-        ("skipped steps", ["0", "2 (+2)"]),
-        # The target is 4.0: plain at 200, selective half way between 100 and 200.
-        ("iterations to target", ["200.0", "150.0 (0.75x)"]),
-        ("FLOPs executed to target", ["4.000e+11", "2.400e+11 (0.60x)"]),
-        ("FLOPs, paper's count to target", ["6.000e+11", "3.600e+11 (0.60x)"]),
-        ("wall-clock seconds to target", ["100.0", "60.0 (0.60x)"]),
-    ],
-)
-def test_table_by_hand(two_runs, name, expected):
-    comparison = compare(two_runs, ["plain", "eslm"])
-    assert comparison.target == 4.0
-    assert cells(comparison, name) == expected
+def test_a_target_that_is_not_reached_is_said(groups):
+    comparison = compare(groups, target=3.5)
+    assert set(row(comparison, "To a validation loss", "clm (2 seeds)").values()) == {"not reached"}
+    assert row(comparison, "Saved against clm", "eslm")["seconds"] == "clm: not reached"
+    assert row(comparison, "Saved against random", "clm")["seconds"] == "not reached"
+    comparison = compare(groups, target=4.1)
+    cells = row(comparison, "To a validation loss", "clm (2 seeds)")
+    assert set(cells.values()) == {"1 of 2 reached"}
 
 
-def test_target_not_reached_is_said(two_runs):
-    comparison = compare(two_runs, ["plain", "eslm"], target=3.5)
-    assert cells(comparison, "iterations to target") == ["not reached", "175.0"]
-    assert cells(comparison, "FLOPs executed to target") == ["not reached", "2.800e+11"]
+def test_domains(groups):
+    cells = row(compare(groups), "Validation loss by domain", "clm (2 seeds)")
+    assert cells == {"book": "5.5000 [5.0000, 6.0000]", "code": "1.5000 [1.0000, 2.0000]"}
+    for run in groups[1].runs:
+        del run.records[-1]["valid_loss_by_domain"]
+    assert row(compare(groups), "Validation loss by domain", "clm (2 seeds)") == {
+        "book": "n/a",
+        "code": "n/a",
+    }
 
 
 def test_missing_quantities_are_not_available_rather_than_zero(metrics_file):
-    runs = [read_run(metrics_file(n, line(10, 4.0))) for n in ("a.jsonl", "b.jsonl")]
-    comparison = compare(runs, ["a", "b"])
-    for name in ("tokens read", "mean step seconds", "FLOPs executed to target"):
-        assert cells(comparison, name) == ["n/a", "n/a"]
-    assert cells(comparison, "iterations to target") == ["10.0", "10.0 (1.00x)"]
+    files = [metrics_file(n, line(10, 4.0)) for n in ("a.jsonl", "b.jsonl")]
+    groups = [Group(path.stem, [read_run(path)]) for path in files]
+    comparison = compare(groups)
+    costs = row(comparison, "What the runs cost", "b")
+    assert costs["tokens read"] == costs["seconds a step"] == "n/a"
+    reach = row(comparison, "To a validation loss", "b (1 seed)")
+    assert (reach["iterations"], reach["FLOPs executed"]) == ("10", "n/a")
+    assert not any(
+        table.title.startswith("Validation loss by domain") for table in comparison.tables
+    )
 
 
-def test_best_is_not_final(metrics_file):
-    runs = [
-        read_run(metrics_file("a.jsonl", line(1, 5.0), line(2, 2.0), line(3, 3.0))),
-        read_run(metrics_file("b.jsonl", line(1, 5.0), line(2, 4.0), line(3, math.nan))),
+def test_best_is_not_final(make_run):
+    groups = [
+        Group("a", [make_run("a", (2.0, 3.0))]),
+        Group("b", [make_run("b", (4.0, math.nan))]),
     ]
-    comparison = compare(runs, ["a", "b"])
-    assert cells(comparison, "final validation loss") == ["3.0000", "nan"]
-    assert cells(comparison, "best validation loss") == ["2.0000", "4.0000 (+2.0000)"]
-    assert comparison.target == 3.0
-    assert cells(comparison, "iterations to target") == ["1.7", "not reached"]
+    comparison = compare(groups)
+    assert row(comparison, "Validation loss at the end", "a (1 seed)")["best"] == "2.0000"
+    cells = row(comparison, "Validation loss at the end", "b (1 seed)")
+    assert cells == {"final": "nan", "against a": "+nan", "best": "4.0000"}
 
 
-class TestFirstReach:
-    @staticmethod
-    def at(*pairs):
-        return [line(i, loss, flops=10.0 * i) for i, loss in pairs]
-
-    def test_between_two_evaluations(self):
-        records = self.at((100, 6.0), (300, 5.0), (400, 3.0))
-        assert first_reach(records, "iteration", 5.5) == pytest.approx(200.0)
-        assert first_reach(records, "flops", 4.5) == pytest.approx(3250.0)
-
-    def test_exactly_at_an_evaluation(self):
-        records = self.at((100, 6.0), (300, 5.0))
-        assert first_reach(records, "iteration", 5.0) == 300.0
-        assert first_reach(records, "iteration", 6.0) == 100.0
-
-    def test_at_the_first_evaluation_there_is_nothing_to_interpolate(self):
-        assert first_reach(self.at((100, 2.0), (200, 1.0)), "iteration", 3.0) == 100.0
-
-    def test_the_first_time_counts(self):
-        records = self.at((100, 6.0), (200, 4.0), (300, 7.0), (400, 3.0))
-        assert first_reach(records, "iteration", 5.0) == pytest.approx(150.0)
-
-    def test_never(self):
-        assert first_reach(self.at((100, 6.0)), "iteration", 5.0) is None
-        assert first_reach([], "iteration", 5.0) is None
-
-    def test_missing_quantity(self):
-        assert first_reach(self.at((100, 6.0), (200, 4.0)), "mfu", 5.0) is None
-
-    def test_not_a_number_is_no_end_of_a_line(self):
-        records = self.at((100, math.nan), (200, 4.0))
-        assert first_reach(records, "iteration", 5.0) == 200.0
-
-
-def test_no_finite_loss(metrics_file):
-    run = read_run(metrics_file("a.jsonl", line(1, math.nan)))
-    with pytest.raises(ConfigError, match=r"give --target"):
-        common_target([run, run])
-
-
-def test_too_few_runs_labels_and_evaluations(two_runs, metrics_file):
-    with pytest.raises(ConfigError, match="needs two or more"):
-        compare(two_runs[:1], ["a"])
-    with pytest.raises(ConfigError, match="--labels names 1 runs, but there are 2"):
-        compare(two_runs, ["a"])
+def test_too_few_methods_and_no_evaluation(groups, metrics_file):
+    with pytest.raises(ConfigError, match=r"1 method given \(clm\)"):
+        compare(groups[1:2])
     blind = read_run(metrics_file("blind.jsonl", line(10), line(20)))
     with pytest.raises(ConfigError, match=r"blind\.jsonl has no valid_loss"):
-        compare([two_runs[0], blind], ["a", "b"])
+        compare([groups[0], Group("blind", [blind])])
 
 
-def test_control_is_asked_for(two_runs):
-    assert NO_CONTROL in compare(two_runs, ["a", "b"]).notes
-    control = Run(two_runs[0].path, {"selection": "random"}, two_runs[0].records)
-    assert NO_CONTROL not in compare([*two_runs, control], ["a", "b", "c"]).notes
+class TestNotes:
+    def test_the_control_is_asked_for(self, groups):
+        assert NO_CONTROL in compare(groups[1:]).notes
+        assert NO_CONTROL not in compare(groups).notes
+        titles = [table.title for table in compare(groups[1:]).tables]
+        assert not any("random" in title for title in titles)
+
+    def test_single_seeds_are_named(self, groups):
+        assert any(
+            note.startswith("One seed only: random, eslm.") for note in compare(groups).notes
+        )
+
+    def test_methods_of_other_seeds_are_told(self, groups, make_run):
+        note = "The methods were not run with the same seeds."
+        assert any(text.startswith(note) for text in compare(groups).notes)
+        same = [Group(group.label, group.runs[:1]) for group in groups]
+        assert not any(text.startswith(note) for text in compare(same).notes)
+
+    def test_a_control_of_another_share_is_named(self, groups, make_run):
+        near = Group("random 2", [make_run("n", (6.0, 3.7), 0.7, selection="random")])
+        eslm = Group("eslm 2", [make_run("f", (5.0, 3.2), 0.71, selection="eslm")])
+        both = [*groups, near, eslm]
+        assert control_of(eslm, both) is near and control_of(groups[2], both) is groups[0]
+        assert not any("No random control has" in note for note in compare(both).notes)
+        text = "eslm 2 trains on 71.0% of the tokens; its control random on 80.0%"
+        assert any(note.startswith(text) for note in compare([*groups, eslm]).notes)
+
+    def test_runs_that_ended_early(self, groups):
+        groups[2].runs[0].settings["train_iters"] = 300
+        assert "e.jsonl (eslm) ended early, at 200 of 300 iterations." in compare(groups).notes
+
+    def test_a_label_over_different_settings(self, groups):
+        groups[1].runs[1].settings["lr"] = 2.0
+        assert "The runs under clm differ in more: lr." in compare(groups).notes
 
 
-def test_settings_that_differ_are_named(two_runs):
-    notes = compare(two_runs, ["a", "b"]).notes
-    assert notes[0] == "settings that differ: selection = clm, eslm; score = -, loss"
+def test_settings_that_differ_have_a_table(groups):
+    assert row(compare(groups), "Settings that differ", "eslm") == {"selection": "eslm"}
 
 
-def test_markdown(two_runs):
-    comparison = compare(two_runs, ["plain", "a|b"])
-    text = to_markdown(comparison)
-    assert text.startswith("|  | plain | a\\|b |\n|---|---:|---:|\n")
-    assert "| final validation loss | 4.0000 | 3.0000 (-1.0000) |\n" in text
-    for below in lines_below(comparison):
-        assert f"\n{below}\n" in text
+def test_markdown(groups):
+    groups[2] = Group("a|b <i>", groups[2].runs)
+    comparison = compare(groups)
+    text = markdown(comparison, "my report.png")
+    assert "![Validation loss against what it cost](<my report.png>)" in text
+    assert "\n| a\\|b \\<i\\> (1 seed) | 3.0000 |" in text
+    for note in comparison.notes:
+        assert f"\n{note}\n" in text
+    small = Table("T", ["", "x"], [["a", "1"]], "How.")
+    assert to_markdown(small) == "## T\n\n|  | x |\n|---|---:|\n| a | 1 |\n\nHow.\n"
 
 
-def test_console_table(two_runs):
+def test_console_table():
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(to_console(compare(two_runs, ["plain", "[red]"])))
+    console.print(to_console(Table("T", ["", "x"], [["[red]", "1"]])))
     text = console.export_text()
-    assert "[red]" in text
-    assert "3.200e+11 (0.80x)" in text
+    assert "[red]" in text and text.startswith("T ")

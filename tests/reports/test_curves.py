@@ -8,7 +8,9 @@ import pytest
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.reports import curves
+from megatron_eslm.reports.groups import Group
 from megatron_eslm.reports.runs import read_run
+from megatron_eslm.reports.theme import DARK, LIGHT
 
 from .conftest import line
 
@@ -30,24 +32,66 @@ def runs(metrics_file):
     ]
 
 
-def test_writes_a_picture_that_is_always_the_same(runs, tmp_path):
+@pytest.fixture
+def groups(runs):
+    return [Group("both", runs), Group("a", runs[:1])]
+
+
+def test_a_picture_is_always_the_same(groups, tmp_path):
     for name in ("one.png", "two.png"):
-        curves.draw(runs, ["a", "b"], tmp_path / name, 3.2)
+        curves.save(curves.draw(groups, 3.2), tmp_path / name)
     picture = (tmp_path / "one.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
     assert picture == (tmp_path / "two.png").read_bytes()
+    assert curves.svg(curves.draw(groups, 3.2)) == curves.svg(curves.draw(groups, 3.2))
+
+
+def test_five_panels_and_a_legend(groups):
+    axes = curves.draw(groups, 3.2).axes
+    assert [a.get_xlabel() for a in axes[:5]] == [
+        "iterations",
+        "tokens trained on",
+        "FLOPs executed (TFLOP)",
+        "FLOPs, paper's count (FLOP)",
+        "training time (seconds)",
+    ]
+    names = [text.get_text() for text in axes[5].get_legend().get_texts()]
+    assert names == ["both (2 seeds)", "a (1 seed)"]
+    # One band, that of the group of two; what was not measured says so.
+    assert len(axes[0].collections) == 1
+    assert [text.get_text() for text in axes[1].texts if "not" in text.get_text()]
+
+
+def test_themes_differ(groups):
+    assert DARK.ground in curves.svg(curves.draw(groups, None, DARK))
+    assert DARK.ground not in curves.svg(curves.draw(groups, None, LIGHT))
 
 
 def test_runs_without_costs_are_still_drawn(metrics_file, tmp_path):
     run = read_run(metrics_file("a.jsonl", line(10, 4.0), line(20, 3.0)))
-    curves.draw([run, run], ["a", "b"], tmp_path / "x.png", None)
+    curves.save(curves.draw([Group("a", [run])], None), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 0
 
 
-def test_place_that_cannot_be_written(runs, tmp_path):
+def test_place_that_cannot_be_written(groups, tmp_path):
     with pytest.raises(ConfigError, match="--output-prefix"):
-        curves.draw(runs, ["a", "b"], tmp_path / "none" / "x.png", 3.2)
+        curves.save(curves.draw(groups, 3.2), tmp_path / "none" / "x.png")
+
+
+def test_band_over_the_iterations_that_all_seeds_have(metrics_file):
+    runs = [
+        read_run(metrics_file(f"{n}.jsonl", *lines))
+        for n, lines in enumerate(
+            (
+                (line(10, 5.0, flops=1), line(20, 4.0, flops=2), line(30, 3.0, flops=3)),
+                (line(10, 6.0, flops=3), line(20, math.nan, flops=4), line(30, 2.0, flops=5)),
+            )
+        )
+    ]
+    costs, spreads = curves.band(Group("x", runs), "flops")
+    assert costs == [2.0, 4.0]
+    assert [(s.low, s.mean, s.high) for s in spreads] == [(5.0, 5.5, 6.0), (2.0, 2.5, 3.0)]
 
 
 def test_points_leave_out_what_is_not_finite(metrics_file):

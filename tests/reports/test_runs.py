@@ -24,6 +24,13 @@ def test_settings_and_records(metrics_file):
     assert [r["valid_loss"] for r in run.evaluations] == [4.0]
 
 
+def test_losses_of_domains(metrics_file):
+    by = {"book": 3.0, "code": None}
+    run = read_run(metrics_file("a.jsonl", line(10, 4.0, valid_loss_by_domain=by)))
+    assert run.evaluations[0]["valid_loss_by_domain"] == by
+    assert run.iterations == 10
+
+
 def test_no_settings(metrics_file):
     assert read_run(metrics_file("a.jsonl", line(1))).settings == {}
 
@@ -81,6 +88,11 @@ def test_two_broken_lines_at_the_end(metrics_file):
         ('{"loss": 1.0}', 'no "iteration"'),
         ('{"iteration": 1.5}', 'no "iteration"'),
         ('{"iteration": 1, "valid_loss": "low"}', "\"valid_loss\" is 'low', not a number"),
+        (
+            '{"iteration": 1, "valid_loss_by_domain": {"book": "low"}}',
+            "\"valid_loss_by_domain/book\" is 'low', not a number",
+        ),
+        ('{"iteration": 1, "tokens": {"book": 1}}', "\"tokens\" is {'book': 1}, not a number"),
         ('{"run": 3}', '"run" does not hold settings'),
     ],
 )

@@ -1,0 +1,171 @@
+"""Runs that differ by their seed alone, taken together: mean and spread."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.reports.runs import Run
+
+PLACES = ("save", "metrics_file", "dump_selection", "data_cache_path")
+"""Settings that say where a run wrote, which never makes two runs differ."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One quantity over the runs of a group."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value; nan where one of them is."""
+        assert values
+        if any(math.isnan(value) for value in values):
+            return cls(math.nan, math.nan, math.nan, len(values))
+        return cls(sum(values) / len(values), min(values), max(values), len(values))
+
+    def text(self, form: Callable[[float], str]) -> str:
+        """Mean, and lowest to highest where there are several and they differ as printed."""
+        low, high = form(self.low), form(self.high)
+        return form(self.mean) if low == high else f"{form(self.mean)} [{low}, {high}]"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method, one for each seed."""
+
+    label: str
+    runs: list[Run]
+
+    @property
+    def selection(self) -> str | None:
+        """The policy of all its runs, if they say one and the same."""
+        found = {run.settings.get("selection") for run in self.runs}
+        return found.pop() if len(found) == 1 else None
+
+    def setting(self, name: str) -> Any:
+        """A setting of its first run."""
+        return self.runs[0].settings.get(name)
+
+    def spread(self, read: Callable[[Run], float | None]) -> Spread | None:
+        """A quantity over its runs; None where one lacks it."""
+        values = [read(run) for run in self.runs]
+        known = [value for value in values if value is not None]
+        return Spread.of(known) if len(known) == len(values) else None
+
+
+def group_runs(runs: Sequence[Run], labels: Sequence[str] | None = None) -> list[Group]:
+    """Groups in the order in which their first runs come.
+
+    Args:
+        runs: one or more.
+        labels: one for each run, and runs of one label are a group. By default runs are a group if
+            their settings are the same but for the seed, which must differ; a group is named by
+            what the names of its files begin with.
+
+    Raises:
+        ConfigError: another number of labels than of runs.
+    """
+    if labels is not None:
+        if len(labels) != len(runs):
+            raise ConfigError(
+                f"--labels names {len(labels)} runs, but there are {len(runs)}; give one for each."
+            )
+        named: dict[str, list[Run]] = {}
+        for run, label in zip(runs, labels, strict=True):
+            named.setdefault(label, []).append(run)
+        return [Group(label, members) for label, members in named.items()]
+    names = dict(zip(map(id, runs), default_labels([run.path for run in runs]), strict=True))
+    parts = _by_settings(runs)
+    labels = [_common_name([names[id(run)] for run in part], part) for part in parts]
+    if len(set(labels)) < len(labels):
+        labels = [" + ".join(names[id(run)] for run in part) for part in parts]
+    return [Group(label, part) for label, part in zip(labels, parts, strict=True)]
+
+
+def _by_settings(runs: Sequence[Run]) -> list[list[Run]]:
+    parts: dict[Any, list[Run]] = {}
+    for number, run in enumerate(runs):
+        rest = {k: v for k, v in run.settings.items() if k not in (*PLACES, "seed")}
+        # Without a seed it cannot be known what two runs have in common.
+        key = repr(sorted(rest.items())) if run.settings.get("seed") is not None else number
+        parts.setdefault(key, []).append(run)
+    found: list[list[Run]] = []
+    for part in parts.values():
+        repeats = len({run.settings.get("seed") for run in part}) < len(part)
+        found += [[run] for run in part] if repeats else [part]
+    return sorted(found, key=lambda part: min(_place(runs, run) for run in part))
+
+
+def _place(runs: Sequence[Run], run: Run) -> int:
+    return next(i for i, other in enumerate(runs) if other is run)
+
+
+def default_labels(files: Sequence[str | Path]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    paths = [Path(file).with_suffix("") for file in files]
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        labels = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{path.name} #{number}" for number, path in enumerate(paths, start=1)]
+
+
+def _common_name(names: Sequence[str], part: Sequence[Run]) -> str:
+    """What names begin with, without a "seed" at its end: clm_s1, clm_s2 -> clm."""
+    if len(names) == 1:
+        return names[0]
+    common = names[0]
+    while not all(name.startswith(common) for name in names):
+        common = common[:-1]
+    if not common:
+        return " + ".join(names)
+    common = re.sub(r"[\W_]*(?<![a-z])((s|seed)\d*)?[\W_]*$", "", common)
+    # clm/seed1, clm/seed2: the folder says it.
+    return common or part[0].path.parent.name or names[0]
+
+
+def on_common_seeds(a: Group, b: Group) -> tuple[Group, Group]:
+    """Two groups with the runs of seeds that both have; as they are where they share none.
+
+    A seed decides initial weights and the order of the data, so runs of one seed differ by method
+    alone.
+    """
+
+    def seeds(group: Group) -> set[Any]:
+        return {run.settings.get("seed") for run in group.runs} - {None}
+
+    common = seeds(a) & seeds(b)
+    if not common:
+        return a, b
+
+    def part(group: Group) -> Group:
+        return Group(group.label, [r for r in group.runs if r.settings.get("seed") in common])
+
+    return part(a), part(b)
+
+
+def differing_settings(groups: Sequence[Group]) -> dict[str, list[Any]]:
+    """The settings in which groups differ, with the value in each; seeds and places left out."""
+    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.settings)
+    told: dict[str, list[Any]] = {}
+    for name in names:
+        values = [group.setting(name) for group in groups]
+        if name not in (*PLACES, "seed") and len(set(map(repr, values))) > 1:
+            told[name] = values
+    return told
+
+
+def mixed_settings(group: Group) -> list[str]:
+    """The settings besides the seed in which runs under one label differ."""
+    singles = [Group("", [run]) for run in group.runs]
+    return list(differing_settings(singles))

@@ -1,0 +1,64 @@
+"""A table of text, and how it is drawn in Markdown and on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import rich.table
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; the first column names the row, the others hold numbers."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    reading: str = ""
+    """A sentence on how to read it."""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            assert len(row) == len(self.header), (self.title, row)
+
+
+def to_markdown(table: Table) -> str:
+    """The table under its title, with its reading below."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(_markdown_text(cell) for cell in cells) + " |"
+
+    lines = [
+        f"## {table.title}",
+        "",
+        line(table.header),
+        "|---|" + "---:|" * (len(table.header) - 1),
+        *map(line, table.rows),
+    ]
+    if table.reading:
+        lines += ["", table.reading]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is, within one line and one cell."""
+    for character in "\\`*_[]<>|":
+        text = text.replace(character, "\\" + character)
+    return " ".join(text.splitlines())
+
+
+def to_console(table: Table) -> rich.table.Table:
+    """The table for rich; its reading is for the caller to print below."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    # Text, not str: square brackets in a label are no markup.
+    drawn = RichTable(title=Text(table.title), title_justify="left")
+    for number, name in enumerate(table.header):
+        drawn.add_column(Text(name), justify="right" if number else "left")
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    return drawn

@@ -1,0 +1,150 @@
+"""Loss and entropy of every token of a text under a trained model, in one process.
+
+Shape legend: M passages of a batch, T positions, S = T + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_eslm.data.folder_tokenizer import folder_tokenizer
+from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.gpt import GPT, ModelSettings, load_weights
+from megatron_eslm.model.gpt2_folder import from_gpt2, load_gpt2
+from megatron_eslm.objectives.causal_lm import CausalLM
+from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
+from megatron_eslm.parallel.mesh import build_mesh
+from megatron_eslm.reports.passages import Passage
+from megatron_eslm.selection.batch import Batch
+from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.selection.state import Peers, Recorder, SelectionState
+from megatron_eslm.training.checkpoint import Weights, read_weights
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model says of the tokens of one passage."""
+
+    loss: np.ndarray
+    """float32 [n], -log p(token), in nats."""
+    entropy: np.ndarray
+    """float32 [n], of the prediction that the token is drawn from, in nats."""
+
+
+@dataclass(frozen=True)
+class ScoringModel:
+    """Full weights and the tokenizer that their ids are of."""
+
+    name: str
+    """Folder and iteration, for people."""
+    weights: Weights
+    tokenizer: Tokenizer
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a window."""
+        return self.weights.shape.max_position_embeddings
+
+    @torch.no_grad()
+    def score(self, passages: Sequence[Passage], batch_size: int = 8) -> list[TokenScores]:
+        """Scores of all tokens of passages, each from what stands before it in its passage.
+
+        Needs a process group of one (`parallel.bootstrap.single_process`). Logits exist for a few
+        tokens at a time only.
+        """
+        shape = self.weights.shape
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        policy = build_policy(
+            SelectionOptions(selection="clm"), SelectionState(alpha=0.0), Peers(0, 1, None), seed=0
+        )
+        model = GPT(shape, build_mesh(), policy, Recorder(), CausalLM(), ModelSettings())
+        load_weights(model, self.weights.weights)
+        model = model.eval().to(device)
+        shard = VocabShard.of(shape.vocab_size, shape.padded_vocab_size)
+        scores: list[TokenScores] = []
+        for first in range(0, len(passages), batch_size):
+            tokens_MS, valid_MT = _batch(passages[first : first + batch_size], self.tokenizer.eod)
+            tokens_MS, valid_MT = tokens_MS.to(device), valid_MT.to(device)
+            hidden_TMD, *_ = model.run(Batch.of(tokens_MS, valid_MT))
+            found = head_statistics(
+                model.final_norm(hidden_TMD.transpose(0, 1)[valid_MT]),
+                model.embedding.word.weight,
+                tokens_MS[:, 1:][valid_MT],
+                shard,
+                entropy=True,
+            )
+            assert found.entropy_N is not None
+            lengths = valid_MT.sum(dim=1).tolist()
+            both = zip(
+                found.loss_N.cpu().split(lengths), found.entropy_N.cpu().split(lengths), strict=True
+            )
+            scores += [TokenScores(loss.numpy(), entropy.numpy()) for loss, entropy in both]
+        return scores
+
+
+def open_scoring_model(load: str, tag: str | None = None, flag: str = "--load") -> ScoringModel:
+    """A model from a checkpoint of ours or from a Hugging Face folder.
+
+    Args:
+        load: folder of checkpoints, one checkpoint, or an exported or downloaded GPT-2.
+        tag: which checkpoint; default: the newest complete one.
+        flag: what named it, for messages.
+
+    Raises:
+        ConfigError: `load` is neither, is damaged, or holds no tokenizer.
+    """
+    if (Path(load) / "config.json").is_file():
+        if tag is not None:
+            raise ConfigError(f"{flag} {load} is a Hugging Face folder and has no tag {tag}.")
+        gpt2 = load_gpt2(load)
+        state, shape = from_gpt2(gpt2, gpt2.config, 1)
+        weights = Weights(dict(state), shape, None, 0)
+        return ScoringModel(Path(load).name, weights, folder_tokenizer(load))
+    try:
+        weights = read_weights(load, tag)
+    except ConfigError as error:
+        # The message of loading names --load whatever flag it came from.
+        raise error if flag == "--load" else ConfigError(f"{flag}: {error}") from error
+    if weights.tokenizer_dir is None:
+        raise ConfigError(
+            f"{flag} {load}: this checkpoint holds no tokenizer, so its tokens cannot be shown. "
+            "Use a checkpoint that was saved while training on prepared data."
+        )
+    name = f"{Path(load).name}, iteration {weights.iteration}"
+    return ScoringModel(name, weights, load_tokenizer(weights.tokenizer_dir))
+
+
+def window_of(models: Sequence[ScoringModel], wanted: int | None) -> int:
+    """The window that passages are cut into.
+
+    Raises:
+        ConfigError: more tokens are wanted than one of the models has positions.
+    """
+    longest = min(model.context for model in models)
+    if wanted is None:
+        return longest
+    if not 1 <= wanted <= longest:
+        raise ConfigError(
+            f"--seq-length {wanted} must be from 1 to {longest}, the positions of the model."
+        )
+    return wanted
+
+
+def _batch(passages: Sequence[Passage], eod: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [M, T+1] and bool [M, T], as long as the longest passage; the rest is `eod`."""
+    width = max(len(passage.ids) for passage in passages)
+    tokens_MS = torch.full((len(passages), width + 1), eod, dtype=torch.int64)
+    valid_MT = torch.zeros(len(passages), width, dtype=torch.bool)
+    for row, passage in enumerate(passages):
+        length = len(passage.ids)
+        tokens_MS[row, 0] = passage.before
+        tokens_MS[row, 1 : length + 1] = torch.from_numpy(passage.ids)
+        valid_MT[row, :length] = True
+    return tokens_MS, valid_MT
