@@ -53,7 +53,7 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/codespell .
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck examples/*.sh examples/*.sbatch
+	$(BIN)/shellcheck examples/*.sh examples/*.sbatch examples/reproduce/*.sh
 
 clean:
 	rm -rf $(VENV) $(DEMO)

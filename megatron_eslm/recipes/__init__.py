@@ -1,0 +1,1 @@
+"""Comparisons of methods, written down in one file and run from it."""

@@ -1,0 +1,213 @@
+"""Runs a recipe: one training after another, each of them resumable, none of them twice.
+
+A run's folder holds the command that made it (command.json), its log, metrics and checkpoints, and
+finished.json when it is done. Several runners may share one recipe, on one machine or on several
+that see one disk: whoever holds the lock of a folder trains that run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.recipes.recipe import Recipe, RecipeRun, Step
+
+logger = logging.getLogger(__name__)
+
+Outcome = Literal["finished", "failed", "held", "waits"]
+"""Of one run: done (now or before), ended with an error, somebody else's, needs another one."""
+
+_STEP_FLOPS = re.compile(r"^FLOPs executed .*\((\S+) a step\)$", re.MULTILINE)
+
+
+class StoppedError(Exception):
+    """A signal ended the runner; the run under way has saved a checkpoint."""
+
+
+class Runner:
+    """Runs a recipe from the folder of the repository.
+
+    Args:
+        recipe: what to run.
+        root: of the repository, where pretrain_gpt.py is; commands are run in the current folder.
+    """
+
+    def __init__(self, recipe: Recipe, root: Path) -> None:
+        self.recipe = recipe
+        self.root = root
+
+    def train(self, runs: Sequence[RecipeRun]) -> dict[str, Outcome]:
+        """Prepare, and train `runs` in their order, those that wait for others as soon as they may.
+
+        Returns:
+            The outcome of each, by the name of its folder.
+        """
+        for step in self.recipe.prepare:
+            self._prepare(step)
+        outcomes: dict[str, Outcome] = {}
+        moved = True
+        while moved:
+            moved = False
+            for run in runs:
+                if outcomes.get(run.folder.name) in ("finished", "failed"):
+                    continue
+                outcomes[run.folder.name] = outcome = self._train(run)
+                moved |= outcome in ("finished", "failed")
+        return outcomes
+
+    def after(self) -> None:
+        """What comes after all runs."""
+        for step in self.recipe.after:
+            self._prepare(step)
+
+    def finished(self, run: RecipeRun) -> bool:
+        """Whether a run is done."""
+        return (run.folder / "finished.json").is_file()
+
+    def steps(self, run: RecipeRun) -> int | None:
+        """The budget of a run with `flops-of`, by the FLOPs that --dry-run counts; else None."""
+        if run.flops_of is None:
+            return None
+        other = self.recipe.run(run.flops_of, run.seed)
+        try:
+            iterations = int(other.flags["train_iters"])
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"flops-of of {run.method} needs a number as train-iters of {run.flops_of}."
+            ) from error
+        return round(iterations * self._step_flops(other) / self._step_flops(run))
+
+    def _portable(self, words: Sequence[str]) -> list[str]:
+        """A command without the places of this Python and this repository."""
+        return [*self.recipe.launch, "pretrain_gpt.py", *words]
+
+    def _launch(self) -> list[str]:
+        words = list(self.recipe.launch)
+        if words == ["python"]:
+            words = [sys.executable]
+        return [*words, str(self.root / "pretrain_gpt.py")]
+
+    def _step_flops(self, run: RecipeRun) -> float:
+        command = [*self._launch(), *run.words(), "--dry-run"]
+        done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+        found = _STEP_FLOPS.search(done.stdout)
+        if done.returncode or found is None:
+            raise ConfigError(
+                f"{shlex.join(command)} failed: {(done.stderr or done.stdout)[-500:]}"
+            )
+        return float(found[1])
+
+    def _train(self, run: RecipeRun) -> Outcome:
+        if run.needs is not None and not self.finished(self.recipe.run(run.needs, run.seed)):
+            logger.info("%s waits for %s", run.folder.name, run.needs)
+            return "waits"
+        with _lock(run.folder) as held:
+            if not held:
+                logger.info("%s is being trained by another process", run.folder.name)
+                return "held"
+            stored, steps = run.folder / "command.json", self.steps(run)
+            first = self._portable(run.words(steps))
+            if stored.is_file() and json.loads(stored.read_text()) != first:
+                raise ConfigError(
+                    f"{run.folder} was begun with another command than the one that "
+                    f"{self.recipe.path} now gives; it is in {stored}. Remove the folder, or "
+                    "choose another output."
+                )
+            if self.finished(run):
+                return "finished"
+            _write(stored, first)
+            resumed = any(run.checkpoints.glob("iter_*"))
+            command = [*self._launch(), *run.words(steps, resumed=resumed)]
+            logger.info("%s: %s", run.folder.name, shlex.join(command))
+            code = _call(command, run.folder / "log.txt")
+            if code == 0:
+                _write(run.folder / "finished.json", {"command": first})
+                return "finished"
+        logger.error("%s ended with code %d; see %s", run.folder.name, code, run.folder / "log.txt")
+        return "failed"
+
+    def _prepare(self, step: Step) -> None:
+        if step.creates.exists():
+            return
+        # Other runners of the recipe wait for it here.
+        step.creates.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(step.creates.parent, f".{step.creates.name}.lock", wait=True):
+            if step.creates.exists():
+                return
+            words = [sys.executable if word == "python" else word for word in step.words]
+            logger.info("%s", shlex.join(words))
+            if code := _call(words, None):
+                raise ConfigError(f"{shlex.join(words)} ended with code {code}.")
+            if not step.creates.exists():
+                raise ConfigError(f"{shlex.join(words)} did not make {step.creates}.")
+
+
+def _write(path: Path, content: object) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+@contextmanager
+def _lock(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process has the folder to itself meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / name).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with this Python's launchers found first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path}
+
+
+def _call(command: Sequence[str], log: Path | None) -> int:
+    """Run a command to its end; its output goes to the end of `log`, or where ours goes.
+
+    SIGTERM and SIGINT are handed on: a training then saves a checkpoint and ends.
+
+    Raises:
+        StoppedError: after such a signal.
+    """
+    received: list[int] = []
+    with open(log, "ab") if log is not None else open(os.dup(1), "wb") as file:
+        # A session of its own, so that a terminal's Ctrl-C comes once, from here.
+        child = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+            start_new_session=True,
+        )
+
+        def hand_on(number: int, _: object) -> None:
+            received.append(number)
+            child.send_signal(number)
+
+        before = {s: signal.signal(s, hand_on) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            code = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if received:
+        raise StoppedError(signal.Signals(received[0]).name)
+    return code

@@ -1,0 +1,219 @@
+"""The runner: every run once, in an order that can be, across interruptions."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.recipes.recipe import read_recipe
+from megatron_eslm.recipes.runner import Runner
+
+from ..training.conftest import make_domain
+from ..training.runs import words
+
+ROOT = Path(__file__).parents[2]
+
+FAKE = """
+import os, pathlib, signal, sys, time
+flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+folder = pathlib.Path(flags["--save"])
+folder.mkdir(parents=True, exist_ok=True)
+with open("calls.txt", "a") as calls:
+    calls.write(folder.parent.name + " " + flags["--load"] + chr(10))
+if "--dry-run" in sys.argv:
+    flops = "2e6" if flags["--selection"] == "clm" else "1e6"
+    print(f"FLOPs executed       1e9 ({flops} a step)")
+    sys.exit()
+(folder / "iter_0000001").mkdir(exist_ok=True)
+if os.path.exists("fail"):
+    sys.exit(3)
+if os.path.exists("hang"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    pathlib.Path("hangs").touch()
+    time.sleep(60)
+pathlib.Path(folder.parent, "iters").write_text(flags["--train-iters"])
+"""
+
+METHODS = {
+    "rho1": {"selection": "rho1", "needs": "clm", "load": "weights"},
+    "clm": {"selection": "clm"},
+    "random": {"selection": "random"},
+    "short": {"selection": "clm", "flops-of": "random"},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A function that reads the recipe; its trainings are done by a script."""
+    monkeypatch.chdir(tmp_path)
+    Path("fake.py").write_text(FAKE)
+
+    def make(**changes):
+        content = {
+            "output": "out",
+            "launch": f"{sys.executable} fake.py",
+            "seeds": [7],
+            "prepare": [{"creates": "data/x", "run": "touch data/x"}],
+            "flags": {"train-iters": 100},
+            "methods": METHODS,
+        } | changes
+        Path("r.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return read_recipe("r.yaml")
+
+    return make
+
+
+def calls() -> list[str]:
+    path = Path("calls.txt")
+    return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_each_once_in_an_order_that_can_be(recipe):
+    made = recipe()
+    outcomes = Runner(made, ROOT).train(made.runs)
+    assert set(outcomes.values()) == {"finished"}
+    trained = [name for name in calls() if name != "random-seed7"]
+    assert trained.index("clm-seed7") < trained.index("rho1-seed7")
+    assert Path("data/x").exists()
+    # random's steps cost half of clm's.
+    assert Path("out/short-seed7/iters").read_text() == "50"
+    assert Path("out/clm-seed7/iters").read_text() == "100"
+    command = json.loads(Path("out/clm-seed7/command.json").read_text())
+    assert command[2] == "pretrain_gpt.py"  # without the place of the repository
+    Path("calls.txt").unlink()
+    assert set(Runner(made, ROOT).train(made.runs).values()) == {"finished"}
+    assert "clm-seed7" not in calls()
+
+
+def test_a_failure_keeps_back_what_needs_it_and_is_taken_up_again(recipe):
+    made = recipe()
+    Path("fail").touch()
+    outcomes = Runner(made, ROOT).train(made.runs)
+    assert outcomes["clm-seed7"] == "failed" and outcomes["rho1-seed7"] == "waits"
+    Path("fail").unlink()
+    Path("calls.txt").unlink()
+    assert set(Runner(made, ROOT).train(made.runs).values()) == {"finished"}
+    loads = dict(line.split() for line in Path("calls.txt").read_text().splitlines())
+    assert loads["clm-seed7"] == "out/clm-seed7/checkpoints"
+    assert loads["rho1-seed7"] == "weights"
+
+
+def test_weights_to_start_from_are_loaded_once(recipe):
+    made = recipe(methods={"a": {"selection": "clm", "load": "weights"}})
+    Path("fail").touch()
+    assert Runner(made, ROOT).train(made.runs) == {"a-seed7": "failed"}
+    Path("fail").unlink()
+    assert Runner(made, ROOT).train(made.runs) == {"a-seed7": "finished"}
+    lines = Path("calls.txt").read_text().split()
+    assert lines == ["a-seed7", "weights", "a-seed7", "out/a-seed7/checkpoints"]
+
+
+def test_a_changed_recipe_is_refused(recipe):
+    made = recipe()
+    Runner(made, ROOT).train(made.runs)
+    changed = recipe(flags={"train-iters": 200})
+    with pytest.raises(ConfigError, match="begun with another command"):
+        Runner(changed, ROOT).train(changed.runs)
+    assert Path("out/clm-seed7/iters").read_text() == "100"
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(recipe):
+    made = recipe()
+    folder = Path("out/clm-seed7")
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcomes = Runner(made, ROOT).train(made.runs)
+    assert outcomes["clm-seed7"] == "held" and outcomes["rho1-seed7"] == "waits"
+    assert outcomes["random-seed7"] == "finished"
+
+
+def test_prepare_that_fails_or_makes_nothing_is_named(recipe):
+    for command, message in (("false", "false ended with code 1"), ("true", "did not make data/x")):
+        made = recipe(prepare=[{"creates": "data/x", "run": command}])
+        with pytest.raises(ConfigError, match=message):
+            Runner(made, ROOT).train(made.runs)
+
+
+def tool(*words: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "run_recipe.py"), "r.yaml", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        **kwargs,
+    )
+
+
+def test_a_signal_is_handed_on_and_ends_the_runner(recipe):
+    recipe()
+    Path("hang").touch()
+    runner = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "run_recipe.py"), "r.yaml", "--only", "clm"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    while not Path("hangs").exists():
+        assert runner.poll() is None
+        time.sleep(0.05)
+    runner.send_signal(signal.SIGTERM)
+    _, errors = runner.communicate(timeout=60)
+    assert runner.returncode == 1 and "the same command goes on" in errors
+    assert not Path("out/clm-seed7/finished.json").exists()
+
+
+def test_parts_and_mistakes_on_the_command_line(recipe):
+    recipe()
+    printed = tool("--dry-run", "--index", "1", "--of", "2").stdout
+    assert "clm-seed7: " in printed and "short-seed7: " in printed and "random" not in printed
+    for flags, message in (
+        (["--only", "clam"], "--only clam: the recipe has clm,"),
+        (["--index", "1"], "belong together"),
+        (["--index", "2", "--of", "2"], "runs from 0"),
+        (["--set", "x"], "not NAME=VALUE"),
+    ):
+        done = tool(*flags)
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_real_trainings_and_their_report(recipe, tmp_path):
+    data = [make_domain(tmp_path / name, name, 100) for name in ("prose", "code")]
+    flags = words(data, iters=3)
+    named = {}
+    for word in flags:
+        if word.startswith("--"):
+            key = word[2:]
+            named[key] = []
+        else:
+            named[key].append(word)
+    common = {key: values if len(values) > 1 else values[0] for key, values in named.items()}
+    recipe(
+        launch="python",
+        prepare=[],
+        seeds=[1],
+        flags=common,
+        methods={
+            "rho1": {"selection": "rho1", "needs": "clm", "reference": "${run:clm}"},
+            "clm": {"selection": "clm"},
+            "random": {"selection": "random", "eslm-alpha": 0.25},
+            "clm short": {"selection": "clm", "flops-of": "random"},
+        },
+        after=[{"creates": "out/done", "run": "cp out/report.md out/done"}],
+    )
+    done = tool()
+    assert done.returncode == 0, done.stderr
+    report = Path("out/done").read_text()
+    for name in ("rho1", "clm", "random", "clm short"):
+        assert f"| {name}" in report
+    assert Path("out/report.html").exists() and Path("out/report.png").exists()

@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""Train a byte-level BPE tokenizer on text, for models too small for GPT-2's vocabulary.
+
+    python tools/train_tokenizer.py --input corpus/train --vocab-size 8192 --output data/bpe.json
+
+Then preprocess with --tokenizer-type HuggingFaceTokenizer --tokenizer-model data/bpe.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_eslm.data.readers import read_documents
+from megatron_eslm.data.train_bpe import train_bpe
+from megatron_eslm.errors import ConfigError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 0, or 2 if the input cannot be used."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, help="as tools/preprocess_data.py takes it")
+    add("--vocab-size", type=int, required=True, help="with the 256 bytes and <|endoftext|>")
+    add("--output", required=True, metavar="FILE.json")
+    add("--text-key", default="text", help="field or column that holds the text (%(default)s)")
+    add("--overwrite", action="store_true", help="replace an existing file")
+    args = parser.parse_args(argv)
+    output = Path(args.output)
+    try:
+        if output.exists() and not args.overwrite:
+            raise ConfigError(f"--output {output} exists; choose another or give --overwrite.")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        train_bpe(read_documents(args.input, args.text_key), args.vocab_size, output)
+    except OSError as error:
+        print(f"error: --output {output} cannot be written: {error}", file=sys.stderr)
+        return 2
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
