@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 from megatron_eslm.data.tokenizers import same_ids
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.bootstrap import single_process
+from megatron_eslm.reports.groups import default_labels
 from megatron_eslm.reports.highlight import Column, choose, highlight_page
 from megatron_eslm.reports.html import write_page
 from megatron_eslm.reports.passages import passages_of_text, read_text, validation_passages
@@ -53,6 +55,13 @@ def render(args: argparse.Namespace) -> str:
     other = (
         model if args.load_b is None else open_scoring_model(args.load_b, args.tag_b, "--load-b")
     )
+    if other.name == model.name and args.load_b not in (None, args.load):
+        # Recipes save each run in a folder of the same name.
+        names = default_labels([args.load, args.load_b])
+        model, other = (
+            replace(m, name=f"{name}, iteration {m.weights.iteration}")
+            for m, name in zip((model, other), names, strict=True)
+        )
     reference = args.reference and open_scoring_model(args.reference, flag="--reference")
     models = [m for m in (model, other, reference) if m]
     for candidate in models[1:]:

@@ -66,6 +66,18 @@ class TestHighlight:
         assert "a, iteration 0, loss" in text and "b, iteration 0, loss" in text
         assert text.count("21 of 24 tokens kept") == 2
 
+    def test_folders_of_one_name_are_told_apart(self, place, tmp_path):
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "checkpoints").symlink_to(place / name)
+        out = tmp_path / "page.html"
+        words = ("--load", tmp_path / "a" / "checkpoints", "--load-b", tmp_path / "b/checkpoints")
+        text = ("--text", place / "text.txt", "--output", out)
+        assert call("highlight_tokens", *words, *text) == 0
+        page = Outline(out.read_text()).text
+        assert "a/checkpoints, iteration 0, loss" in page
+        assert "b/checkpoints, iteration 0, loss" in page
+
     def test_excess_is_the_loss_above_the_reference(self, place, tmp_path):
         out = tmp_path / "page.html"
         words = ("--load", place / "a", "--text", place / "text.txt", "--output", out)
