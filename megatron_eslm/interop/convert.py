@@ -12,14 +12,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.interop import huggingface
 from megatron_eslm.interop.prompts import prompts_ids
 from megatron_eslm.interop.publish import published
-
-__all__ = [
-    "LogitMismatch",
-    "checkpoint_to_folder",
-    "checkpoint_tokenizer",
-    "folder_to_checkpoint",
-    "folder_tokenizer",
-]
+from megatron_eslm.model.gpt2_folder import from_gpt2, load_gpt2
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +72,8 @@ def folder_to_checkpoint(source: str, save: str, multiple: int = 128) -> float:
     """
     from megatron_eslm.training.checkpoint import read_weights, write_weights
 
-    model = huggingface.load_gpt2(source)
-    weights, shape = huggingface.from_gpt2(model, model.config, multiple)
+    model = load_gpt2(source)
+    weights, shape = from_gpt2(model, model.config, multiple)
     tokenizer = folder_tokenizer(source)
     huggingface.check_tokenizer(tokenizer, shape)
     with published(save, "--save") as aside, tempfile.TemporaryDirectory() as tokenizer_dir:
@@ -104,7 +97,7 @@ def checkpoint_tokenizer(directory: Path | None, load: str) -> Any:
 
 def _checked(weights: dict, shape: Any, folder: Path, tokenizer: Any) -> float:
     difference = huggingface.compare_logits(
-        weights, shape, huggingface.load_gpt2(folder), prompts_ids(tokenizer, shape)
+        weights, shape, load_gpt2(folder), prompts_ids(tokenizer, shape)
     )
     if not difference <= huggingface.LOGIT_TOLERANCE:
         raise LogitMismatch(difference)

@@ -63,12 +63,14 @@ def open_model(load: str, tag: str | None = None) -> tuple[GPT2LMHeadModel, Any]
     Raises:
         ConfigError: `load` is neither, or is damaged.
     """
+    from megatron_eslm.data.folder_tokenizer import folder_tokenizer
     from megatron_eslm.interop import convert, huggingface
+    from megatron_eslm.model.gpt2_folder import load_gpt2
 
     if (Path(load) / "config.json").is_file():
         if tag is not None:
             raise ConfigError(f"--tag {tag}: {load} is a Hugging Face folder and has no tags.")
-        return huggingface.load_gpt2(load), convert.folder_tokenizer(load)
+        return load_gpt2(load), folder_tokenizer(load)
 
     from megatron_eslm.training.checkpoint import read_weights
 

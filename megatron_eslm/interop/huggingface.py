@@ -16,24 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.gpt2_folder import check_config, from_gpt2, load_gpt2
 from megatron_eslm.model.gpt2_names import to_gpt2_state
 from megatron_eslm.model.shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
-
-__all__ = [
-    "LOGIT_TOLERANCE",
-    "check_config",
-    "check_tokenizer",
-    "compare_logits",
-    "export",
-    "from_gpt2",
-    "gpt2_config",
-    "load_gpt2",
-    "to_gpt2",
-]
 
 logger = logging.getLogger(__name__)
 

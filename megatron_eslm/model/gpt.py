@@ -6,6 +6,7 @@ names, only fewer of them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -279,6 +280,19 @@ class _NoObjective(Objective):
         raise AssertionError("a model without an objective was asked for its loss")
 
 
+def bare_gpt(shape: ModelShape, mesh: Mesh) -> GPT:
+    """A whole GPT to look at texts with, in evaluation mode, without weights, policy or loss.
+
+    Args:
+        shape: of the model.
+        mesh: only its tensor-parallel group counts.
+    """
+    alone = dataclasses.replace(mesh, pp_size=1, pp_rank=0)
+    options = SelectionOptions(selection="clm")
+    policy = build_policy(options, SelectionState(alpha=0.0), Peers(0, 1, None), seed=0)
+    return GPT(shape, alone, policy, Recorder(), _NoObjective(), ModelSettings()).eval()
+
+
 @torch.no_grad()
 def reference_logits(
     weights: dict[str, torch.Tensor], shape: ModelShape, tokens: torch.Tensor
@@ -295,10 +309,7 @@ def reference_logits(
     Returns:
         float32 [B, T, vocab_size], padding columns cut off.
     """
-    mesh = build_mesh()
-    options = SelectionOptions(selection="clm")
-    policy = build_policy(options, SelectionState(alpha=0.0), Peers(0, 1, None), seed=0)
-    model = GPT(shape, mesh, policy, Recorder(), _NoObjective(), ModelSettings()).eval()
+    model = bare_gpt(shape, build_mesh())
     load_weights(model, weights)
     # The embedding takes T+1 tokens and drops the last; any id does there.
     padded = torch.cat([tokens, tokens[:, :1]], dim=1)

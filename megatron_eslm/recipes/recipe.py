@@ -164,6 +164,7 @@ class _Reader:
             for name, flags in methods.items()
         ]
         self._check_order(runs)
+        self._check_folders(runs)
         places = {run.method: run.checkpoints for run in runs if run.seed == seeds[0]}
         return Recipe(
             path=self.path,
@@ -219,6 +220,13 @@ class _Reader:
                     raise self._error(f"{' needs '.join([*seen, now])}: none of them can be first")
                 seen.append(now)
                 now = needs[now]
+
+    def _check_folders(self, runs: list[RecipeRun]) -> None:
+        taken: dict[Path, str] = {}
+        for run in runs:
+            other = taken.setdefault(run.folder, run.method)
+            if other != run.method:
+                raise self._error(f"{other!r} and {run.method!r} would share {run.folder}")
 
     def _steps(self, key: str, steps: Any, places: Mapping[str, Path]) -> tuple[Step, ...]:
         if steps is not None and not isinstance(steps, list):

@@ -47,6 +47,8 @@ class Runner:
     def __init__(self, recipe: Recipe, root: Path) -> None:
         self.recipe = recipe
         self.root = root
+        self._known_flops: dict[str, float] = {}
+        """Of a step, by method: --dry-run takes seconds, and no seed changes what it says."""
 
     def train(self, runs: Sequence[RecipeRun]) -> dict[str, Outcome]:
         """Prepare, and train `runs` in their order, those that wait for others as soon as they may.
@@ -100,6 +102,11 @@ class Runner:
         return [*words, str(self.root / "pretrain_gpt.py")]
 
     def _step_flops(self, run: RecipeRun) -> float:
+        if run.method not in self._known_flops:
+            self._known_flops[run.method] = self._dry_run_flops(run)
+        return self._known_flops[run.method]
+
+    def _dry_run_flops(self, run: RecipeRun) -> float:
         command = [*self._launch(), *run.words(), "--dry-run"]
         done = subprocess.run(command, capture_output=True, text=True, env=_environment())
         found = _STEP_FLOPS.search(done.stdout)
@@ -110,9 +117,12 @@ class Runner:
         return float(found[1])
 
     def _train(self, run: RecipeRun) -> Outcome:
-        if run.needs is not None and not self.finished(self.recipe.run(run.needs, run.seed)):
-            logger.info("%s waits for %s", run.folder.name, run.needs)
-            return "waits"
+        counted = run.flops_of and self.recipe.run(run.flops_of, run.seed)
+        # What the other one reads has to be there for its --dry-run, too.
+        for needed in (run.needs, counted.needs if counted else None):
+            if needed is not None and not self.finished(self.recipe.run(needed, run.seed)):
+                logger.info("%s waits for %s", run.folder.name, needed)
+                return "waits"
         with _lock(run.folder) as held:
             if not held:
                 logger.info("%s is being trained by another process", run.folder.name)

@@ -15,16 +15,12 @@ import torch
 from megatron_eslm.data.folder_tokenizer import folder_tokenizer
 from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.gpt import GPT, ModelSettings, load_weights
+from megatron_eslm.model.gpt import bare_gpt, load_weights
 from megatron_eslm.model.gpt2_folder import from_gpt2, load_gpt2
-from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.reports.passages import Passage
 from megatron_eslm.selection.batch import Batch
-from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import build_policy
-from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from megatron_eslm.training.checkpoint import Weights, read_weights
 
 
@@ -61,12 +57,9 @@ class ScoringModel:
         """
         shape = self.weights.shape
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        policy = build_policy(
-            SelectionOptions(selection="clm"), SelectionState(alpha=0.0), Peers(0, 1, None), seed=0
-        )
-        model = GPT(shape, build_mesh(), policy, Recorder(), CausalLM(), ModelSettings())
+        model = bare_gpt(shape, build_mesh())
         load_weights(model, self.weights.weights)
-        model = model.eval().to(device)
+        model = model.to(device)
         shard = VocabShard.of(shape.vocab_size, shape.padded_vocab_size)
         scores: list[TokenScores] = []
         for first in range(0, len(passages), batch_size):

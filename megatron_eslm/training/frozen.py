@@ -20,7 +20,7 @@ from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.folder_tokenizer import folder_tokenizer
 from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.gpt import GPT, ModelSettings
+from megatron_eslm.model.gpt import GPT, bare_gpt
 from megatron_eslm.model.gpt2_folder import (
     from_gpt2,
     gpt2_shape,
@@ -28,12 +28,8 @@ from megatron_eslm.model.gpt2_folder import (
     read_gpt2_config,
 )
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.batch import Batch
-from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import build_policy
-from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from megatron_eslm.training.finding import Found, find_checkpoint
 from megatron_eslm.training.manifest import MANIFEST, list_checkpoints
 from megatron_eslm.training.parameter_shard import Shard, shards_of
@@ -167,12 +163,8 @@ def load_frozen(
     Raises:
         ConfigError: its files are damaged.
     """
-    alone = dataclasses.replace(mesh, pp_size=1, pp_rank=0)
-    nothing = SelectionOptions(selection="clm")
-    policy = build_policy(nothing, SelectionState(alpha=0.0), Peers(0, 1, None), seed=0)
-    # It is never asked for a loss.
-    model = GPT(source.shape, alone, policy, Recorder(), CausalLM(), ModelSettings())
-    shards = shards_of(model, alone, source.shape.vocab_size)
+    model = bare_gpt(source.shape, mesh)
+    shards = shards_of(model, mesh, source.shape.vocab_size)
     if source.is_checkpoint:
         reader = TensorReader(source.folder, merged=source.merged)
         reader.check_holds(shards)

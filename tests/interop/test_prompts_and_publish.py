@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.interop.huggingface import from_gpt2
 from megatron_eslm.interop.prompts import TEXTS, prompts_ids
 from megatron_eslm.interop.publish import published
+from megatron_eslm.model.gpt2_folder import from_gpt2
 
 from .conftest import files_of, random_gpt2
 

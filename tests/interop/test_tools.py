@@ -8,9 +8,10 @@ import shutil
 import pytest
 import torch
 
+from megatron_eslm.data.folder_tokenizer import folder_tokenizer
 from megatron_eslm.interop import huggingface
-from megatron_eslm.interop.convert import folder_tokenizer
-from megatron_eslm.interop.huggingface import export, from_gpt2, load_gpt2
+from megatron_eslm.interop.huggingface import export
+from megatron_eslm.model.gpt2_folder import from_gpt2, load_gpt2
 from megatron_eslm.training.checkpoint import read_weights
 
 from .conftest import edit_json, files_of, load_tool, random_gpt2

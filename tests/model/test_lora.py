@@ -13,7 +13,6 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt, load_weights
 from megatron_eslm.model.lora import adapter_names, is_adapter
 from megatron_eslm.model.options import Lora, ModelOptions
-from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.selection.options import SelectionOptions
@@ -21,17 +20,8 @@ from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from tests.harness import run_ranks
 
-from .small import INIT_STD, make_batch, perturb, relative_difference
+from .small import INIT_STD, SHAPE, make_batch, perturb, relative_difference
 
-SHAPE = ModelShape(
-    num_layers=3,
-    hidden_size=24,
-    num_attention_heads=2,
-    ffn_hidden_size=40,
-    max_position_embeddings=12,
-    vocab_size=45,
-    padded_vocab_size=48,
-)
 LORA = Lora(rank=3, alpha=7.0)
 SCALE = 7.0 / 3.0
 ADAPTED = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")

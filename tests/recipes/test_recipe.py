@@ -70,6 +70,7 @@ def test_everything_in_its_place(tmp_path):
         ({"methods": {}}, "has no 'methods'"),
         ({"methods": ["clm"]}, "must map names"),
         ({"methods": {"a/b": {}}}, "no name for a method"),
+        ({"methods": {"a b": {}, "a_b": {}}}, "'a b' and 'a_b' would share there/runs/a_b-seed1"),
         ({"methods": {"a": {"eslm-alpa": 1}}}, "no option eslm_alpa; did you mean eslm_alpha"),
         ({"methods": {"a": {"save": "x"}}}, "sets --save, which the runner sets"),
         ({"flags": {"load": "x"}}, "sets --load"),

@@ -95,6 +95,22 @@ def test_each_once_in_an_order_that_can_be(recipe):
     assert "clm-seed7" not in calls()
 
 
+def test_flops_are_counted_once_and_when_what_they_need_is_there(recipe):
+    methods = {
+        "short": {"selection": "clm", "flops-of": "rho1"},
+        "rho1": {"selection": "rho1", "needs": "clm", "reference": "${run:clm}"},
+        "clm": {"selection": "clm"},
+    }
+    made = recipe(methods=methods, seeds=[7, 8])
+    assert set(Runner(made, ROOT).train(made.runs).values()) == {"finished"}
+    assert Path("out/short-seed8/iters").read_text() == "50"
+    names = calls()
+    # rho1's step is asked for once, after the run that it needs, and trained once with each seed.
+    assert [name for name in names if name.startswith("rho1")].count("rho1-seed7") == 2
+    assert names.count("rho1-seed8") == 1
+    assert names.index("clm-seed7") < names.index("rho1-seed7")
+
+
 def test_a_failure_keeps_back_what_needs_it_and_is_taken_up_again(recipe):
     made = recipe()
     Path("fail").touch()

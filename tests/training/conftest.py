@@ -78,3 +78,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Prefixes of two domains; about 3,000 sequences of 32 tokens."""
     folder = tmp_path_factory.mktemp("data")
     return [make_domain(folder / name, name, 400) for name in DOMAINS]
+
+
+@pytest.fixture(scope="session")
+def start(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of `runs.MODEL`'s shape to start from: checkpoints of its training in `trained`, the
+    same as a Hugging Face folder in `hf` and, as tools/convert_from_hf.py makes them, in `weights`.
+    """
+    from megatron_eslm.interop.convert import checkpoint_to_folder, folder_to_checkpoint
+    from tests.harness import run_ranks
+
+    from .runs import train, words
+
+    folder = tmp_path_factory.mktemp("start")
+
+    def fn(rank: int) -> None:
+        train(words(data, "--selection", "clm", "--seed", "7", "--save", folder / "trained"))
+
+    run_ranks(1, fn)
+    checkpoint_to_folder(str(folder / "trained"), str(folder / "hf"))
+    folder_to_checkpoint(str(folder / "hf"), str(folder / "weights"))
+    return folder

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_eslm.config.run import parse_run
-from megatron_eslm.interop.convert import checkpoint_to_folder, folder_to_checkpoint
+from megatron_eslm.interop.convert import checkpoint_to_folder
 from megatron_eslm.parallel.bootstrap import init_distributed
 from megatron_eslm.training.build import dry_run
 from megatron_eslm.training.frozen import FrozenModel
@@ -51,20 +51,6 @@ def teacher(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     run_ranks(1, fn)
     checkpoint_to_folder(str(folder / "checkpoints"), str(folder / "hf"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def start(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A weights-only checkpoint of the student's shape, as tools/convert_from_hf.py makes them."""
-    folder = tmp_path_factory.mktemp("start")
-
-    def fn(rank: int) -> None:
-        train(words(data, "--selection", "clm", "--seed", "7", "--save", folder / "trained"))
-
-    run_ranks(1, fn)
-    checkpoint_to_folder(str(folder / "trained"), str(folder / "hf"))
-    folder_to_checkpoint(str(folder / "hf"), str(folder / "weights"))
     return folder
 
 

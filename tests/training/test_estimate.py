@@ -11,7 +11,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_eslm.config.run import parse_run
-from megatron_eslm.interop.convert import checkpoint_to_folder, folder_to_checkpoint
 from megatron_eslm.parallel.bootstrap import init_distributed
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.selection.batch import Batch
@@ -82,20 +81,6 @@ def test_promised_and_done(
     assert f"2 micro-steps x {world} ranks x {8 // world}" in text
 
 
-@pytest.fixture(scope="module")
-def start(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A trained model: its checkpoints, and its weights alone."""
-    folder = tmp_path_factory.mktemp("start")
-
-    def fn(rank: int) -> None:
-        train(words(data, "--selection", "clm", "--save", folder / "trained", iters=2))
-
-    run_ranks(1, fn)
-    checkpoint_to_folder(str(folder / "trained"), str(folder / "hf"))
-    folder_to_checkpoint(str(folder / "hf"), str(folder / "weights"))
-    return {"trained": folder / "trained", "weights": folder / "weights"}
-
-
 WORK = {
     "clm": ("--selection", "clm"),
     "eslm": ("--eslm-alpha", "0.3"),
@@ -123,13 +108,11 @@ WORK = {
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_the_work_of_a_step_is_what_a_step_does(
-    data: list[str], start: dict[str, Path], world: int
-) -> None:
+def test_the_work_of_a_step_is_what_a_step_does(data: list[str], start: Path, world: int) -> None:
     def fn(rank: int) -> dict[str, tuple[Work, list[Work]]]:
         found = {}
         for name, flags in WORK.items():
-            given = [start.get(word, word) for word in flags]
+            given = [start / word if word in ("trained", "weights") else word for word in flags]
             argv = words(data, *given, "--global-batch-size", 16, micro_batch_size=8 // world)
             done: list[Work] = []
 

@@ -44,20 +44,6 @@ ADAPTERS = RANK * 3 * (8 * 32 + 2 * 128)
 
 
 @pytest.fixture(scope="module")
-def start(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights to start from, as tools/convert_from_hf.py makes them, and what they were made of."""
-    folder = tmp_path_factory.mktemp("start")
-
-    def fn(rank: int) -> None:
-        train(words(data, "--selection", "clm", "--seed", "7", "--save", folder / "trained"))
-
-    run_ranks(1, fn)
-    checkpoint_to_folder(str(folder / "trained"), str(folder / "hf"))
-    folder_to_checkpoint(str(folder / "hf"), str(folder / "weights"))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def adapted(data: list[str], start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of a run that trained adapters; the model that it left, on fixed tokens."""
     folder = tmp_path_factory.mktemp("adapted")
