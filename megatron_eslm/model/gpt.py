@@ -24,6 +24,7 @@ from megatron_eslm.model.lora import freeze_all_but_adapters
 from megatron_eslm.model.options import Lora
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.head_statistics import VocabShard
+from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.selection.batch import Batch, LossTokens
 from megatron_eslm.selection.objective import Objective
@@ -45,6 +46,8 @@ class ModelSettings:
     """Spread norms and residuals over the tensor-parallel ranks by position."""
     activation_checkpoint_interval: int = 0
     """Blocks of which only the first one's input is kept for the backward pass; 0 keeps all."""
+    last_mlp_kept: bool = False
+    """Run the backward pass of the last block's MLP over the tokens in the loss only."""
     lora: Lora | None = None
     """Adapters on the blocks' linear layers, which then are all that trains."""
 
@@ -139,12 +142,17 @@ class GPT(nn.Module):
 
     def run(self, inputs: tuple[torch.Tensor, ...]) -> Selected:
         """This stage's layers but the head, for one micro-batch."""
+        tokens = None
         if self.training:
             self.policy.state.micro_step = self.recorder.begin()
+            if self.is_last and self.settings.last_mlp_kept:
+                # The head says later which they are.
+                tokens = self.head.tokens = ChosenTokens()
         if not self.is_first:
             selected: Selected = inputs  # type: ignore[assignment]
             hidden_SKD, *rest = selected
-            return (self._blocks(hidden_SKD, self.block_range, self._places(selected)), *rest)  # type: ignore[return-value]
+            places = self._places(selected)
+            return (self._blocks(hidden_SKD, self.block_range, places, tokens), *rest)  # type: ignore[return-value]
         batch = Batch.of(*inputs)
         tokens_MS = batch.tokens_MS
         depth = self.policy.selector_depth
@@ -154,7 +162,8 @@ class GPT(nn.Module):
         hidden_SMD = self._blocks(hidden_SMD, self.block_range[:depth], places)
         selected = self.selector(hidden_SMD, batch)
         hidden_SKD, *rest = selected
-        hidden_SKD = self._blocks(hidden_SKD, self.block_range[depth:], self._places(selected))
+        places = self._places(selected)
+        hidden_SKD = self._blocks(hidden_SKD, self.block_range[depth:], places, tokens)
         return (hidden_SKD, *rest)  # type: ignore[return-value]
 
     def loss(self, selected: Selected, batch: Batch) -> torch.Tensor:
@@ -162,11 +171,15 @@ class GPT(nn.Module):
         return self.head(selected, batch)
 
     def _blocks(
-        self, hidden: torch.Tensor, numbers: Sequence[int], places: Places | None
+        self,
+        hidden: torch.Tensor,
+        numbers: Sequence[int],
+        places: Places | None,
+        tokens: ChosenTokens | None = None,
     ) -> torch.Tensor:
         interval = self.settings.activation_checkpoint_interval
         if not interval or not self.training:
-            return self._run_blocks(hidden, numbers, places)
+            return self._run_blocks(hidden, numbers, places, tokens)
         for first in range(0, len(numbers), interval):
             # Masks come by name, so no state of random streams has to be kept.
             hidden = checkpoint(
@@ -174,16 +187,22 @@ class GPT(nn.Module):
                 hidden,
                 numbers[first : first + interval],
                 places,
+                tokens,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
         return hidden
 
     def _run_blocks(
-        self, hidden: torch.Tensor, numbers: Sequence[int], places: Places | None
+        self,
+        hidden: torch.Tensor,
+        numbers: Sequence[int],
+        places: Places | None,
+        tokens: ChosenTokens | None,
     ) -> torch.Tensor:
         for number in numbers:
-            hidden = self.blocks[str(number)](hidden, places)
+            last = number == self.shape.num_layers - 1
+            hidden = self.blocks[str(number)](hidden, places, tokens if last else None)
         return hidden
 
     def _places(self, selected: Selected) -> Places | None:

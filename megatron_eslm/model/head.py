@@ -13,6 +13,7 @@ from megatron_eslm.model.instance_selector import Selected
 from megatron_eslm.model.layers import Embedding, FinalNorm, Layout
 from megatron_eslm.ops.head_statistics import HeadStatistics, VocabShard, head_statistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
+from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens
 from megatron_eslm.parallel.collectives import all_reduce_
 from megatron_eslm.selection.batch import Batch, LossTokens
 from megatron_eslm.selection.objective import Objective
@@ -46,6 +47,8 @@ class SelectiveHead(nn.Module):
         self.layout = layout
         self.shard = shard
         self.keep_logits = keep_logits
+        self.tokens: ChosenTokens | None = None
+        """Told which tokens are in the loss; of the micro-batch under way."""
         # In a tuple, so that the shared modules are not registered under a second name.
         self._tied = (embedding, final_norm)
 
@@ -82,6 +85,8 @@ class SelectiveHead(nn.Module):
             kept_S = kept_N[chosen_S]
 
         keeps_all = len(chosen_S) == len(hidden_ND)
+        if self.tokens is not None:
+            self.tokens.chosen_S = None if keeps_all else chosen_S
         labels_S = labels_N[chosen_S]
         normed_SD = final_norm(hidden_ND if keeps_all else hidden_ND.index_select(0, chosen_S))
         if statistics is None:

@@ -28,6 +28,7 @@ from megatron_eslm.model.dropout import NamedDropout, Places
 from megatron_eslm.model.lora import AdaptedColumnLinear, AdaptedRowLinear
 from megatron_eslm.model.options import Lora
 from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens, kept_tokens_mlp
 from megatron_eslm.parallel.mesh import Mesh
 
 
@@ -205,7 +206,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two projections with GELU (tanh form) between them."""
+    """Two projections with GELU (tanh form) between them.
+
+    Given the tokens that will be in the loss, its backward pass runs over these only
+    (ops.kept_tokens_mlp); neither with sequence parallelism nor with adapters.
+    """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -213,9 +218,19 @@ class MLP(nn.Module):
         self.up = layout.column(layout.shape.hidden_size, layout.shape.ffn_hidden_size)
         self.down = layout.row(layout.shape.ffn_hidden_size, layout.shape.hidden_size)
 
-    def forward(self, x_SMD: torch.Tensor) -> torch.Tensor:
-        out_SMD, bias = self.down(F.gelu(self.up(x_SMD)[0], approximate="tanh"))
-        return out_SMD + self.layout.shared(bias)
+    def forward(self, x_SMD: torch.Tensor, tokens: ChosenTokens | None = None) -> torch.Tensor:
+        if tokens is None:
+            out_SMD, bias = self.down(F.gelu(self.up(x_SMD)[0], approximate="tanh"))
+            return out_SMD + self.layout.shared(bias)
+        out_ND = kept_tokens_mlp(
+            x_SMD.flatten(0, 1),
+            self.up.weight,
+            self.up.bias,
+            self.down.weight,
+            tokens,
+            self.layout.mesh.tp_group,
+        )
+        return out_ND.view(x_SMD.shape) + self.down.bias
 
 
 class Block(nn.Module):
@@ -229,10 +244,15 @@ class Block(nn.Module):
         self.mlp = MLP(layout)
         self.dropouts = dropouts
 
-    def forward(self, x_SMD: torch.Tensor, places: Places | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x_SMD: torch.Tensor,
+        places: Places | None = None,
+        tokens: ChosenTokens | None = None,
+    ) -> torch.Tensor:
         out_SMD = self.attention(self.norm1(x_SMD), places)
         x_SMD = x_SMD + self.dropouts["attention"].hidden(out_SMD, places)
-        out_SMD = self.mlp(self.norm2(x_SMD))
+        out_SMD = self.mlp(self.norm2(x_SMD), tokens)
         return x_SMD + self.dropouts["mlp"].hidden(out_SMD, places)
 
 

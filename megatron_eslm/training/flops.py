@@ -86,6 +86,8 @@ class FlopsModel:
     teacher: TeacherCost | None = None
     reference: ModelShape | None = None
     """Of the reference model that scores what is read, where one runs beside training."""
+    last_mlp_kept: bool = False
+    """Whether the backward pass of the last block's MLP is over the tokens in the loss only."""
     lora_rank: int = 0
     """Of adapters, where nothing else trains: frozen layers have no product for a gradient of their
     weights."""
@@ -107,7 +109,11 @@ class FlopsModel:
             if number == 0:
                 d = self.shape.hidden_size
                 products -= 2 * (3 * d * d + self.lora_rank * d)
-        return tokens * (products + (3.5 + again) * attention)
+        total = tokens * (products + (3.5 + again) * attention)
+        if self.last_mlp_kept and number == self.shape.num_layers - 1:
+            mlp = 4 * self.shape.hidden_size * self.shape.ffn_hidden_size  # forward, a token
+            total -= 2 * mlp * (work.tokens_deep - work.tokens_trained)
+        return total
 
     def scoring(self, work: Work) -> float:
         """Matrix products of the head as the early exit uses it: forward, on what is read."""

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import (
 
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.training.build import build_flops
+from megatron_eslm.training.estimate import step_work
 from megatron_eslm.training.flops import FlopsModel, Work, device_peak_flops
 from megatron_eslm.training.loop import Trainer
 from tests.harness import run_ranks
@@ -31,6 +32,11 @@ CASES = {
     "instance": ("--eslm-alpha", "0.3", "--eslm-level", "instance"),
     "token": ("--eslm-alpha", "0.3", "--eslm-level", "token"),
     "random": ("--eslm-alpha", "0.3", "--selection", "random"),
+    "last MLP": ("--eslm-alpha", "0.3", "--last-mlp-backward", "kept"),
+    "last MLP, checkpoints": (
+        *("--eslm-alpha", "0.3", "--last-mlp-backward", "kept"),
+        *("--activation-checkpoint-interval", "1"),
+    ),
     "recompute": ("--eslm-alpha", "0.3", "--head-logits", "recompute"),
     "checkpoints": ("--eslm-alpha", "0.3", "--activation-checkpoint-interval", "1"),
     "sparse checkpoints": ("--eslm-alpha", "0.3", "--activation-checkpoint-interval", "2"),
@@ -133,6 +139,39 @@ def test_the_papers_ledger_by_hand() -> None:
         tokens=12_288, tokens_deep=12_288, tokens_scored=12_288, tokens_trained=12_288
     )
     assert plain.paper(everything) == pytest.approx(12_288 * 860_101_632, rel=1e-12)
+
+
+# By the same steps, T = 1024, V = 50,304, alpha 0.1 and one proxy layer, a micro-batch of a rank:
+# parameters of a block (12 D^2 + 13 D) and of the model; FLOPs of a kept token, of a token read,
+# saved by a masked one; tokens read, kept and trained on (12, 8, 8, 4 rows keep 10, 7, 7, 3).
+BY_HAND = {
+    "124M": (7_087_872, 124_475_904, 860_101_632, 175_004_160, 173_414_400, 12_288, 10_240, 9_216),
+    "350M": (12_596_224, 354_871_296, 2_431_217_664, 239_630_336, 239_607_808, 8_192, 7_168, 6_451),
+    "774M": (19_677_440, 774_090_240, 5_210_772_480, 307_402_240, 309_995_520, 8_192, 7_168, 6_451),
+    "1.5B": (
+        *(30_740_800, 1_557_686_400, 10_289_836_800, 396_540_800, 403_878_400),
+        *(4_096, 3_072, 2_764),
+    ),
+}
+
+
+@pytest.mark.parametrize("size", BY_HAND)
+def test_the_papers_ledger_of_all_sizes_by_hand(size: str) -> None:
+    block, parameters, kept, read, masked, tokens, deep, trained = BY_HAND[size]
+    run = parse_run(["--data-path", "x", "--model-size", size, "--eslm-alpha", "0.1"], 1)
+    shape = run.shape(50_257)
+    assert shape.num_params_block == block
+    assert shape.num_params == parameters
+    work = step_work(run)
+    steps = run.gradient_accumulation_steps
+    assert (work.tokens, work.tokens_deep, work.tokens_trained) == (
+        tokens * steps,
+        deep * steps,
+        trained * steps,
+    )
+    flops = FlopsModel(shape=shape, seq_length=1024, selector_depth=1, proxy=True)
+    expected = steps * (deep * kept + tokens * read - (deep - trained) * masked)
+    assert flops.paper(work) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_executed_ledger_by_hand() -> None:

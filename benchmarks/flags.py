@@ -1,0 +1,43 @@
+"""What the measurements of steps have in common on the command line."""
+
+from __future__ import annotations
+
+import argparse
+
+SHAPES = {
+    "124M": ("--model-size", "124M"),
+    # 1.5B's blocks, as many as fit here.
+    "1.5B-8": (
+        *("--num-layers", "8", "--hidden-size", "1600", "--num-attention-heads", "25"),
+        *("--lr", "1e-4"),
+    ),
+    "1.5B": ("--model-size", "1.5B"),
+    "tiny": (
+        *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "2"),
+        *("--lr", "1e-4"),
+    ),
+}
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """With the flags that all have."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--shape", choices=SHAPES, default="124M")
+    made.add_argument("--dtype", choices=("float32", "bf16"), default="float32")
+    made.add_argument("--rows", type=int, default=10, help="sequences a micro-step (%(default)s)")
+    made.add_argument("--seq-length", type=int, default=512, help="(%(default)s)")
+    made.add_argument("--repetitions", type=int, default=5, help="(%(default)s)")
+    return made
+
+
+def training_flags(args: argparse.Namespace, ranks: int = 1) -> tuple[str, ...]:
+    """Flags of pretrain_gpt.py for steps of one micro-step."""
+    return (
+        *SHAPES[args.shape],
+        *("--seq-length", str(args.seq_length), "--train-iters", "1000"),
+        *("--micro-batch-size", str(args.rows), "--global-batch-size", str(args.rows * ranks)),
+        *("--lr-warmup-iters", "10", "--lr-decay-iters", "1000"),
+        *(("--bf16",) if args.dtype == "bf16" else ()),
+    )

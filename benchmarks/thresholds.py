@@ -1,0 +1,62 @@
+"""The share of a step that global thresholds take: gathering scores, and the keep rule.
+
+    torchrun --nproc-per-node 4 -m benchmarks.thresholds --rows 2
+
+Ranks meet before each choice, so that waiting for the slowest of them, which the step would do a
+little later anyway, is not counted.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch.distributed as dist
+
+from benchmarks.engines import BenchRun
+from benchmarks.flags import parser, training_flags
+from benchmarks.interleave import interleaved, report
+from megatron_eslm.parallel.bootstrap import init_distributed
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    init_distributed()
+    ranks = dist.get_world_size()
+    run = BenchRun(*training_flags(args, ranks), "--eslm-alpha", "0.1")
+    policy, spent = run.policy, [0.0]
+    ordinary = policy.keep
+
+    def keep(*words, **named):  # type: ignore[no-untyped-def]
+        dist.barrier()
+        begin = time.perf_counter()
+        decision = ordinary(*words, **named)
+        spent[0] += time.perf_counter() - begin
+        return decision
+
+    policy.keep = keep  # type: ignore[method-assign]
+    step, shares = run.stepper(), []
+
+    def timed() -> None:
+        spent[0] = 0.0
+        begin = time.perf_counter()
+        step()
+        shares.append(spent[0] / (time.perf_counter() - begin))
+
+    timings = interleaved({"eslm": timed}, args.repetitions)
+    if dist.get_rank() == 0:
+        del shares[0]  # the warm-up
+        report(
+            f"share of a step for global thresholds, {ranks} ranks, {args.shape}, {args.dtype}",
+            sorted(shares)[len(shares) // 2],
+            "<= 0.01",
+            spread=shares,
+            step_seconds=round(timings.median("eslm"), 3),
+            rows=args.rows,
+            seq_length=args.seq_length,
+            repetitions=args.repetitions,
+        )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

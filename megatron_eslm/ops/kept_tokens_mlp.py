@@ -1,0 +1,100 @@
+"""The MLP of the last block, whose backward pass runs over the tokens in the loss only.
+
+What the last block's MLP adds to a token's hidden state reaches the loss through that token's
+logits alone. So where tokens are chosen by their logits, the MLP runs forward for all of them, and
+the gradient of those that were dropped is zero: its four backward products are taken over rows
+that are not. Exact; only the order of float32 sums differs.
+
+Shape legend: N tokens, S of them in the loss, D hidden, F the MLP's columns on this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megatron_eslm.parallel.collectives import all_reduce_
+
+
+@dataclass
+class ChosenTokens:
+    """Which tokens of a micro-batch are in the loss; filled in after the forward pass."""
+
+    chosen_S: torch.Tensor | None = None
+    """int64 [S], into the N of the last block in (position, row) order; None is all of them."""
+
+
+# What is chosen is not known when a compiler traces this, and it would take "all" for a constant.
+@torch.compiler.disable
+def kept_tokens_mlp(
+    x_ND: torch.Tensor,
+    up_weight_FD: torch.Tensor,
+    up_bias_F: torch.Tensor,
+    down_weight_DF: torch.Tensor,
+    tokens: ChosenTokens,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """GELU (tanh form) between two products, without the second bias.
+
+    Args:
+        x_ND: [N, D], the same on every rank of the group.
+        up_weight_FD: [F, D], this rank's rows.
+        up_bias_F: [F].
+        down_weight_DF: [D, F], this rank's columns.
+        tokens: read in the backward pass. Gradients of other tokens' outputs are not looked at:
+            they have to be zero.
+        group: tensor-parallel ranks over which the columns are spread.
+
+    Returns:
+        [N, D], summed over the group. Gradients are those of the plain form.
+    """
+    return _KeptTokensMLP.apply(x_ND, up_weight_FD, up_bias_F, down_weight_DF, tokens, group)
+
+
+class _KeptTokensMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: torch.Tensor,
+        up_weight_FD: torch.Tensor,
+        up_bias_F: torch.Tensor,
+        down_weight_DF: torch.Tensor,
+        tokens: ChosenTokens,
+        group: dist.ProcessGroup | None,
+    ) -> torch.Tensor:
+        # Bias after the product, as the layers have it, so that nothing that is chosen by differs.
+        wide_NF = (x_ND @ up_weight_FD.t()).add_(up_bias_F)
+        active_NF = F.gelu(wide_NF, approximate="tanh")
+        out_ND = active_NF @ down_weight_DF.t()
+        if group is not None and group.size() > 1:
+            all_reduce_(out_ND, group)
+        ctx.save_for_backward(x_ND, up_weight_FD, down_weight_DF, wide_NF, active_NF)
+        ctx.tokens, ctx.group = tokens, group
+        return out_ND
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_ND,) = grads
+        x_ND, up_weight_FD, down_weight_DF, wide_NF, active_NF = ctx.saved_tensors
+        chosen_S: torch.Tensor | None = ctx.tokens.chosen_S
+
+        def of_chosen(full: torch.Tensor) -> torch.Tensor:
+            return full if chosen_S is None else full.index_select(0, chosen_S)
+
+        grad_SD = of_chosen(grad_ND)
+        grad_down_DF = grad_SD.t() @ of_chosen(active_NF)
+        grad_wide_SF = torch.ops.aten.gelu_backward(
+            grad_SD @ down_weight_DF, of_chosen(wide_NF), approximate="tanh"
+        )
+        grad_up_FD = grad_wide_SF.t() @ of_chosen(x_ND)
+        grad_x_SD = grad_wide_SF @ up_weight_FD
+        if ctx.group is not None and ctx.group.size() > 1:
+            all_reduce_(grad_x_SD, ctx.group)
+        grad_x_ND = grad_x_SD
+        if chosen_S is not None:
+            grad_x_ND = torch.zeros_like(x_ND).index_copy_(0, chosen_S, grad_x_SD)
+        return grad_x_ND, grad_up_FD, grad_wide_SF.sum(dim=0), grad_down_DF, None, None
