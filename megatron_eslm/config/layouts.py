@@ -40,6 +40,8 @@ class AskedLayout:
     seq_length: int
     selection: str
     """--selection."""
+    compiles: bool
+    """--compile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +278,15 @@ def _greats(asked: AskedLayout) -> str | None:
     return None
 
 
+def _compile(asked: AskedLayout) -> str | None:
+    if asked.compiles and asked.zero_stage == 3:
+        return (
+            "--compile with --zero-stage 3: the engine gathers weights layer by layer, in hooks that "
+            "compiled blocks would not call. Use --zero-stage 2 or less, or leave --compile out."
+        )
+    return None
+
+
 RULES = (
     Rule(
         flag="--tensor-model-parallel-size T",
@@ -304,4 +315,5 @@ RULES = (
         holds_if="T and P are 1 and the ZeRO stage is 0 or 1",
         refusal=_greats,
     ),
+    Rule(flag="--compile", holds_if="the ZeRO stage is 2 or less", refusal=_compile),
 )

@@ -23,6 +23,7 @@ from megatron_eslm.model.layers import Block, Embedding, FinalNorm, Layout, Mirr
 from megatron_eslm.model.lora import freeze_all_but_adapters
 from megatron_eslm.model.options import Lora
 from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.ops.head_kernel import HeadKernel
 from megatron_eslm.ops.head_statistics import VocabShard
 from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
@@ -42,6 +43,8 @@ class ModelSettings:
     dropout_seed: int = 0
     keep_logits: bool = True
     """Keep the head's logits for the backward pass instead of computing them again."""
+    head_kernel: HeadKernel = "auto"
+    """What computes the head's statistics and gradients."""
     sequence_parallel: bool = False
     """Spread norms and residuals over the tensor-parallel ranks by position."""
     activation_checkpoint_interval: int = 0
@@ -80,7 +83,9 @@ class GPT(nn.Module):
         self.recorder = recorder
         self.settings = settings
         layout = Layout(shape, mesh, settings.sequence_parallel, settings.lora)
-        shard = VocabShard.of(shape.vocab_size, shape.padded_vocab_size, mesh.tp_group)
+        shard = VocabShard.of(
+            shape.vocab_size, shape.padded_vocab_size, mesh.tp_group, settings.head_kernel
+        )
 
         def dropout(probability: float, name: str) -> NamedDropout:
             return NamedDropout(

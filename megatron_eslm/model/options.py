@@ -65,6 +65,19 @@ class ModelOptions:
     """Keep the head's logits in the compute type for the backward pass, or compute those of kept
     tokens again; auto keeps them while they fit into 2 GiB."""
 
+    last_mlp_backward: Literal["auto", "kept", "all"] = "auto"
+    """Run the backward pass of the last block's MLP over the tokens in the loss only, or over all;
+    auto does the former where tokens are dropped and it pays."""
+
+    compile: bool = False
+    """Compile the blocks with torch.compile: minutes at the start, faster steps. Needs a C++
+    compiler, on CUDA Triton."""
+
+    head_kernel: Literal["auto", "torch", "triton", "triton-fused"] = "auto"
+    """What computes the head's statistics and gradients: PyTorch, or Triton kernels, which need
+    CUDA; triton-fused never writes the logits that only statistics need. auto is triton where it
+    can run and torch elsewhere."""
+
     activation_checkpoint_interval: int = 0
     """Blocks whose activations are kept only at the first of them, and computed again in the
     backward pass; 0 keeps all."""

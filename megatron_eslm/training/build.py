@@ -37,6 +37,7 @@ from megatron_eslm.training.checkpoint import (
     load_model,
     prepare_save_folder,
 )
+from megatron_eslm.training.compile import check_compiler, compile_blocks
 from megatron_eslm.training.dump import prepare_dump_folder
 from megatron_eslm.training.engine import Engine
 from megatron_eslm.training.estimate import dry_run_text, step_work
@@ -362,7 +363,9 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
     engine = build_engine(run, model, mesh, phases)
     align_before_micro_steps(run, engine, datasets.alignment)
     if reference is not None:
-        policy.reference = load_reference(reference, mesh, engine.device, run.dtype)
+        policy.reference = load_reference(
+            reference, mesh, engine.device, run.dtype, run.model.head_kernel
+        )
     if save:
         OptimizerState(engine)  # refuses now what could not be saved later
     if found is not None and found.kind == "training":
@@ -406,6 +409,7 @@ def build_model(
         sequence_parallel=run.engine.sequence_parallel,
         activation_checkpoint_interval=run.model.activation_checkpoint_interval,
         keep_logits=run.keeps_logits(shape),
+        head_kernel=run.model.head_kernel,
         last_mlp_kept=last_mlp_kept(run, shape, policy),
         lora=run.model.lora,
     )
@@ -421,19 +425,9 @@ def build_model(
         blocks=blocks,
     )
     if run.model.compile:
+        check_compiler()
         compile_blocks(model)
     return model
-
-
-def compile_blocks(model: GPT) -> None:
-    """torch.compile each block, where it stands: names of parameters stay.
-
-    The number of rows that a rank keeps changes from step to step under global thresholds. torch
-    compiles a block for the first number, for 0 and 1 if they occur, and once more for any: all
-    blocks share that code.
-    """
-    for block in model.blocks.values():
-        block.compile()
 
 
 def build_engine(run: RunConfig, model: GPT, mesh: Mesh, phases: Phases) -> Engine:

@@ -17,6 +17,7 @@ from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.tokenizers import Tokenizer
 from megatron_eslm.model.init import WORD_EMBEDDING
 from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.ops.head_kernel import HeadKernel
 from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
 from megatron_eslm.parallel.collectives import on_every_rank
 from megatron_eslm.parallel.mesh import Mesh
@@ -33,10 +34,14 @@ from megatron_eslm.training.frozen import (
 class ReferenceModel:
     """A frozen GPT and what it says of labels. Nobody's submodule, so no engine sees it."""
 
-    def __init__(self, frozen: FrozenModel, shape: ModelShape, mesh: Mesh) -> None:
+    def __init__(
+        self, frozen: FrozenModel, shape: ModelShape, mesh: Mesh, head_kernel: HeadKernel
+    ) -> None:
         self.shape = shape
         self._frozen = frozen
-        self._shard = VocabShard.of(shape.vocab_size, shape.padded_vocab_size, mesh.tp_group)
+        self._shard = VocabShard.of(
+            shape.vocab_size, shape.padded_vocab_size, mesh.tp_group, head_kernel
+        )
 
     @property
     def device(self) -> torch.device:
@@ -114,13 +119,18 @@ def find_reference(
 
 
 def load_reference(
-    source: FrozenSource, mesh: Mesh, device: torch.device, dtype: torch.dtype
+    source: FrozenSource,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_kernel: HeadKernel = "auto",
 ) -> ReferenceModel | None:
     """The reference model on the ranks of the last pipeline stage; None on others. Collective."""
 
     def load() -> ReferenceModel | None:
         if not mesh.is_last_stage:
             return None
-        return ReferenceModel(load_frozen(source, mesh, dtype, device), source.shape, mesh)
+        frozen = load_frozen(source, mesh, dtype, device)
+        return ReferenceModel(frozen, source.shape, mesh, head_kernel)
 
     return on_every_rank(load)

@@ -1,0 +1,64 @@
+"""--compile: the same training, whatever numbers of rows ranks keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.training import compile as module
+from megatron_eslm.training.compile import check_compiler
+from tests.harness import run_ranks
+
+from .runs import ROWS, Outcome, assert_same_dumps, train, words
+
+STEPS = ("--global-batch-size", 2 * ROWS, "--train-iters", 4)
+CASES = {
+    "clm": (1, ("--selection", "clm")),
+    "checkpoints": (1, ("--eslm-alpha", "0.3", "--activation-checkpoint-interval", "1")),
+    # Ranks keep 0 to 4 rows of a micro-step.
+    "dp2": (2, ("--eslm-alpha", "0.7", "--zero-stage", "1", "--micro-batch-size", str(ROWS // 2))),
+    "tp2": (2, ("--eslm-alpha", "0.3", "--tensor-model-parallel-size", "2")),
+    "pp2": (2, ("--eslm-alpha", "0.3", "--pipeline-model-parallel-size", "2")),
+}
+
+
+@pytest.mark.slow  # each compilation takes half a minute
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_blocks_follow_the_same_course(data: list[str], tmp_path: Path, case: str) -> None:
+    ranks, flags = CASES[case]
+
+    def run(*more: str) -> Outcome:
+        place = tmp_path / ("compiled" if more else "plain")
+        argv = words(data, *STEPS, *flags, *more, "--dump-selection", place)
+        return train(argv, place.with_suffix(".jsonl"))
+
+    def fn(rank: int) -> tuple[Outcome, Outcome, int]:
+        plain = run()
+        import torch._dynamo
+
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=8):
+            compiled = run("--compile")
+            limit = torch._dynamo.utils.counters["recompile_limit"].total()
+        return plain, compiled, limit
+
+    plain, compiled, limit = run_ranks(ranks, fn, timeout=500.0)[0]
+    for column in ("loss", "grad_norm"):
+        np.testing.assert_allclose(compiled.column(column), plain.column(column), rtol=1e-4)
+    if case != "clm":
+        assert_same_dumps(tmp_path / "compiled", tmp_path / "plain")
+    assert limit == 0
+
+
+def test_without_a_compiler_it_is_refused_before_training(monkeypatch) -> None:
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="--compile needs a C\\+\\+ compiler"):
+        check_compiler()
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--compile needs Triton"):
+        check_compiler()
