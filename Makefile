@@ -8,12 +8,13 @@ export PATH := $(abspath $(BIN)):$(PATH)
 DEMO := demo
 DEMO_FLAGS ?= --eval-interval 25 --log-interval 25
 
-.PHONY: help install demo test test-all parity check clean
+.PHONY: help install demo test test-all parity bench check clean
 
 help:
 	@echo "make demo      train the same small GPT with clm, eslm and random selection, compare, export"
 	@echo "make test      run the tests (make test-all: the slow ones too)"
 	@echo "make parity    train one model in every layout and print how the runs differ"
+	@echo "make bench     measure speed and memory against plain training and a peer"
 	@echo "make check     formatter, linter, types, spelling, direction of imports"
 	@echo "make clean     remove $(VENV) and $(DEMO)"
 
@@ -43,6 +44,19 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest -m ''
+
+# CORPUS: a folder of jsonl.zst files for the measurement of preprocessing; VOCAB: GPT-2's vocab.json and merges.txt.
+bench: install
+	$(BIN)/python -m benchmarks.selection_step
+	$(BIN)/python -m benchmarks.selection_step --dtype bf16
+	$(BIN)/python -m benchmarks.selection_step --shape 1.5B-8 --rows 10 --seq-length 256
+	$(BIN)/python -m benchmarks.peer_step
+	$(BIN)/python -m benchmarks.peer_memory
+	$(BIN)/python -m benchmarks.engine_overhead
+	$(BIN)/python -m benchmarks.startup
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 -m benchmarks.thresholds --rows 2
+	@if [ -n "$(CORPUS)" ]; then $(BIN)/python -m benchmarks.preprocessing --input "$(CORPUS)" --vocab-file "$(VOCAB)/vocab.json" --merge-file "$(VOCAB)/merges.txt"; \
+	else echo "preprocessing is not measured: make bench CORPUS=folder VOCAB=folder"; fi
 
 parity: install
 	$(BIN)/python -m tests.training.parity

@@ -8,8 +8,8 @@ launch, before and after each step, on all ranks at once: the rates of matrix pr
 kernels and the head's statistics and the time of a small kernel (all in processor time), and gloo's
 latency and bandwidth between two ranks. Ranks that are more than cores share them: there are as
 many cores as all ranks together get seconds of processor time in a second while they measure, so
-that other work on the machine counts too. Each step is compared with the mean of the predictions before
-and after it; the error is the median over steps.
+that other work on the machine counts too. Each step is compared with the mean of the predictions
+before and after it; the error is the median over steps.
 """
 
 from __future__ import annotations
