@@ -9,7 +9,8 @@ kernels and the head's statistics and the time of a small kernel (all in process
 latency and bandwidth between two ranks. Ranks that are more than cores share them: there are as
 many cores as all ranks together get seconds of processor time in a second while they measure, so
 that other work on the machine counts too. Each step is compared with the mean of the predictions
-before and after it; the error is the median over steps.
+before and after it; the error is the median over steps. Processor time, which other work hardly
+touches, is compared besides: that of all ranks in a step, with what the model says they compute.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def measure(layout: str, selection: str, alpha: float, repetitions: int) -> dict
     world = LAYOUTS[layout][0]
     words = flags(layout, selection, alpha)
 
-    def on_rank(rank: int) -> tuple[list[Machine], list[float]]:
+    def on_rank(rank: int) -> tuple[list[Machine], list[float], list[float]]:
         init_distributed()
         run = parse_run(words, world)
         mesh = build_mesh(
@@ -242,17 +243,20 @@ def measure(layout: str, selection: str, alpha: float, repetitions: int) -> dict
         step = stepper(words, mesh)
         step()
         calibrate(pair)
-        machines, seconds = [calibrate(pair)], []
+        machines, seconds, processor_seconds = [calibrate(pair)], [], []
         for _ in range(repetitions):
             dist.barrier()
-            begin = time.perf_counter()
+            begin, busy = time.perf_counter(), time.process_time()
             step()
+            processor_seconds.append(time.process_time() - busy)
             dist.barrier()
             seconds.append(time.perf_counter() - begin)
             machines.append(calibrate(pair))
-        return machines, seconds
+        return machines, seconds, processor_seconds
 
-    machines, seconds = run_ranks(world, on_rank, timeout=600.0)[0]
+    results = run_ranks(world, on_rank, timeout=600.0)
+    machines, seconds, _ = results[0]
+    busy = [sum(of_ranks) for of_ranks in zip(*(r[2] for r in results), strict=True)]
     setting = Setting.of(parse_run(words, world), VOCAB_SIZE)
     costs = [step_cost(setting, machine) for machine in machines]
     predicted = [(a.seconds + b.seconds) / 2 for a, b in pairwise(costs)]
@@ -267,6 +271,8 @@ def measure(layout: str, selection: str, alpha: float, repetitions: int) -> dict
         "error": statistics.median(errors),
         "smallest_error": min(errors),
         "largest_error": max(errors),
+        "measured_processor_seconds": statistics.median(busy),
+        "predicted_processor_seconds": statistics.median(c.computing_seconds for c in costs),
         "cores": middle(lambda machine: machine.cores or 0.0),
         "gflops": middle(lambda machine: machine.peak_flops / 1e9),
         "gbytes_per_s": middle(lambda machine: machine.memory_bandwidth / 1e9),
@@ -290,12 +296,15 @@ def main() -> None:
         about = {"row": f"plan, {layout}", "selection": args.selection, "on": processor()}
         print(json.dumps({**about, **values, "repetitions": args.repetitions}), flush=True)
         rows.append((layout, values))
-    print("\n| layout | measured s | predicted s | error | of single steps |")
-    print("|---|---:|---:|---:|---:|")
+    print(
+        "\n| layout | measured s | predicted s | error | single steps | processor s | predicted |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for layout, v in rows:
         print(
             f"| {layout} | {v['measured_seconds']:.3f} | {v['predicted_seconds']:.3f} | "
-            f"{v['error']:+.0%} | {v['smallest_error']:+.0%} to {v['largest_error']:+.0%} |"
+            f"{v['error']:+.0%} | {v['smallest_error']:+.0%} to {v['largest_error']:+.0%} | "
+            f"{v['measured_processor_seconds']:.3f} | {v['predicted_processor_seconds']:.3f} |"
         )
 
 

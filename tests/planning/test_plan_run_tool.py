@@ -104,6 +104,15 @@ def test_table_of_imbalance(capsys: pytest.CaptureFixture) -> None:
         assert float(cell["if ranks were equal"]) < float(cell["global / clm"])
 
 
+@pytest.mark.parametrize("gpu", ["a100-80g", "h100-80g"])
+def test_published_throughputs_are_near(capsys: pytest.CaptureFixture, gpu: str) -> None:
+    head, *body = rows(run(capsys, f"--gpu {gpu} --table published"))
+    errors = [float(row[head.index("error")].rstrip("%")) for row in body]
+    assert len(errors) >= 6 and max(map(abs, errors)) <= 12
+    assert main(["--gpu", "a100-40g", "--table", "published"]) == 2
+    assert "a100-80g, h100-80g only" in capsys.readouterr().err
+
+
 DOCUMENT = ROOT / "docs" / "scaling.md"
 BLOCKS = re.findall(
     r"^    python tools/plan_run\.py (.*--table \w+.*)\n\n((?:\|.*\n)+)",

@@ -1,0 +1,315 @@
+"""What ranks send each other in a step: how much of what, in which group, and how long it takes.
+
+Volumes follow the code: megatron-core's layers for tensor parallelism, DeepSpeed for gradients and
+for what passes between stages, ops/keep_rule.py for selection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.planning.hardware import Machine, Protocol
+from megatron_eslm.selection.policy import SelectionPolicy
+from megatron_eslm.training.flops import Work
+from megatron_eslm.training.stages import StagePlan, stage_params
+
+Collective = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
+Phase = Literal["forward", "backward", "step"]
+Kind = Literal["tensor", "pipeline", "gradients", "weights", "selection"]
+
+FLOAT32, INT64 = 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Ranks that talk to each other."""
+
+    size: int
+    per_node: int
+    """How many of them share a machine."""
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines that they are on."""
+        return math.ceil(self.size / self.per_node)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Where ranks are: tensor fastest, then data, then pipeline (parallel/mesh.py)."""
+
+    tensor: Group
+    data: Group
+    neighbours: Group
+    """Two stages beside each other."""
+    ends: Group
+    """The first and the last stage."""
+
+    @classmethod
+    def of(cls, run: RunConfig, gpus_per_node: int) -> Groups:
+        """Of a run on machines with `gpus_per_node` devices, filled one after the other."""
+        tp, pp = run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
+        dp = run.dp_size
+        one_node = tp * dp * pp <= gpus_per_node
+        pair = Group(size=2, per_node=2 if one_node else 1)
+        return cls(
+            tensor=Group(size=tp, per_node=min(tp, gpus_per_node)),
+            data=Group(size=dp, per_node=min(dp, max(1, gpus_per_node // tp))),
+            neighbours=pair,
+            ends=pair,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """One thing that ranks of a stage exchange."""
+
+    kind: Kind
+    what: str
+    collective: Collective
+    group: Group
+    num_bytes: float
+    """Of the whole tensor: what an all-reduce sums, an all-gather results in, a
+    reduce-scatter starts from, a send sends."""
+    count: float
+    """A micro-step's forward or backward pass, or an optimizer step, by phase."""
+    phase: Phase
+
+    @property
+    def sent_bytes(self) -> float:
+        """That one rank sends each time (rings; Thakur et al. 2005)."""
+        n = self.group.size
+        if self.collective == "send":
+            return self.num_bytes
+        return (n - 1) / n * self.num_bytes * (2 if self.collective == "all-reduce" else 1)
+
+    def times(self, micro_steps: int) -> float:
+        """How often it takes place in an optimizer step."""
+        return self.count * (1 if self.phase == "step" else micro_steps)
+
+    def seconds(self, machine: Machine) -> float:
+        """Of one time."""
+        if self.group.size == 1:
+            return 0.0
+        return min(self._by(protocol, machine) for protocol in machine.protocols)
+
+    def _by(self, protocol: Protocol, machine: Machine) -> float:
+        bandwidth = link_bandwidth(machine, self.group) * protocol.bandwidth_share
+        nodes, ranks = self.group.num_nodes, self.group.size
+        if self.collective == "send":
+            hop = protocol.hop_inter if nodes > 1 else protocol.hop_intra
+            return protocol.base + hop + self.num_bytes / bandwidth
+        rounds = 2 if self.collective == "all-reduce" else 1
+        hops = (nodes - 1) * protocol.hop_inter + (ranks - nodes) * protocol.hop_intra
+        ring = protocol.base + rounds * hops + self.sent_bytes / bandwidth
+        if self.collective != "all-reduce":
+            return ring  # NCCL has trees for all-reduce alone
+        levels = (self.group.per_node - 1) * protocol.tree_hop_intra
+        levels += math.log2(nodes) * protocol.tree_hop_inter
+        return min(ring, protocol.base + 2 * levels + 2 * self.num_bytes / (0.9 * bandwidth))
+
+
+def link_bandwidth(machine: Machine, group: Group) -> float:
+    """Of one ring through a group: machines' network cards are shared by the groups they serve."""
+    bandwidth = machine.intra_bandwidth
+    if group.num_nodes > 1:
+        share = group.per_node / machine.gpus_per_node
+        bandwidth = min(bandwidth, machine.node_bandwidth * share)
+    return bandwidth * machine.link_efficiency
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchanges:
+    """Everything that the ranks of one stage exchange; see `of_stage`."""
+
+    run: RunConfig
+    shape: ModelShape
+    plan: StagePlan
+    policy: SelectionPolicy
+    groups: Groups
+
+    def of_stage(self, stage: int, work: Work) -> list[Exchange]:
+        """All of a stage, but for groups of one rank.
+
+        Args:
+            stage: of the plan.
+            work: of one rank in one micro-step.
+        """
+        found = [
+            *self._tensor(stage, work),
+            *self._pipeline(stage, work),
+            *self._data(stage),
+            *self._selection(stage, work),
+        ]
+        return [exchange for exchange in found if exchange.group.size > 1]
+
+    def _is_first(self, stage: int) -> bool:
+        return stage == 0
+
+    def _is_last(self, stage: int) -> bool:
+        return stage == self.plan.num_stages - 1
+
+    def _tensor(self, stage: int, work: Work) -> Iterable[Exchange]:
+        def exchange(
+            what: str, collective: Collective, phase: Phase, num_bytes: float, count: float = 1
+        ) -> Exchange:
+            return Exchange(
+                kind="tensor",
+                what=what,
+                collective=collective,
+                group=self.groups.tensor,
+                num_bytes=num_bytes,
+                count=count,
+                phase=phase,
+            )
+
+        d, element = self.shape.hidden_size, self.run.dtype.itemsize
+        spread = self.run.engine.sequence_parallel
+        interval = self.run.model.activation_checkpoint_interval
+        before = sum(number < self.policy.selector_depth for number in self.plan.blocks(stage))
+        behind = self.plan.num_blocks[stage] - before
+        for blocks, tokens in ((before, work.tokens), (behind, work.tokens_deep)):
+            if not blocks:
+                continue
+            size = tokens * d * element
+            # Recomputed blocks send once more, but for the last output of each group of them.
+            inputs = outputs = 0
+            if interval:
+                inputs, outputs = 2 * blocks, 2 * blocks - math.ceil(blocks / interval)
+            if not spread:
+                # After attention and MLP forward; of both their inputs' gradients backward.
+                yield exchange("blocks", "all-reduce", "forward", size, 2 * blocks)
+                yield exchange("blocks", "all-reduce", "backward", size, 2 * blocks + outputs)
+                continue
+            yield exchange("blocks", "all-gather", "forward", size, 2 * blocks)
+            yield exchange("blocks", "reduce-scatter", "forward", size, 2 * blocks)
+            # Inputs are gathered once more for the gradients of weights.
+            yield exchange("blocks", "all-gather", "backward", size, 4 * blocks + inputs)
+            yield exchange("blocks", "reduce-scatter", "backward", size, 2 * blocks + outputs)
+            # Norms and biases of row-parallel layers, which each rank has seen some positions of.
+            yield exchange("norms", "all-reduce", "backward", d * element, 6 * blocks)
+        if self._is_first(stage):
+            size = work.tokens * d * element
+            yield exchange("embedding", "all-reduce", "forward", size)
+            if spread:
+                yield exchange("embedding", "all-gather", "backward", size)
+            if self.plan.early_exit or self.policy.instance_source == "head":
+                scored = work.tokens / self.policy.proxy_stride
+                yield from self._statistics("early exit", exchange, scored)
+                if spread:
+                    yield exchange("early exit", "all-gather", "forward", size)
+        if self._is_last(stage):
+            yield from self._statistics("head", exchange, work.tokens_scored)
+            if spread:
+                size = work.tokens_deep * d * element
+                yield exchange("head", "all-gather", "forward", size)
+            yield exchange("head", "all-reduce", "backward", work.tokens_trained * d * element)
+
+    def _statistics(
+        self, what: str, exchange: Callable[..., Exchange], tokens: float
+    ) -> Iterable[Exchange]:
+        yield exchange(what, "all-reduce", "forward", FLOAT32 * tokens)
+        yield exchange(what, "all-reduce", "forward", 3 * FLOAT32 * tokens)
+
+    def _pipeline(self, stage: int, work: Work) -> Iterable[Exchange]:
+        if self.plan.num_stages == 1:
+            return
+        engine = self.run.engine
+        spread = engine.tensor_model_parallel_size if engine.sequence_parallel else 1
+        rows = work.tokens_deep / (self.run.model.seq_length or 1)
+        hidden = work.tokens_deep * self.shape.hidden_size * self.run.dtype.itemsize / spread
+
+        def send(what: str, phase: Phase, num_bytes: float) -> Exchange:
+            return Exchange(
+                kind="pipeline",
+                what=what,
+                collective="send",
+                group=self.groups.neighbours,
+                num_bytes=num_bytes,
+                count=1,
+                phase=phase,
+            )
+
+        if not self._is_last(stage):
+            # DeepSpeed says the shapes first, in a message of 256 int32 of their own.
+            yield send("shapes", "forward", 256 * 4)
+            yield send("hidden states of kept rows", "forward", hidden)
+            yield send("which rows", "forward", INT64 * rows)
+            yield send("counts", "forward", INT64 * 2)
+        if not self._is_first(stage):
+            yield send("gradients of kept rows", "backward", hidden)
+        if self._is_first(stage) or self._is_last(stage):
+            tp = engine.tensor_model_parallel_size
+            weight = self.shape.padded_vocab_size * self.shape.hidden_size / tp
+            yield Exchange(
+                kind="gradients",
+                what="tied embedding",
+                collective="all-reduce",
+                group=self.groups.ends,
+                num_bytes=FLOAT32 * weight,
+                count=1,
+                phase="step",
+            )
+
+    def _data(self, stage: int) -> Iterable[Exchange]:
+        engine, zero = self.run.engine, self.run.engine.zero_stage or 0
+        params = stage_params(
+            self.shape,
+            self.plan.num_blocks[stage],
+            first=self._is_first(stage),
+            last=self._is_last(stage),
+            tp=engine.tensor_model_parallel_size,
+        )
+        size = float(params * self.run.dtype.itemsize)
+
+        def exchange(kind: Kind, collective: Collective, phase: Phase) -> Exchange:
+            return Exchange(
+                kind=kind,
+                what=f"ZeRO {zero}",
+                collective=collective,
+                group=self.groups.data,
+                num_bytes=size,
+                count=1,
+                phase=phase,
+            )
+
+        if zero == 3:
+            yield exchange("weights", "all-gather", "forward")
+            yield exchange("weights", "all-gather", "backward")
+            yield exchange("gradients", "reduce-scatter", "backward")
+            return
+        # DeepSpeed sums whole buckets (use_multi_rank_bucket_allreduce), in stage 2 after each
+        # micro-step, since a rank could not hold the sums of the others' parts.
+        yield exchange("gradients", "all-reduce", "backward" if zero == 2 else "step")
+        if zero:
+            yield exchange("weights", "all-gather", "step")
+
+    def _selection(self, stage: int, work: Work) -> Iterable[Exchange]:
+        data = self.groups.data
+
+        def exchange(what: str, collective: Collective, num_bytes: float) -> Exchange:
+            return Exchange(
+                kind="selection",
+                what=what,
+                collective=collective,
+                group=data,
+                num_bytes=num_bytes,
+                count=1,
+                phase="forward",
+            )
+
+        together = self.policy.options.eslm_scope == "global"
+        rows = work.tokens / (self.run.model.seq_length or 1)
+        if self._is_first(stage) and self.policy.instance_source != "nothing" and together:
+            yield exchange("scores of rows", "all-gather", FLOAT32 * rows * data.size)
+        if self._is_last(stage):
+            if self.policy.token_source != "nothing" and together:
+                size = FLOAT32 * work.tokens * data.size
+                yield exchange("scores of tokens", "all-gather", size)
+            else:
+                yield exchange("number of kept tokens", "all-reduce", INT64)

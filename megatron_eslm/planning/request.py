@@ -1,0 +1,212 @@
+"""What a plan is asked for, and the run that it is about.
+
+The run is made by config/run.py from the flags of pretrain_gpt.py, so that a plan is about what
+would be trained, under the same rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_eslm.config.flags import parse_groups
+from megatron_eslm.config.run import GROUPS, RunConfig, resolve
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.shape import PRESETS
+
+GPT2_VOCAB_SIZE = 50_257
+
+Options = dict[str, Any]
+"""Option objects by group, and the names of those that were given (config/flags.py)."""
+
+SELECTIONS = ("clm", "eslm", "random", "rho1")
+"""What can be planned for; rho1 with losses of the reference model that were scored beforehand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A model to plan for, with the batch that it is trained with."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    seq_length: int
+    global_batch_size: int
+    """Sequences; what the paper or GPT-3 used."""
+
+
+SIZES = {
+    **{
+        name: Size(
+            num_layers=preset.num_layers,
+            hidden_size=preset.hidden_size,
+            num_attention_heads=preset.num_attention_heads,
+            seq_length=preset.seq_length,
+            global_batch_size=preset.micro_batch_size * preset.gradient_accumulation_steps,
+        )
+        for name, preset in PRESETS.items()
+    },
+    # Brown et al. 2020 (GPT-3), table 2.1: batches of 2M tokens. Its 13B has a width of 5,140,
+    # which 40 heads of 128 do not make; 5,120 is what others have built since. For planning only.
+    "6.7B": Size(
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        seq_length=2048,
+        global_batch_size=1024,
+    ),
+    "13B": Size(
+        num_layers=40,
+        hidden_size=5120,
+        num_attention_heads=40,
+        seq_length=2048,
+        global_batch_size=1024,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way to spread a run over its devices."""
+
+    tp: int
+    pp: int
+    dp: int
+    micro_batch_size: int
+    zero_stage: int
+    checkpoint_interval: int
+    """--activation-checkpoint-interval."""
+
+    @property
+    def flags(self) -> list[str]:
+        """As pretrain_gpt.py takes them."""
+        words = [
+            *("--tensor-model-parallel-size", str(self.tp)),
+            *("--pipeline-model-parallel-size", str(self.pp)),
+            *("--micro-batch-size", str(self.micro_batch_size)),
+            *("--zero-stage", str(self.zero_stage)),
+            *("--activation-checkpoint-interval", str(self.checkpoint_interval)),
+        ]
+        return [*words, *(["--sequence-parallel"] if self.tp > 1 else [])]
+
+    def __str__(self) -> str:
+        checkpoints = ", checkpoints" if self.checkpoint_interval else ""
+        return (
+            f"TP {self.tp} x PP {self.pp} x DP {self.dp}, micro-batch {self.micro_batch_size}, "
+            f"ZeRO {self.zero_stage}{checkpoints}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A model, how it selects, and how many devices there are."""
+
+    model_size: str
+    gpus: int
+    selection: str = "eslm"
+    alpha: float = 0.1
+    scope: str = "global"
+    proxy_layers: int = 1
+    proxy_stride: int = 1
+    global_batch_size: int | None = None
+    """Sequences an optimizer step; None: the size's own."""
+
+    def __post_init__(self) -> None:
+        if self.model_size not in SIZES:
+            raise ConfigError(
+                f"--model-size {self.model_size} is not one of {', '.join(SIZES)}; the last two "
+                "are shapes to plan for, which pretrain_gpt.py takes by --num-layers and the like."
+            )
+        if self.selection not in SELECTIONS:
+            raise ConfigError(
+                f"--selection {self.selection} is not one of those that can be planned for: "
+                f"{', '.join(SELECTIONS)}. Take the one whose passes are nearest."
+            )
+        for flag, value in (
+            ("--gpus", self.gpus),
+            ("--global-batch-size", self.global_batch_size),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag} {value} must be 1 or more.")
+
+    @property
+    def size(self) -> Size:
+        """Of the model."""
+        return SIZES[self.model_size]
+
+    @property
+    def batch(self) -> int:
+        """Sequences an optimizer step."""
+        return self.global_batch_size or self.size.global_batch_size
+
+    def with_selection(self, selection: str) -> Request:
+        """The same with another policy."""
+        return dataclasses.replace(self, selection=selection)
+
+    @property
+    def flags(self) -> list[str]:
+        """Of pretrain_gpt.py, but for the layout."""
+        size = self.size
+        words = ["--data-path", "data", "--bf16", "--selection", self.selection]
+        if self.model_size in PRESETS:
+            words += ["--model-size", self.model_size]
+        else:
+            words += ["--num-layers", str(size.num_layers), "--hidden-size", str(size.hidden_size)]
+            words += ["--num-attention-heads", str(size.num_attention_heads)]
+            words += ["--seq-length", str(size.seq_length), "--lr", "1e-4"]
+            words += ["--train-iters", "100000"]
+        if self.selection != "clm":
+            words += ["--eslm-alpha", str(self.alpha), "--eslm-scope", self.scope]
+        if self.selection == "eslm":
+            words += ["--eslm-proxy-layers", str(self.proxy_layers)]
+            words += ["--eslm-proxy-stride", str(self.proxy_stride)]
+        if self.selection == "rho1":
+            words += ["--reference-losses", "reference"]
+        return [*words, "--global-batch-size", str(self.batch)]
+
+    def options(self) -> Options:
+        """The flags as option objects, for `laid_out`."""
+        return parse_groups(GROUPS, self.flags, "")
+
+
+def laid_out(options: Options, layout: Layout) -> RunConfig:
+    """The run in one layout, as pretrain_gpt.py would resolve it.
+
+    Raises:
+        ConfigError: the rules of config/ refuse it.
+    """
+    engine = dataclasses.replace(
+        options["engine"],
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.tp > 1,
+        pipeline_model_parallel_size=layout.pp,
+        zero_stage=layout.zero_stage,
+    )
+    model = dataclasses.replace(
+        options["model"], activation_checkpoint_interval=layout.checkpoint_interval
+    )
+    training = dataclasses.replace(options["training"], micro_batch_size=layout.micro_batch_size)
+    changed = {"engine": engine, "model": model, "training": training}
+    given = options["given"] | {"zero_stage", "micro_batch_size"}
+    with _quietly():
+        world = layout.tp * layout.pp * layout.dp
+        return resolve(**{**options, **changed, "given": given}, world_size=world)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without warnings of layouts that are only looked at."""
+    logger = logging.getLogger(resolve.__module__)
+    logger.addFilter(_drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_drop)
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return False
