@@ -214,13 +214,15 @@ class GPT(nn.Module):
         _, kept_K, facts_2 = selected
         if not self._drops:
             return None
-        return self._places_of(kept_K, int(facts_2[0]))
+        return self._places_of(kept_K, int(facts_2[0]), dealt=self.policy.deals_rows)
 
-    def _places_of(self, rows_K: torch.Tensor, num_rows: int) -> Places | None:
+    def _places_of(
+        self, rows_K: torch.Tensor, num_rows: int, *, dealt: bool = False
+    ) -> Places | None:
         """For dropout: rows of this rank as rows of the global micro-batch, in this micro-step."""
         if not self._drops:
             return None
-        first = self.policy.peers.rank * num_rows
+        first = 0 if dealt else self.policy.peers.rank * num_rows
         state = self.policy.state
         rows = tuple(first + row for row in rows_K.tolist())
         return Places(state.iteration, state.micro_step, rows)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_eslm.model.instance_selector import Selected
+from megatron_eslm.model.instance_selector import Selected, held_rows
 from megatron_eslm.model.layers import Embedding, FinalNorm, Layout
+from megatron_eslm.ops.balance_rows import balance_rows, return_rows
 from megatron_eslm.ops.head_statistics import HeadStatistics, VocabShard, head_statistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens
 from megatron_eslm.parallel.collectives import all_reduce_
 from megatron_eslm.selection.batch import Batch, LossTokens
 from megatron_eslm.selection.objective import Objective
-from megatron_eslm.selection.policy import SelectionPolicy
+from megatron_eslm.selection.policy import Held, SelectionPolicy
 from megatron_eslm.selection.state import Recorder
 
 
@@ -53,18 +54,25 @@ class SelectiveHead(nn.Module):
         self._tied = (embedding, final_norm)
 
     def forward(self, selected: Selected, batch: Batch) -> torch.Tensor:
-        hidden_SKD, kept_K, facts_2 = selected
+        hidden_SKD, kept_K, facts = selected
         hidden_TKD = self.layout.gather(hidden_SKD)
         embedding, final_norm = self._tied
         weight_VD = embedding.word.weight
-        valid_MT = batch.valid_MT
-        # Evaluation is over the tokens as they are, whatever --label-noise trains on.
-        labels_MT = batch.labels_MT if self.training else batch.tokens_MS[:, 1:]
-        labels_N = labels_MT[kept_K].t().flatten()
-        valid_KT = valid_MT[kept_K]
         if not self.training:
-            return self._evaluate(hidden_TKD, weight_VD, labels_N, valid_KT.t().flatten())
+            # Over the tokens as they are, whatever --label-noise trains on.
+            labels_N = batch.tokens_MS[kept_K, 1:].t().flatten()
+            valid_N = batch.valid_MT[kept_K].t().flatten()
+            return self._evaluate(hidden_TKD, weight_VD, labels_N, valid_N)
 
+        read, held = batch, None
+        if self.policy.deals_rows:
+            # From here on the batch is that of the rows which this rank works on.
+            held = held_rows(facts, self.policy.peers.rank, self.policy.peers.size)
+            batch = self._deal(batch, held)
+            kept_K = torch.arange(len(batch.tokens_MS), device=kept_K.device)
+        self.policy.held = held
+        labels_N = batch.labels_MT[kept_K].t().flatten()
+        valid_KT = batch.valid_MT[kept_K]
         hidden_ND = hidden_TKD.flatten(0, 1)
         statistics = scored_S = None
         if self.policy.token_source == "head":
@@ -111,15 +119,33 @@ class SelectiveHead(nn.Module):
                 iteration=self.policy.state.iteration,
             )
         )
-        self._record(loss_S, chosen_S, kept_N, kept_K, valid_MT)
+        self._record(loss_S, chosen_S, kept_N, kept_K, batch, read)
         # Engines average gradients over data-parallel ranks; the average of these terms is the
         # mean over the tokens of all ranks, however unequal their numbers are.
         loss = loss_S.sum() * (self.policy.peers.size / max(1, num_in_loss))
-        if self.recorder.record.num_nonfinite or int(facts_2[1]):
+        if self.recorder.record.num_nonfinite or int(facts[1]):
             # Every gradient becomes nan, and the engine skips the step on all ranks.
             loss = loss * torch.nan
         self.recorder.record.loss = loss.detach()
         return loss
+
+    def _deal(self, batch: Batch, held: Held) -> Batch:
+        """The rows that this rank works on, of all that were read. Collective."""
+        first = held.rank * len(batch.tokens_MS)
+        own_K = torch.tensor(held.plan.kept_by[held.rank], dtype=torch.int64) - first
+        own_K = own_K.to(batch.tokens_MS.device)
+        length = batch.valid_MT.shape[1]
+        packed = torch.cat([batch.tokens_MS, batch.valid_MT.long(), batch.labels_MT], dim=1)
+        reference_BT = batch.reference_MT[own_K]
+        peers = self.policy.peers
+        with peers.phases("exchange of labels", waits=True):
+            packed = balance_rows(packed[own_K], held.plan, peers.group)
+            if reference_BT.shape[1]:
+                reference_BT = balance_rows(reference_BT, held.plan, peers.group)
+            else:
+                reference_BT = reference_BT.new_empty(len(packed), 0)
+        tokens, valid, labels = packed.split([length + 1, length, length], dim=1)
+        return Batch(tokens, valid.bool(), labels, reference_BT)
 
     def _statistics(
         self, normed_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: torch.Tensor
@@ -138,6 +164,8 @@ class SelectiveHead(nn.Module):
         self, risk_KT: torch.Tensor | None, kept_K: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, int]:
         """bool [N], the tokens that the keep rule keeps, and their global number."""
+        if self.policy.held is not None:
+            return self._choose_of_held(risk_KT, batch, self.policy.held)
         valid_MT = batch.valid_MT
         record = self.recorder.record
         in_kept_row_M = torch.zeros(len(valid_MT), dtype=torch.bool, device=valid_MT.device)
@@ -158,6 +186,25 @@ class SelectiveHead(nn.Module):
             num_kept = self._sum_over_ranks(num_kept, valid_MT.device)
         return decision.keep[kept_K].t().flatten(), num_kept
 
+    def _choose_of_held(
+        self, risk_BT: torch.Tensor | None, batch: Batch, held: Held
+    ) -> tuple[torch.Tensor, int]:
+        """The same where rows are dealt; what is recorded is of the rows that were read."""
+        if risk_BT is None:
+            risk_BT = torch.zeros(batch.valid_MT.shape, device=batch.valid_MT.device)
+        scores_BT = self.policy.token_scores(risk_BT, batch)
+        scores_BT = torch.where(batch.valid_MT, scores_BT, EXCLUDED)
+        decision, scores_all = self.policy.keep_of_rows(scores_BT, held, "token gather")
+        record, per_rank = self.recorder.record, held.num_rows // self.policy.peers.size
+        read = slice(held.rank * per_rank, (held.rank + 1) * per_rank)
+        scores_MT = scores_all[read]
+        record.token_scores_MT = torch.where(scores_MT == EXCLUDED, torch.nan, scores_MT)
+        record.token_kept_MT = decision.everyone[read]
+        record.tau_token = decision.tau
+        record.cvar = decision.cvar
+        record.num_nonfinite += decision.num_nonfinite
+        return decision.keep.t().flatten(), decision.num_kept
+
     def _all_valid(self, valid_KT: torch.Tensor) -> tuple[torch.Tensor, int]:
         """bool [N], the valid tokens, and their global number."""
         valid_N = valid_KT.t().flatten()
@@ -175,27 +222,48 @@ class SelectiveHead(nn.Module):
         chosen_S: torch.Tensor,
         kept_N: torch.Tensor,
         kept_K: torch.Tensor,
-        valid_MT: torch.Tensor,
+        batch: Batch,
+        read: Batch,
     ) -> None:
-        record = self.recorder.record
-        num_kept_rows, num_positions = len(kept_K), valid_MT.shape[1]
+        """Write down what became of the rows that were read.
+
+        Args:
+            kept_K: rows of `batch`, whose tokens `kept_N` and `chosen_S` are about.
+            batch: of the rows that this rank worked on.
+            read: of those that it read; the same where no row is dealt.
+        """
+        record, held = self.recorder.record, self.policy.held
+        num_rows, num_positions = len(kept_K), batch.valid_MT.shape[1]
         record.num_tokens, record.num_tokens_in_kept_rows = torch.stack(
-            [valid_MT.sum(), valid_MT[kept_K].sum()]
+            [read.valid_MT.sum(), batch.valid_MT[kept_K].sum()]
         ).tolist()
         record.num_tokens_kept = len(chosen_S)
-        kept_MT = torch.zeros_like(valid_MT)
-        kept_MT[kept_K] = kept_N.view(num_positions, num_kept_rows).t()
-        record.token_kept_MT = kept_MT
+        bad_S = ~torch.isfinite(loss_S)
+        bad_K = torch.zeros(num_rows, dtype=torch.bool, device=loss_S.device)
+        if num_rows:
+            bad_K[chosen_S[bad_S] % num_rows] = True
+        rows_K = kept_K
+        if held is not None:
+            own = held.plan.kept_by[held.rank]
+            first = held.rank * len(read.tokens_MS)
+            rows_K = torch.tensor(own, dtype=torch.int64, device=kept_K.device) - first
+            with self.policy.peers.phases("rows that are not finite", waits=True):
+                bad_K = return_rows(bad_K.byte(), held.plan, self.policy.peers.group).bool()
 
+        if record.token_kept_MT is None:  # else it came with the choice
+            kept_MT = torch.zeros_like(read.valid_MT)
+            if held is None:
+                kept_MT[kept_K] = kept_N.view(num_positions, num_rows).t()
+            else:
+                kept_MT[rows_K] = read.valid_MT[rows_K]
+            record.token_kept_MT = kept_MT
         nonfinite_M = record.nonfinite_rows_M
         if nonfinite_M is None:
-            nonfinite_M = torch.zeros_like(valid_MT[:, 0])
-        bad_S = ~torch.isfinite(loss_S)
-        if num_kept_rows:
-            nonfinite_M[kept_K[chosen_S[bad_S] % num_kept_rows]] = True
+            nonfinite_M = torch.zeros_like(read.valid_MT[:, 0])
+        nonfinite_M[rows_K] |= bad_K
         if record.token_scores_MT is not None:
-            bad_MT = record.token_scores_MT.isnan() & kept_MT | record.token_scores_MT.isinf()
-            nonfinite_M |= bad_MT.any(dim=1)
+            bad_MT = record.token_scores_MT.isnan() & record.token_kept_MT
+            nonfinite_M |= (bad_MT | record.token_scores_MT.isinf()).any(dim=1)
         record.nonfinite_rows_M = nonfinite_M
         record.num_nonfinite = max(record.num_nonfinite, int(bad_S.sum()))
 

@@ -11,15 +11,26 @@ import torch
 from torch import nn
 
 from megatron_eslm.model.layers import Embedding, FinalNorm, Layout, MirroredNorm
+from megatron_eslm.ops.balance_rows import balance_rows, plan_rows
 from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
 from megatron_eslm.selection.batch import Batch
-from megatron_eslm.selection.policy import SelectionPolicy
+from megatron_eslm.selection.policy import Held, SelectionPolicy
 from megatron_eslm.selection.state import Recorder
 
 Selected = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """What goes on through the model, and from stage to stage of a pipeline: hidden [S,K,D] of the kept
 rows, which of this rank's rows they are (int64 [K]), and int64 [2] with the number of rows that
-were read (M) and of scores that were not finite."""
+were read (M) and of scores that were not finite.
+
+Where kept rows are dealt to ranks the indices are those of the global micro-batch, and behind the
+two counts stands which of its rows are kept, so that each stage knows who has which."""
+
+
+def held_rows(facts: torch.Tensor, rank: int, num_ranks: int) -> Held:
+    """Who has which rows, from the third of `Selected` where rows are dealt."""
+    num_rows = num_ranks * int(facts[0])
+    plan = plan_rows(facts[2:].view(num_ranks, -1).bool())
+    return Held(plan, num_rows, rank)
 
 
 class InstanceSelector(nn.Module):
@@ -66,9 +77,27 @@ class InstanceSelector(nn.Module):
         kept_K = kept.keep.nonzero().squeeze(1)
         record.num_rows_kept = len(kept_K)
         facts_2 = kept_K.new_tensor([rows, kept.num_nonfinite])
+        if self.policy.deals_rows:
+            return self._deal(hidden_SMD, kept_K, facts_2, kept.everyone)
         if len(kept_K) == rows:
             return hidden_SMD, kept_K, facts_2
         return hidden_SMD.index_select(1, kept_K), kept_K, facts_2
+
+    def _deal(
+        self,
+        hidden_SMD: torch.Tensor,
+        kept_K: torch.Tensor,
+        facts_2: torch.Tensor,
+        everyone_RM: torch.Tensor,
+    ) -> Selected:
+        peers = self.policy.peers
+        facts = torch.cat([facts_2, everyone_RM.flatten().long()])
+        held = held_rows(facts, peers.rank, peers.size)
+        hidden_KSD = hidden_SMD.index_select(1, kept_K).transpose(0, 1)
+        with peers.phases("exchange of rows", waits=True):
+            hidden_BSD = balance_rows(hidden_KSD, held.plan, peers.group)
+        rows_B = torch.tensor(held.rows, dtype=torch.int64, device=kept_K.device)
+        return hidden_BSD.transpose(0, 1).contiguous(), rows_B, facts
 
     @torch.no_grad()
     def _scores(

@@ -86,6 +86,20 @@ def balance_rows(
     return _BalanceRows.apply(x_KX, plan, group)
 
 
+def return_rows(x_BX: torch.Tensor, plan: RowPlan, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """What a rank found out of the rows that it works on, to the ranks that kept them. Collective.
+
+    Args:
+        x_BX: [B, ...]; no gradient flows.
+
+    Returns:
+        [K, ...], ascending.
+    """
+    if group is None or group.size() == 1 or plan.rows_of == plan.kept_by:
+        return x_BX
+    return _exchange(x_BX, plan.rows_of, plan.kept_by, group)
+
+
 class _BalanceRows(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -7,7 +7,9 @@ to the lower global index, and tau is the smallest kept score.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,8 @@ class Kept:
 
     keep: torch.Tensor
     """bool, shape of the local scores."""
+    everyone: torch.Tensor
+    """bool, the same of all ranks, in the order of the global index."""
     tau: float
     """Smallest kept score (VaR); nan where nothing could be kept."""
     cvar: float
@@ -57,8 +61,57 @@ def keep_riskiest(
         Kept, with `keep` for this rank's scores. `scores` is not changed.
     """
     assert scores.dtype == torch.float32, scores.dtype
-    everyone = all_gather_same_shape(scores.reshape(-1), group)
-    flat_N = everyone.reshape(-1)
+    everyone = all_gather_same_shape(scores, group)
+    rank = group.rank() if group is not None else 0
+    decision = _decide(everyone.reshape(-1), alpha)
+    keep = decision.keep.view(everyone.shape)
+    return dataclasses.replace(decision, keep=keep[rank], everyone=keep)
+
+
+def keep_riskiest_of_rows(
+    scores_BT: torch.Tensor,
+    alpha: float,
+    rows_of: Sequence[Sequence[int]],
+    num_rows: int,
+    group: dist.ProcessGroup | None,
+) -> tuple[Kept, torch.Tensor]:
+    """The same for rows that ranks hold in unequal numbers, and not where they were read.
+
+    The global index is (row, position), so that it does not matter who holds a row.
+
+    Args:
+        scores_BT: float32 [B, T], of this rank's rows.
+        alpha: share to drop.
+        rows_of: the numbers of each rank's rows.
+        num_rows: of all ranks together, dropped ones included.
+        group: the ranks; None is this rank alone.
+
+    Returns:
+        (Kept with `keep` for this rank's rows and `everyone` [num_rows, T]; the scores of all
+        rows, float32 [num_rows, T], EXCLUDED where nobody holds one).
+    """
+    assert scores_BT.dtype == torch.float32, scores_BT.dtype
+    most, length = max(map(len, rows_of)), scores_BT.shape[1]
+    padded = scores_BT.new_full((most, length), EXCLUDED)
+    padded[: len(scores_BT)] = scores_BT
+    everyone = all_gather_same_shape(padded, group).view(-1, length)
+    places = [
+        (row, rank * most + i) for rank, rows in enumerate(rows_of) for i, row in enumerate(rows)
+    ]
+    target, source = (
+        torch.tensor(places, dtype=torch.int64, device=scores_BT.device).view(-1, 2).t()
+    )
+    scores_all = scores_BT.new_full((num_rows, length), EXCLUDED)
+    scores_all[target] = everyone[source]
+    decision = _decide(scores_all.reshape(-1), alpha)
+    keep = decision.keep.view(scores_all.shape)
+    mine = rows_of[group.rank() if group is not None else 0]
+    held = torch.tensor(mine, dtype=torch.int64, device=scores_BT.device)
+    return dataclasses.replace(decision, keep=keep[held], everyone=keep), scores_all
+
+
+def _decide(flat_N: torch.Tensor, alpha: float) -> Kept:
+    """The keep rule over all scores in the order of their global index."""
     nonfinite_N = torch.isnan(flat_N) | (flat_N == math.inf)
     flat_N = torch.where(nonfinite_N, math.inf, flat_N)
     takes_part_N = flat_N != EXCLUDED
@@ -66,8 +119,8 @@ def keep_riskiest(
     num_nonfinite, num_scores = torch.stack([nonfinite_N.sum(), takes_part_N.sum()]).tolist()
     k = num_to_keep(num_scores, alpha)
     if k == 0:
-        nothing = torch.zeros_like(scores, dtype=torch.bool)
-        return Kept(nothing, math.nan, math.nan, 0, 0, 0)
+        nothing = torch.zeros_like(flat_N, dtype=torch.bool)
+        return Kept(nothing, nothing, math.nan, math.nan, 0, 0, 0)
 
     if k == num_scores:
         keep_N = takes_part_N
@@ -80,7 +133,4 @@ def keep_riskiest(
     excess = torch.where(takes_part_N, flat_N - tau, 0.0).clamp_(min=0.0).sum(dtype=torch.float64)
     cvar = tau.double() + excess / ((1.0 - alpha) * num_scores)
     tau_value, cvar_value = torch.stack([tau.double(), cvar]).tolist()
-
-    rank = group.rank() if group is not None else 0
-    local = keep_N.view(everyone.shape)[rank].view(scores.shape)
-    return Kept(local, tau_value, cvar_value, num_scores, k, num_nonfinite)
+    return Kept(keep_N, keep_N, tau_value, cvar_value, num_scores, k, num_nonfinite)

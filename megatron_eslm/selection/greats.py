@@ -71,6 +71,7 @@ class Greats(SelectionPolicy):
     """Keep the sequences that training.gradient_alignment's pass has found to gain most."""
 
     instance_source = "policy"
+    chooses_together = False
     _choice: Choice | None = None
     """Of the micro-step to come."""
 
@@ -95,7 +96,7 @@ class Greats(SelectionPolicy):
         num = len(scores)
         if not self.needs_products(num):
             everything = torch.ones_like(scores, dtype=torch.bool)
-            return Kept(everything, math.nan, math.nan, num, num, 0)
+            return Kept(everything, everything[None], math.nan, math.nan, num, num, 0)
         assert self._choice is not None
         choice, self._choice = self._choice, None
         keep = torch.zeros_like(scores, dtype=torch.bool)
@@ -103,6 +104,7 @@ class Greats(SelectionPolicy):
         finite = [choice.gains[m] for m in choice.order if math.isfinite(choice.gains[m])]
         return Kept(
             keep=keep,
+            everyone=keep[None],
             tau=min(finite, default=math.nan),
             cvar=math.nan,
             num_scores=sum(gain != EXCLUDED for gain in choice.gains),

@@ -37,6 +37,10 @@ class SelectionOptions:
     eslm_scope: Literal["global", "local"] = "global"
     """Threshold over the micro-batches of all data-parallel ranks, or on each rank alone."""
 
+    eslm_balance: bool = True
+    """With global thresholds: deal the kept sequences evenly to data-parallel ranks, so that none
+    waits for one that keeps more."""
+
     eslm_proxy_stride: int = 1
     """Score every s-th position of a sequence only: an estimate, cheaper where the head is what
     the proxy costs."""

@@ -83,17 +83,14 @@ class RandomControl(_Levels):
 
     def _uniform_rows(self, level: str, valid_MT: torch.Tensor) -> torch.Tensor:
         rows, positions = valid_MT.shape
-        shape = (
-            (self.peers.size, rows)
-            if level == "instance"
-            else (
-                self.peers.size,
-                rows,
-                positions,
-            )
-        )
+        # The same numbers, whether rows count by ranks or all through.
+        held = self.held if level == "token" else None
+        ranks_rows = (self.peers.size, rows) if held is None else (1, held.num_rows)
+        shape = ranks_rows if level == "instance" else (*ranks_rows, positions)
         rng = generator(self.seed, "random", level, self.state.iteration, self.state.micro_step)
-        return torch.rand(shape, generator=rng)[self.peers.rank].to(valid_MT.device)
+        draws = torch.rand(shape, generator=rng)
+        mine = draws[self.peers.rank] if held is None else draws[0][list(held.rows)]
+        return mine.to(valid_MT.device)
 
     def instance_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
         scores_M = self._uniform_rows("instance", valid_MT)

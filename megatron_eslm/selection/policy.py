@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
 import torch
 
+from megatron_eslm.ops.balance_rows import RowPlan
 from megatron_eslm.ops.head_statistics import HeadStatistics
-from megatron_eslm.ops.keep_rule import Kept, keep_riskiest
+from megatron_eslm.ops.keep_rule import Kept, keep_riskiest, keep_riskiest_of_rows
 from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.state import Peers, SelectionState
@@ -21,6 +23,21 @@ from megatron_eslm.selection.state import Peers, SelectionState
 Source = Literal["nothing", "policy", "head"]
 """Where scores come from: no selection at this level, the policy alone (no logits needed), or loss
 and entropy of the head."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Kept rows as they are dealt to ranks in one micro-step."""
+
+    plan: RowPlan
+    num_rows: int
+    """Of the global micro-batch."""
+    rank: int
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Of this rank, as numbers of the global micro-batch."""
+        return self.plan.rows_of[self.rank]
 
 
 class SelectionPolicy(ABC):
@@ -32,11 +49,17 @@ class SelectionPolicy(ABC):
     name: ClassVar[str]
     instance_source: Source = "nothing"
     token_source: Source = "nothing"
+    chooses_together: ClassVar[bool] = True
+    """Whether global thresholds are over all ranks; else each rank chooses alone."""
     needs_reference: ClassVar[bool] = False
     """Whether token scores need the losses of a reference model."""
     reference: Callable[[Batch], torch.Tensor] | None = None
     """Batch -> float32 [M, T], what the reference model's losses are where the batch brings none;
     set where the model is built, for policies that need it."""
+
+    held: Held | None = None
+    """Which rows of the global micro-batch the batch at hand has; None: those that this rank read.
+    Set for `token_scores` where kept rows are dealt to ranks."""
 
     def __init__(
         self, options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
@@ -79,6 +102,26 @@ class SelectionPolicy(ABC):
             return keep_riskiest(scores, self.state.alpha, None)
         with self.peers.phases(phase, waits=True):
             return keep_riskiest(scores, self.state.alpha, self.peers.group)
+
+    @property
+    def deals_rows(self) -> bool:
+        """Whether kept rows are dealt evenly to data-parallel ranks (ops.balance_rows)."""
+        return (
+            self.options.eslm_balance
+            and self.options.eslm_scope == "global"
+            and self.instance_source != "nothing"
+            and self.chooses_together
+            and self.peers.size > 1
+        )
+
+    def keep_of_rows(
+        self, scores_BT: torch.Tensor, held: Held, phase: str
+    ) -> tuple[Kept, torch.Tensor]:
+        """The keep rule for tokens of rows that are dealt to ranks; see keep_riskiest_of_rows."""
+        with self.peers.phases(phase, waits=True):
+            return keep_riskiest_of_rows(
+                scores_BT, self.state.alpha, held.plan.rows_of, held.num_rows, self.peers.group
+            )
 
 
 P = TypeVar("P", bound=type[SelectionPolicy])
