@@ -69,7 +69,12 @@ def _kernels() -> Iterator[tuple[str, str]]:
     yield "attention", "torch scaled_dot_product_attention (flash kernels)"
     yield "layer norm", "torch (fused on CUDA)"
     yield "optimizer", "torch AdamW, fused"
-    yield "head", "selective linear cross-entropy in row chunks (ours)"
+    from megatron_eslm.ops.head_kernel import resolve_head_kernel
+
+    kernel = resolve_head_kernel("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    triton = _version("triton") or "not installed"
+    yield "head", f"selective linear cross-entropy (ours), --head-kernel auto is {kernel}"
+    yield "triton", f"{triton}; --head-kernel triton needs it, and CUDA"
     apex = _version("apex")
     yield (
         "apex",

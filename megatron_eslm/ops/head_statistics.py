@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_eslm.ops.head_kernel import HeadKernel, head_form
 from megatron_eslm.parallel.collectives import all_reduce_
 
 CHUNK_BYTES = 128 * 2**20
-"""Float32 bytes of the transient [C, V] block of logits; the full [N, V] never exists in float32
-unless the model itself computes in float32 and keeps its logits."""
+"""Most bytes of a transient block of logits; the full [N, V] never exists in float32 unless the
+model itself computes in float32 and keeps its logits."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,23 @@ class VocabShard:
     num_rows: int
     num_real: int
     group: dist.ProcessGroup | None = None
+    kernel: HeadKernel = "auto"
+    """What computes statistics and gradients of these rows."""
 
     @classmethod
     def of(
-        cls, vocab_size: int, padded_vocab_size: int, group: dist.ProcessGroup | None = None
+        cls,
+        vocab_size: int,
+        padded_vocab_size: int,
+        group: dist.ProcessGroup | None = None,
+        kernel: HeadKernel = "auto",
     ) -> VocabShard:
         """The shard of this rank of `group`; padded_vocab_size must divide by the group size."""
         size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
         assert padded_vocab_size % size == 0, (padded_vocab_size, size)
         rows = padded_vocab_size // size
         start = rank * rows
-        return cls(start, rows, max(0, min(rows, vocab_size - start)), group)
+        return cls(start, rows, max(0, min(rows, vocab_size - start)), group, kernel)
 
     def localise(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Labels as indices into this shard (0 where elsewhere) and where they are in it."""
@@ -90,37 +97,29 @@ def head_statistics(
         shard: which rows these are.
         entropy: whether to compute the entropy.
         keep_logits: whether to keep the logits in the compute type for the backward pass.
-        chunk_bytes: size of the transient float32 block.
+        chunk_bytes: most bytes of a transient block of logits.
 
     Returns:
         HeadStatistics, float32 whatever the compute type. No gradient flows from it.
     """
     num_tokens = hidden_ND.shape[0]
     logits_NV = hidden_ND.new_empty(num_tokens, shard.num_rows) if keep_logits else None
-    max_N = hidden_ND.new_empty(num_tokens, dtype=torch.float32)
-    # rows: sum of exponentials, sum of exponential times shifted logit, label's logit
-    sums_3N = hidden_ND.new_zeros(3, num_tokens, dtype=torch.float32)
     local_N, here_N = shard.localise(labels_N)
-
-    step = chunk_rows(shard.num_rows, chunk_bytes)
-    for start in range(0, num_tokens, step):
-        rows = slice(start, min(start + step, num_tokens))
-        if logits_NV is None:
-            logits_CV = hidden_ND[rows] @ weight_VD.t()
-        else:
-            logits_CV = torch.mm(hidden_ND[rows], weight_VD.t(), out=logits_NV[rows])
-        if shard.num_real == 0:  # a shard of nothing but padding
-            max_N[rows] = -torch.inf
-            continue
-        z_CV = logits_CV[:, : shard.num_real].float()
-        max_C = z_CV.amax(dim=1)
-        max_N[rows] = max_C
-        sums_3N[2, rows] = z_CV.gather(1, local_N[rows, None]).squeeze(1)
-        z_CV = z_CV - max_C[:, None]
-        exp_CV = z_CV.exp()
-        sums_3N[0, rows] = exp_CV.sum(dim=1)
-        if entropy:
-            sums_3N[1, rows] = exp_CV.mul_(z_CV).sum(dim=1)
+    if shard.num_real:
+        max_N, sums_3N = head_form(shard.kernel, hidden_ND.device).partial_statistics(
+            hidden_ND,
+            weight_VD,
+            torch.where(here_N, local_N, -1),
+            shard.num_real,
+            logits_NV,
+            entropy=entropy,
+            chunk_bytes=chunk_bytes,
+        )
+    else:  # a shard of nothing but padding
+        max_N = hidden_ND.new_full((num_tokens,), -torch.inf, dtype=torch.float32)
+        sums_3N = hidden_ND.new_zeros(3, num_tokens, dtype=torch.float32)
+        if logits_NV is not None:
+            torch.mm(hidden_ND, weight_VD.t(), out=logits_NV)
 
     if shard.group is not None and shard.group.size() > 1:
         shard_max_N = max_N.clone()
@@ -130,7 +129,6 @@ def head_statistics(
             scale_N = shift_N.exp()
             sums_3N[1] = scale_N * (sums_3N[1] + shift_N * sums_3N[0])
             sums_3N[0] *= scale_N
-        sums_3N[2].masked_fill_(~here_N, 0.0)
         all_reduce_(sums_3N, shard.group)
 
     log_sum_N = sums_3N[0].log()

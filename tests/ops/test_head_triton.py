@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops import head_kernel, head_torch
 from megatron_eslm.ops.head_kernel import head_form, resolve_head_kernel
+from megatron_eslm.parallel.mesh import build_mesh
+from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.selection.state import Peers, Recorder, SelectionState
+from megatron_eslm.training.build import build_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,3 +144,18 @@ def test_auto_is_triton_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> Non
         assert resolve_head_kernel("auto", "cpu") == "torch"
         assert resolve_head_kernel("torch", "cuda") == "torch"
     assert head_form("auto", torch.device("cpu")) is head_torch
+
+
+def test_the_command_refuses_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(head_kernel, "triton_imports", lambda: True)
+    with pytest.raises(ConfigError, match="--head-kernel triton needs a CUDA device"):
+        parse_run(["--head-kernel", "triton"], 1)
+
+
+def test_the_option_reaches_both_heads(process_group: None) -> None:
+    run = parse_run(["--head-kernel", "torch", "--num-layers", "2", "--hidden-size", "24"], 1)
+    state = SelectionState(alpha=run.selection.initial_alpha)
+    policy = build_policy(run.selection, state, Peers(0, 1, None), seed=0)
+    model = build_model(run, run.shape(45), build_mesh(), policy, Recorder(), range(2))
+    assert model.head.shard.kernel == model.selector.shard.kernel == "torch"
