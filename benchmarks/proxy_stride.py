@@ -18,17 +18,13 @@ from datetime import date
 import numpy as np
 import torch
 
-from megatron_eslm.model.gpt import GPT, ModelSettings, load_weights
-from megatron_eslm.objectives.causal_lm import CausalLM
+from megatron_eslm.model.gpt import bare_gpt, load_weights
 from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
 from megatron_eslm.ops.keep_rule import num_to_keep
 from megatron_eslm.parallel.bootstrap import single_process
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.reports.passages import validation_passages
 from megatron_eslm.reports.token_scores import open_scoring_model
-from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import build_policy
-from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 
 STRIDES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -86,10 +82,7 @@ def token_risks(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
         args.data_path, args.split, scoring.tokenizer, length, args.samples
     )
     whole = [p for p in passages if len(p.ids) == length]
-    policy = build_policy(
-        SelectionOptions(selection="clm"), SelectionState(alpha=0.0), Peers(0, 1, None), seed=0
-    )
-    model = GPT(shape, build_mesh(), policy, Recorder(), CausalLM(), ModelSettings()).eval()
+    model = bare_gpt(shape, build_mesh())
     load_weights(model, scoring.weights.weights)
     shard = VocabShard.of(shape.vocab_size, shape.padded_vocab_size)
 

@@ -281,8 +281,9 @@ def _greats(asked: AskedLayout) -> str | None:
 def _compile(asked: AskedLayout) -> str | None:
     if asked.compiles and asked.zero_stage == 3:
         return (
-            "--compile with --zero-stage 3: the engine gathers weights layer by layer, in hooks that "
-            "compiled blocks would not call. Use --zero-stage 2 or less, or leave --compile out."
+            "--compile with --zero-stage 3: the engine gathers weights layer by layer, in hooks "
+            "that compiled blocks would not call. Use --zero-stage 2 or less, or leave "
+            "--compile out."
         )
     return None
 
