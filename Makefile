@@ -53,7 +53,9 @@ bench: install
 	$(BIN)/python -m benchmarks.peer_step
 	$(BIN)/python -m benchmarks.peer_memory
 	$(BIN)/python -m benchmarks.engine_overhead
+	$(BIN)/python -m benchmarks.head_kernel
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.plan_check
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 -m benchmarks.thresholds --rows 2
 	@if [ -n "$(CORPUS)" ]; then $(BIN)/python -m benchmarks.preprocessing --input "$(CORPUS)" --vocab-file "$(VOCAB)/vocab.json" --merge-file "$(VOCAB)/merges.txt"; \
 	else echo "preprocessing is not measured: make bench CORPUS=folder VOCAB=folder"; fi

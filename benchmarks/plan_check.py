@@ -33,8 +33,10 @@ from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
 from megatron_eslm.parallel.bootstrap import init_distributed
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.parallel.phases import Phases
-from megatron_eslm.planning.cost import COLUMN_TRAFFIC, RESIDUAL_TRAFFIC, Setting, step_cost
+from megatron_eslm.planning.cost import step_cost
 from megatron_eslm.planning.hardware import Machine, Protocol
+from megatron_eslm.planning.setting import Setting
+from megatron_eslm.planning.stage_clock import COLUMN_TRAFFIC, RESIDUAL_TRAFFIC
 from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState

@@ -9,6 +9,8 @@ little later anyway, is not counted.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
@@ -23,17 +25,21 @@ def main() -> None:
     init_distributed()
     ranks = dist.get_world_size()
     run = BenchRun(*training_flags(args, ranks), "--eslm-alpha", "0.1")
-    policy, spent = run.policy, [0.0]
-    ordinary = policy.keep
+    spent = [0.0]
 
-    def keep(*words, **named):  # type: ignore[no-untyped-def]
-        dist.barrier()
-        begin = time.perf_counter()
-        decision = ordinary(*words, **named)
-        spent[0] += time.perf_counter() - begin
-        return decision
+    def timed_choice(choose: Callable[..., Any]) -> Callable[..., Any]:
+        def choice(*words: Any, **named: Any) -> Any:
+            dist.barrier()
+            begin = time.perf_counter()
+            decision = choose(*words, **named)
+            spent[0] += time.perf_counter() - begin
+            return decision
 
-    policy.keep = keep  # type: ignore[method-assign]
+        return choice
+
+    policy = run.policy
+    policy.keep = timed_choice(policy.keep)  # type: ignore[method-assign]
+    policy.keep_of_rows = timed_choice(policy.keep_of_rows)  # type: ignore[method-assign]
     step, shares = run.stepper(), []
 
     def timed() -> None:

@@ -6,6 +6,8 @@ order, S selected tokens, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -15,7 +17,7 @@ from megatron_eslm.ops.balance_rows import balance_rows, return_rows
 from megatron_eslm.ops.head_statistics import HeadStatistics, VocabShard, head_statistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens
-from megatron_eslm.parallel.collectives import all_reduce_
+from megatron_eslm.parallel.collectives import sum_later
 from megatron_eslm.selection.batch import Batch, LossTokens
 from megatron_eslm.selection.objective import Objective
 from megatron_eslm.selection.policy import Held, SelectionPolicy
@@ -122,7 +124,9 @@ class SelectiveHead(nn.Module):
         self._record(loss_S, chosen_S, kept_N, kept_K, batch, read)
         # Engines average gradients over data-parallel ranks; the average of these terms is the
         # mean over the tokens of all ranks, however unequal their numbers are.
-        loss = loss_S.sum() * (self.policy.peers.size / max(1, num_in_loss))
+        with self.policy.peers.phases("count of kept tokens", waits=True):
+            total = num_in_loss()
+        loss = loss_S.sum() * (self.policy.peers.size / max(1, total))
         if self.recorder.record.num_nonfinite or int(facts[1]):
             # Every gradient becomes nan, and the engine skips the step on all ranks.
             loss = loss * torch.nan
@@ -162,8 +166,8 @@ class SelectiveHead(nn.Module):
     @torch.no_grad()
     def _choose(
         self, risk_KT: torch.Tensor | None, kept_K: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, int]:
-        """bool [N], the tokens that the keep rule keeps, and their global number."""
+    ) -> tuple[torch.Tensor, Callable[[], int]]:
+        """bool [N], the tokens that the keep rule keeps, and what gives their global number."""
         if self.policy.held is not None:
             return self._choose_of_held(risk_KT, batch, self.policy.held)
         valid_MT = batch.valid_MT
@@ -181,14 +185,14 @@ class SelectiveHead(nn.Module):
         record.tau_token = decision.tau
         record.cvar = decision.cvar
         record.num_nonfinite += decision.num_nonfinite
-        num_kept = decision.num_kept
+        kept_N = decision.keep[kept_K].t().flatten()
         if self.policy.options.eslm_scope == "local":
-            num_kept = self._sum_over_ranks(num_kept, valid_MT.device)
-        return decision.keep[kept_K].t().flatten(), num_kept
+            return kept_N, sum_later(decision.num_kept, self.policy.peers.group, valid_MT.device)
+        return kept_N, lambda: decision.num_kept
 
     def _choose_of_held(
         self, risk_BT: torch.Tensor | None, batch: Batch, held: Held
-    ) -> tuple[torch.Tensor, int]:
+    ) -> tuple[torch.Tensor, Callable[[], int]]:
         """The same where rows are dealt; what is recorded is of the rows that were read."""
         if risk_BT is None:
             risk_BT = torch.zeros(batch.valid_MT.shape, device=batch.valid_MT.device)
@@ -203,17 +207,13 @@ class SelectiveHead(nn.Module):
         record.tau_token = decision.tau
         record.cvar = decision.cvar
         record.num_nonfinite += decision.num_nonfinite
-        return decision.keep.t().flatten(), decision.num_kept
+        return decision.keep.t().flatten(), lambda: decision.num_kept
 
-    def _all_valid(self, valid_KT: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """bool [N], the valid tokens, and their global number."""
+    def _all_valid(self, valid_KT: torch.Tensor) -> tuple[torch.Tensor, Callable[[], int]]:
+        """bool [N], the valid tokens, and what gives their global number: begun here, waited for
+        when it is called, so that the head computes meanwhile."""
         valid_N = valid_KT.t().flatten()
-        return valid_N, self._sum_over_ranks(int(valid_N.sum()), valid_KT.device)
-
-    def _sum_over_ranks(self, count: int, device: torch.device) -> int:
-        total = torch.tensor([count], device=device)
-        with self.policy.peers.phases("count of kept tokens", waits=True):
-            return int(all_reduce_(total, self.policy.peers.group).item())
+        return valid_N, sum_later(int(valid_N.sum()), self.policy.peers.group, valid_KT.device)
 
     @torch.no_grad()
     def _record(

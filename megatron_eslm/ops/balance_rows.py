@@ -28,11 +28,6 @@ class RowPlan:
     kept_by: tuple[tuple[int, ...], ...]
     """R lists: the rows that each rank kept of those that it read, ascending."""
 
-    def sent(self, source: int, target: int) -> list[int]:
-        """Rows that one rank hands to another, ascending."""
-        theirs = set(self.rows_of[target])
-        return [row for row in self.kept_by[source] if row in theirs]
-
 
 def plan_rows(kept_RM: torch.Tensor) -> RowPlan:
     """Deal all kept rows so that no rank has two more than another, moving as few as can be.
@@ -113,10 +108,12 @@ class _BalanceRows(torch.autograd.Function):
         return _exchange(grads[0], ctx.plan.rows_of, ctx.plan.kept_by, ctx.group), None, None
 
 
-Held = tuple[tuple[int, ...], ...]
+_RowsOfRanks = tuple[tuple[int, ...], ...]
 
 
-def _exchange(x: torch.Tensor, before: Held, after: Held, group: dist.ProcessGroup) -> torch.Tensor:
+def _exchange(
+    x: torch.Tensor, before: _RowsOfRanks, after: _RowsOfRanks, group: dist.ProcessGroup
+) -> torch.Tensor:
     """Rows of all ranks from where they are to where they shall be."""
     rank, ranks = group.rank(), range(group.size())
     place = {row: i for i, row in enumerate(before[rank])}

@@ -42,6 +42,26 @@ def all_reduce_(
     return x
 
 
+def sum_later(
+    count: int, group: dist.ProcessGroup | None, device: torch.device
+) -> Callable[[], int]:
+    """Begin to add up a number over `group` (None: this rank alone) and go on.
+
+    Returns:
+        A function that waits for the sum; call it once.
+    """
+    if group is None or group.size() == 1:
+        return lambda: count
+    total = torch.tensor([count], device=device)
+    work = dist.all_reduce(total, group=group, async_op=True)
+
+    def wait() -> int:
+        work.wait()
+        return int(total.item())
+
+    return wait
+
+
 def on_rank_zero(do: Callable[[], T]) -> T:
     """Run `do` on rank 0 and hand its result, or its ConfigError, to every rank.
 

@@ -14,6 +14,7 @@ from megatron_eslm.data.plan import MixtureReport
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.head_statistics import CHUNK_BYTES
 from megatron_eslm.ops.keep_rule import num_to_keep
+from megatron_eslm.ops.selective_linear_cross_entropy import LEAST_COLUMNS
 from megatron_eslm.selection.alpha import AlphaController
 from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, SelectionState
@@ -168,7 +169,9 @@ def _head_bytes(run: RunConfig, shape: ModelShape, *, early_exit: bool, last: bo
     if last:
         logits = tokens * vocab * element if run.keeps_logits(shape) else 0.0
         hidden = 3 * tokens * shape.hidden_size * element  # normed, its gradient, and before
-        gradient = torch.float32.itemsize * vocab * shape.hidden_size
+        # Added up in float32 only where its tokens do not fit into one block.
+        in_one = tokens * LEAST_COLUMNS * torch.float32.itemsize <= CHUNK_BYTES
+        gradient = (element if in_one else torch.float32.itemsize) * vocab * shape.hidden_size
         if run.model.lora_rank:
             gradient = 0.0  # frozen
         return logits + hidden + gradient + _chunks(tokens * vocab)
