@@ -68,6 +68,7 @@ def _output(args: argparse.Namespace) -> str:
         selection=args.selection,
         alpha=args.alpha,
         scope=args.eslm_scope,
+        balance=args.eslm_balance,
         proxy_layers=args.eslm_proxy_layers,
         proxy_stride=args.eslm_proxy_stride,
         global_batch_size=args.global_batch_size,
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--selection", default="eslm", metavar="|".join(SELECTIONS))
     add("--alpha", type=float, default=0.1, help="share to drop (%(default)s)")
     add("--eslm-scope", default="global", choices=("global", "local"))
+    add("--eslm-balance", action=argparse.BooleanOptionalAction, default=True)
     add("--eslm-proxy-layers", type=int, default=1)
     add("--eslm-proxy-stride", type=int, default=1)
     add("--global-batch-size", type=int, help="sequences a step; default: the model's own")

@@ -1,7 +1,8 @@
 """What ranks send each other in a step: how much of what, in which group, and how long it takes.
 
 Volumes follow the code: megatron-core's layers for tensor parallelism, DeepSpeed for gradients and
-for what passes between stages, ops/keep_rule.py for selection.
+for what passes between stages, ops/keep_rule.py for selection, ops/balance_rows.py for rows that
+change hands.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from typing import Literal
 
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.planning.dealing import Dealing
 from megatron_eslm.planning.hardware import Machine, Protocol
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.training.flops import Work
 from megatron_eslm.training.stages import StagePlan, stage_params
 
-Collective = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
+Collective = Literal["all-reduce", "all-gather", "reduce-scatter", "send", "all-to-all"]
 Phase = Literal["forward", "backward", "step"]
-Kind = Literal["tensor", "pipeline", "gradients", "weights", "selection"]
+Kind = Literal["tensor", "pipeline", "gradients", "weights", "selection", "rows"]
 
-FLOAT32, INT64 = 4, 8
+FLOAT32, INT64, BYTE = 4, 8, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +77,21 @@ class Exchange:
     group: Group
     num_bytes: float
     """Of the whole tensor: what an all-reduce sums, an all-gather results in, a
-    reduce-scatter starts from, a send sends."""
+    reduce-scatter starts from, a send sends, all ranks send in an all-to-all."""
     count: float
     """A micro-step's forward or backward pass, or an optimizer step, by phase."""
     phase: Phase
+    busiest_bytes: float = 0.0
+    """Of an all-to-all: what the rank with most to do sends or receives."""
+    peers: float = 0.0
+    """Of an all-to-all: with how many others that rank has something to do."""
 
     @property
     def sent_bytes(self) -> float:
-        """That one rank sends each time (rings; Thakur et al. 2005)."""
+        """That one rank sends each time (rings; Thakur et al. 2005), or of all-to-all the mean."""
         n = self.group.size
+        if self.collective == "all-to-all":
+            return self.num_bytes / n
         if self.collective == "send":
             return self.num_bytes
         return (n - 1) / n * self.num_bytes * (2 if self.collective == "all-reduce" else 1)
@@ -104,6 +112,12 @@ class Exchange:
         if self.collective == "send":
             hop = protocol.hop_inter if nodes > 1 else protocol.hop_intra
             return protocol.base + hop + self.num_bytes / bandwidth
+        if self.collective == "all-to-all":
+            # NCCL has none: point-to-point messages in one group, here one peer after the other
+            # at the busiest rank, over the link of its own device.
+            link = peer_bandwidth(machine, self.group) * protocol.bandwidth_share
+            hop = protocol.hop_inter if nodes > 1 else protocol.hop_intra
+            return protocol.base + self.peers * hop + self.busiest_bytes / link
         rounds = 2 if self.collective == "all-reduce" else 1
         hops = (nodes - 1) * protocol.hop_inter + (ranks - nodes) * protocol.hop_intra
         ring = protocol.base + rounds * hops + self.sent_bytes / bandwidth
@@ -123,6 +137,14 @@ def link_bandwidth(machine: Machine, group: Group) -> float:
     return bandwidth * machine.link_efficiency
 
 
+def peer_bandwidth(machine: Machine, group: Group) -> float:
+    """Of one device to any other of a group: its share of its machine's network cards."""
+    bandwidth = machine.intra_bandwidth
+    if group.num_nodes > 1:
+        bandwidth = min(bandwidth, machine.node_bandwidth / machine.gpus_per_node)
+    return bandwidth * machine.link_efficiency
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exchanges:
     """Everything that the ranks of one stage exchange; see `of_stage`."""
@@ -132,6 +154,8 @@ class Exchanges:
     plan: StagePlan
     policy: SelectionPolicy
     groups: Groups
+    dealing: Dealing | None
+    """None where rows stay where they were read."""
 
     def of_stage(self, stage: int, work: Work) -> list[Exchange]:
         """All of a stage, but for groups of one rank.
@@ -145,6 +169,7 @@ class Exchanges:
             *self._pipeline(stage, work),
             *self._data(stage),
             *self._selection(stage, work),
+            *self._rows(stage),
         ]
         return [exchange for exchange in found if exchange.group.size > 1]
 
@@ -240,7 +265,9 @@ class Exchanges:
             yield send("shapes", "forward", 256 * 4)
             yield send("hidden states of kept rows", "forward", hidden)
             yield send("which rows", "forward", INT64 * rows)
-            yield send("counts", "forward", INT64 * 2)
+            # Where rows are dealt, which of all ranks' rows are kept stands behind the counts.
+            marks = self.dealing.num_read if self.dealing else 0
+            yield send("counts", "forward", INT64 * (2 + marks))
         if not self._is_first(stage):
             yield send("gradients of kept rows", "backward", hidden)
         if self._is_first(stage) or self._is_last(stage):
@@ -309,7 +336,42 @@ class Exchanges:
             yield exchange("scores of rows", "all-gather", FLOAT32 * rows * data.size)
         if self._is_last(stage):
             if self.policy.token_source != "nothing" and together:
-                size = FLOAT32 * work.tokens * data.size
+                tokens = work.tokens
+                if self.dealing:
+                    tokens = self.dealing.largest * (self.run.model.seq_length or 1)
+                size = FLOAT32 * tokens * data.size
                 yield exchange("scores of tokens", "all-gather", size)
             else:
                 yield exchange("number of kept tokens", "all-reduce", INT64)
+
+    def _rows(self, stage: int) -> Iterable[Exchange]:
+        """Rows that change hands: behind the selector, and what the head needs to know of them."""
+        dealing, length = self.dealing, self.run.model.seq_length or 1
+        if dealing is None or dealing.num_moved < 1e-9:
+            return
+
+        def exchange(what: str, phase: Phase, bytes_of_a_row: float) -> Exchange:
+            return Exchange(
+                kind="rows",
+                what=what,
+                collective="all-to-all",
+                group=self.groups.data,
+                num_bytes=dealing.num_moved * bytes_of_a_row,
+                count=1,
+                phase=phase,
+                busiest_bytes=dealing.busiest * bytes_of_a_row,
+                peers=min(dealing.busiest, dealing.ranks - 1),
+            )
+
+        if self._is_first(stage):
+            engine = self.run.engine
+            spread = engine.tensor_model_parallel_size if engine.sequence_parallel else 1
+            hidden = length / spread * self.shape.hidden_size * self.run.dtype.itemsize
+            yield exchange("hidden states", "forward", hidden)
+            yield exchange("their gradients", "backward", hidden)
+        if self._is_last(stage):
+            # Tokens (one more than positions), which of them count, labels.
+            yield exchange("labels", "forward", INT64 * (3 * length + 1))
+            if self.run.reference.reference_losses is not None:
+                yield exchange("reference losses", "forward", FLOAT32 * length)
+            yield exchange("which are not finite", "forward", BYTE)

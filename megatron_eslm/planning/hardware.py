@@ -197,7 +197,7 @@ ASSUMED = (
     "nothing overlaps but the host with its GPU, and {hidden_share:.0%} of ZeRO 3's communication "
     "with computing (DeepSpeed's overlap_comm is on in stage 3 only, unless its JSON sets it)",
     "scores are exchangeable: which rows and tokens are kept is as if drawn at random, and at each "
-    "micro-step all ranks wait for the one that keeps most",
+    "micro-step all ranks wait for the one that has most",
     "{usable_memory:.0%} of the memory can be filled; data is always there in time",
 )
 

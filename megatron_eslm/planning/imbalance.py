@@ -1,7 +1,8 @@
 """How unequal ranks become when one threshold is taken over all of them.
 
 Of N = ranks x rows scores the k largest are kept. If scores do not depend on the rank, the numbers
-that the ranks keep are hypergeometric together, and a step waits for the largest of them.
+that the ranks keep are hypergeometric together, and a step waits for the largest of them, or rows
+change hands until ranks are equal.
 """
 
 from __future__ import annotations
@@ -52,7 +53,14 @@ def expected_largest(num_kept: int, rows: int, ranks: int) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def expected_largest_tokens(
-    num_kept: int, rows_kept: int, rows: int, ranks: int, length: int, *, draws: int = 64
+    num_kept: int,
+    rows_kept: int,
+    rows: int,
+    ranks: int,
+    length: int,
+    *,
+    dealt: bool = False,
+    draws: int = 64,
 ) -> float:
     """Expected number of tokens in the loss on the rank that has most.
 
@@ -66,36 +74,87 @@ def expected_largest_tokens(
         rows: rows of a rank.
         ranks: 1 or more.
         length: tokens of a row.
+        dealt: kept rows are dealt evenly to ranks before tokens are chosen.
         draws: to average over.
     """
     if ranks == 1:
         return float(num_kept)
     rng = np.random.default_rng(0)
     of_a_row = num_kept / rows_kept
+    evenly = np.full(ranks, rows_kept // ranks)
+    evenly[: rows_kept % ranks] += 1
     beyond = []
     for _ in range(draws):
-        kept = rng.multivariate_hypergeometric([rows] * ranks, rows_kept, method="marginals")
+        kept = evenly
+        if not dealt:
+            kept = rng.multivariate_hypergeometric([rows] * ranks, rows_kept, method="marginals")
         tokens = rng.multivariate_hypergeometric(kept * length, num_kept, method="marginals")
         beyond.append(tokens.max() - kept.max() * of_a_row)
-    return expected_largest(rows_kept, rows, ranks) * of_a_row + float(np.mean(beyond))
+    largest = float(evenly.max()) if dealt else expected_largest(rows_kept, rows, ranks)
+    return largest * of_a_row + float(np.mean(beyond))
 
 
 @functools.lru_cache(maxsize=1024)
 def expected_moves(num_kept: int, rows: int, ranks: int) -> float:
-    """Expected number of rows that would have to move to make ranks as equal as can be.
+    """Expected number of rows that change hands to make ranks as equal as can be.
 
-    A rank's number is hypergeometric; what lies above the larger of the two equal shares moves.
+    What ranks keep above the larger of the two equal shares moves; and where k is no multiple of
+    the ranks, so does one row of each rank that has the larger share without being entitled to it,
+    which only k modulo ranks are. Exact up to rounding.
     """
-    fair = math.ceil(num_kept / ranks)
-    total, log = rows * ranks, math.lgamma
-
-    def log_choose(n: int, k: int) -> float:
-        return log(n + 1) - log(k + 1) - log(n - k + 1)
+    fair, left_over = divmod(num_kept, ranks)
+    total = rows * ranks
+    if num_kept in (0, total) or ranks == 1:
+        return 0.0
+    above = fair + (left_over > 0)
 
     surplus = 0.0
-    for kept in range(fair + 1, min(rows, num_kept) + 1):
+    for kept in range(above + 1, min(rows, num_kept) + 1):
         if num_kept - kept > total - rows:
             continue
-        log_p = log_choose(rows, kept) + log_choose(total - rows, num_kept - kept)
-        surplus += (kept - fair) * math.exp(log_p - log_choose(total, num_kept))
-    return ranks * surplus
+        log_p = _log_choose(rows, kept) + _log_choose(total - rows, num_kept - kept)
+        surplus += (kept - above) * math.exp(log_p - _log_choose(total, num_kept))
+    moves = ranks * surplus
+    if left_over:
+        moves += _expected_beyond(num_kept, rows, ranks, above, left_over)
+    return moves
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def _expected_beyond(num_kept: int, rows: int, ranks: int, least: int, most: int) -> float:
+    """Expected max(0, c - most) of the number c of ranks that keep at least `least`.
+
+    As above, with a generating function each for ranks that keep fewer and for those that do not.
+    """
+    total = rows * ranks
+    p = num_kept / total
+    weights = np.array([math.comb(rows, j) * p**j * (1 - p) ** (rows - j) for j in range(rows + 1)])
+    points = np.exp(2j * np.pi * np.arange(total + 1) / (total + 1))
+    turn_back = points ** (total + 1 - num_kept)
+    reach = float(weights[least:].sum())
+    polyval = np.polynomial.polynomial.polyval
+    fewer = polyval(points, weights[:least]) / (1 - reach)
+    enough = polyval(points, np.concatenate([np.zeros(least), weights[least:]])) / reach
+    everything = beyond = 0.0
+    for c in range(ranks + 1):
+        log_share = _log_choose(ranks, c) + c * math.log(reach) + (ranks - c) * math.log1p(-reach)
+        if log_share < -40:
+            continue
+        together = float((fewer ** (ranks - c) * enough**c * turn_back).mean().real)
+        everything += math.exp(log_share) * together
+        beyond += math.exp(log_share) * together * max(0, c - most)
+    return max(0.0, beyond / everything)
+
+
+def expected_busiest(num_kept: int, rows: int, ranks: int) -> float:
+    """Expected number of rows of the rank that sends or of the one that receives most of them.
+
+    The larger of the two expectations; no rank does both. The one that drops most receives most.
+    """
+    fair = num_kept // ranks
+    sent = expected_largest(num_kept, rows, ranks) - math.ceil(num_kept / ranks)
+    least = rows - expected_largest(rows * ranks - num_kept, rows, ranks)
+    return max(0.0, sent, fair - least)

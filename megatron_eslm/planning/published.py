@@ -11,9 +11,10 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_eslm.config.run import parse_run
-from megatron_eslm.planning.cost import Setting, step_cost
+from megatron_eslm.planning.cost import step_cost
 from megatron_eslm.planning.hardware import EAGER_LOGIT_BYTES, Machine
 from megatron_eslm.planning.request import GPT2_VOCAB_SIZE
+from megatron_eslm.planning.setting import Setting
 
 
 @dataclass(frozen=True, kw_only=True)

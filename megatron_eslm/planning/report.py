@@ -6,10 +6,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_eslm.planning.cost import ideal_bubble, rank_work, step_cost
+from megatron_eslm.planning.cost import ideal_bubble, step_cost
 from megatron_eslm.planning.hardware import GIB, Machine, assumptions
+from megatron_eslm.planning.imbalance import expected_largest
 from megatron_eslm.planning.request import Request
 from megatron_eslm.planning.search import Plan, plan_layout
+from megatron_eslm.planning.setting import rank_work
 from megatron_eslm.training.stages import plan_text
 
 
@@ -147,25 +149,45 @@ def _bytes(number: float) -> str:
 
 
 def _selection_lines(plan: Plan, values: dict[str, Any], request: Request) -> list[str]:
-    cost, setting = plan.cost, plan.cost.setting
+    cost = plan.cost
     if request.selection == "clm":
         return [f"MFU           {cost.mfu:.1%}"]
-    works, length = rank_work(setting), setting.run.model.seq_length or 1
-    waits = cost.seconds / values["step_seconds_balanced"] - 1
     seconds = values["selection_seconds"]
     return [
         f"MFU           {cost.mfu:.1%} ({values['mfu_clm']:.1%} with clm)",
         f"to clm        a step takes {values['ratio_to_clm']:.3f} x the same step with clm "
         f"({cost.seconds:.4f} s, {values['step_seconds_clm']:.4f} s); matrix products count "
         f"{values['ratio_of_flops']:.3f}",
-        f"selection     scores and thresholds take {seconds:.4f} s of it "
+        f"selection     scores, thresholds and what is dealt take {seconds:.4f} s of it "
         f"({seconds / cost.seconds:.2%})",
-        f"imbalance     of {plan.layout.micro_batch_size} rows a rank keeps "
-        f"{works.fair.tokens_deep / length:.2f} on average, the one that keeps most "
-        f"{works.largest.tokens_deep / length:.2f}; in tokens {works.fair.tokens_trained:,} and "
-        f"{works.largest.tokens_trained:,}. Waiting for it lengthens a step by {waits:.1%} "
-        "(--eslm-scope local: 0, with each rank's own thresholds)",
+        f"imbalance     {_imbalance(plan, values)}",
     ]
+
+
+def _imbalance(plan: Plan, values: dict[str, Any]) -> str:
+    cost, setting, micro = plan.cost, plan.cost.setting, plan.layout.micro_batch_size
+    works, length = rank_work(setting), setting.run.model.seq_length or 1
+    waits = cost.seconds / values["step_seconds_balanced"] - 1
+    average, largest = (w.tokens_deep / length for w in (works.fair, works.largest))
+    if works.fair == works.largest:
+        return f"of {micro} rows every rank keeps {average:.2f}: nobody waits"
+    end = (
+        f"in tokens {works.fair.tokens_trained:,} and {works.largest.tokens_trained:,}. Waiting "
+        f"for it lengthens a step by {waits:.1%} "
+    )
+    if (dealing := setting.dealing) is not None:
+        stay = expected_largest(dealing.num_kept, micro, dealing.ranks)
+        return (
+            f"of {micro} rows a rank keeps {average:.2f} on average and the one with most "
+            f"{stay:.2f} ({dealing.num_moved:.1f} of {dealing.num_kept:,} rows a micro-step change "
+            f"hands); dealt evenly it works on {largest:.0f}, {end}"
+            "(--no-eslm-balance leaves rows where they were read)"
+        )
+    return (
+        f"of {micro} rows a rank has {average:.2f} on average, the one with most {largest:.2f}; "
+        f"{end}(--eslm-balance deals rows evenly; --eslm-scope local: 0, with each rank's own "
+        "thresholds)"
+    )
 
 
 def report(plans: Sequence[Plan], request: Request, machine: Machine, *, top: int = 5) -> str:
@@ -173,6 +195,8 @@ def report(plans: Sequence[Plan], request: Request, machine: Machine, *, top: in
     values = plans_values(plans[:top], request, machine)
     size = request.size
     also = "" if request.selection == "clm" else f", alpha {request.alpha:g}, {request.scope} scope"
+    if also and request.scope == "global" and not request.balance:
+        also += ", rows stay"
     if request.selection == "eslm":
         also += f", proxy of {request.proxy_layers} block(s), stride {request.proxy_stride}"
     rows = [

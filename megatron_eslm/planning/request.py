@@ -110,6 +110,8 @@ class Request:
     selection: str = "eslm"
     alpha: float = 0.1
     scope: str = "global"
+    balance: bool = True
+    """Whether kept rows are dealt evenly to ranks."""
     proxy_layers: int = 1
     proxy_stride: int = 1
     global_batch_size: int | None = None
@@ -161,6 +163,7 @@ class Request:
             words += ["--train-iters", "100000"]
         if self.selection != "clm":
             words += ["--eslm-alpha", str(self.alpha), "--eslm-scope", self.scope]
+            words += [] if self.balance else ["--no-eslm-balance"]
         if self.selection == "eslm":
             words += ["--eslm-proxy-layers", str(self.proxy_layers)]
             words += ["--eslm-proxy-stride", str(self.proxy_stride)]

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.mesh import check_layout
-from megatron_eslm.planning.cost import Plans, Setting, StepCost, memory_fits, step_cost
+from megatron_eslm.planning.cost import StepCost, step_cost
 from megatron_eslm.planning.hardware import GIB, Machine
 from megatron_eslm.planning.request import GPT2_VOCAB_SIZE, Layout, Request, laid_out
+from megatron_eslm.planning.setting import Plans, Setting, memory_fits
 
 LARGEST_MICRO_BATCH = 64
 

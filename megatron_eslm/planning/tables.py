@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.keep_rule import num_to_keep
-from megatron_eslm.planning.cost import rank_work, step_cost
+from megatron_eslm.planning.cost import step_cost
 from megatron_eslm.planning.exchanges import Exchange, Group
 from megatron_eslm.planning.hardware import Machine
 from megatron_eslm.planning.imbalance import expected_largest, expected_moves
@@ -16,6 +17,8 @@ from megatron_eslm.planning.published import PUBLISHED, predicted
 from megatron_eslm.planning.report import plans_values
 from megatron_eslm.planning.request import Layout, Request
 from megatron_eslm.planning.search import plan_layout, search
+from megatron_eslm.planning.setting import rank_work
+from megatron_eslm.planning.stage_clock import SELECTION
 
 DEVICES = (1, 8, 32, 64, 128, 256, 512, 1024)
 RANKS = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -73,99 +76,112 @@ def scaling(request: Request, machine: Machine) -> str:
 
 
 def imbalance(request: Request, machine: Machine) -> str:
-    """Data parallelism alone: rows of the rank that keeps most, and what a step costs so."""
+    """Data parallelism alone: rows of the rank with most, and what a step costs in three ways."""
     head = (
-        *("rows a rank", "DP", "kept on average", "kept by the largest", "global / clm"),
-        *("if ranks were equal", "local / clm", "local keeps", "after moving", "rows moved"),
-        "if they met once a step",
+        *("rows a rank", "DP", "kept on average", "rows stay: largest", "rows stay / clm"),
+        *("dealt: largest", "rows moved", "dealt / clm", "if ranks were equal", "local keeps"),
+        "local / clm",
     )
     rows = []
-    for micro in MICRO_BATCHES:
-        for dp in RANKS:
-            layout = Layout(
-                tp=1, pp=1, dp=dp, micro_batch_size=micro, zero_stage=1, checkpoint_interval=0
-            )
-            asked = dataclasses.replace(
-                request, gpus=dp, global_batch_size=micro * dp * MICRO_STEPS, scope="global"
-            )
-            plan = plan_layout(asked, layout, machine)
-            (v,) = plans_values([plan], asked, machine)
-            local = dataclasses.replace(asked, scope="local")
-            alone = plan_layout(local, layout, machine)
-            (w,) = plans_values([alone], local, machine)
-            kept = num_to_keep(micro * dp, request.alpha)
-            once = expected_largest(MICRO_STEPS * kept, MICRO_STEPS * micro, dp) / MICRO_STEPS
-            equal = v["step_seconds_balanced"] / v["step_seconds_clm"]
-            rows.append(
-                [
-                    str(micro),
-                    str(dp),
-                    f"{kept / dp:.2f}",
-                    f"{expected_largest(kept, micro, dp):.2f}",
-                    f"{v['ratio_to_clm']:.3f}",
-                    f"{equal:.3f}",
-                    f"{w['ratio_to_clm']:.3f}",
-                    f"{num_to_keep(micro, request.alpha) / micro:.1%}",
-                    str(math.ceil(kept / dp)),
-                    f"{expected_moves(kept, micro, dp) / kept:.1%}",
-                    f"{once:.2f}",
-                ]
-            )
+    for micro, dp, layout in _data_parallel(RANKS):
+        asked = dataclasses.replace(
+            request, gpus=dp, global_batch_size=micro * dp * MICRO_STEPS, scope="global"
+        )
+
+        def values(asked: Request, layout: Layout = layout) -> dict[str, Any]:
+            (found,) = plans_values([plan_layout(asked, layout, machine)], asked, machine)
+            return found
+
+        stay, dealt = (values(dataclasses.replace(asked, balance=b)) for b in (False, True))
+        alone = values(dataclasses.replace(asked, scope="local"))
+        kept = num_to_keep(micro * dp, request.alpha)
+        equal = stay["step_seconds_balanced"] / stay["step_seconds_clm"]
+        rows.append(
+            [
+                str(micro),
+                str(dp),
+                f"{kept / dp:.2f}",
+                f"{expected_largest(kept, micro, dp):.2f}",
+                f"{stay['ratio_to_clm']:.3f}",
+                str(math.ceil(kept / dp)),
+                f"{expected_moves(kept, micro, dp) / kept:.1%}",
+                f"{dealt['ratio_to_clm']:.3f}",
+                f"{equal:.3f}",
+                f"{num_to_keep(micro, request.alpha) / micro:.1%}",
+                f"{alone['ratio_to_clm']:.3f}",
+            ]
+        )
     return markdown(head, rows)
+
+
+def _data_parallel(ranks: Iterable[int]) -> Iterator[tuple[int, int, Layout]]:
+    """(rows a rank, ranks, layout)."""
+    for micro in MICRO_BATCHES:
+        for dp in ranks:
+            yield (
+                micro,
+                dp,
+                Layout(
+                    tp=1, pp=1, dp=dp, micro_batch_size=micro, zero_stage=1, checkpoint_interval=0
+                ),
+            )
 
 
 def tokens(request: Request, machine: Machine) -> str:
     """Tokens in the loss on the rank that has most: what the head's backward pass waits for."""
-    head = ("rows a rank", "DP", "rows: largest / average", "tokens: largest / average")
+    head = [
+        *("rows a rank", "DP"),
+        *("rows stay: rows, largest / average", "rows stay: tokens, largest / average"),
+        *("dealt: rows, largest / average", "dealt: tokens, largest / average"),
+    ]
     rows = []
-    for micro in MICRO_BATCHES:
-        for dp in RANKS:
-            layout = Layout(
-                tp=1, pp=1, dp=dp, micro_batch_size=micro, zero_stage=1, checkpoint_interval=0
+    for micro, dp, layout in _data_parallel(RANKS):
+        row = [str(micro), str(dp)]
+        for balance in (False, True):
+            asked = dataclasses.replace(
+                request, gpus=dp, global_batch_size=micro * dp, scope="global", balance=balance
             )
-            asked = dataclasses.replace(request, gpus=dp, global_batch_size=micro * dp)
             works = rank_work(plan_layout(asked, layout, machine).cost.setting)
-            by_row = works.largest.tokens_deep / works.fair.tokens_deep
-            by_token = works.largest.tokens_trained / works.fair.tokens_trained
-            rows.append([str(micro), str(dp), f"{by_row:.3f}", f"{by_token:.3f}"])
+            row.append(f"{works.largest.tokens_deep / works.fair.tokens_deep:.3f}")
+            row.append(f"{works.largest.tokens_trained / works.fair.tokens_trained:.3f}")
+        rows.append(row)
     return markdown(head, rows)
 
 
 def thresholds(request: Request, machine: Machine) -> str:
-    """What one threshold over all ranks costs in a micro-step, and what a sketch would."""
+    """What global thresholds and dealing cost in a micro-step, and what a sketch would."""
     length = request.size.seq_length
     head = (
         *("rows a rank", "DP", "scores of tokens", "received a GPU, MB", "gathers ms"),
-        *("keep rule ms", "share of a micro-step", f"sum of {HISTOGRAM_BINS} counts, ms"),
-        "gather in a machine, ms",
+        *("keep rule ms", "rows sent ms", "dealing ms", "share of a micro-step"),
+        *(f"sum of {HISTOGRAM_BINS} counts, ms", "gather in a machine, ms"),
     )
     rows = []
-    for micro in MICRO_BATCHES:
-        for dp in (8, 32, 128, 256, 512, 1024):
-            layout = Layout(
-                tp=1, pp=1, dp=dp, micro_batch_size=micro, zero_stage=1, checkpoint_interval=0
-            )
-            asked = dataclasses.replace(
-                request, gpus=dp, global_batch_size=micro * dp * MICRO_STEPS, scope="global"
-            )
-            cost = step_cost(plan_layout(asked, layout, machine).cost.setting, machine)
-            stage = cost.stages[0]
-            gather = stage.forward["selection: gathers of scores"]
-            rule = stage.forward["selection: thresholds"]
-            scores = micro * length * dp
-            rows.append(
-                [
-                    str(micro),
-                    str(dp),
-                    f"{scores:,}",
-                    f"{4 * micro * length * (dp - 1) / 1e6:.1f}",
-                    f"{gather * 1e3:.2f}",
-                    f"{rule * 1e3:.2f}",
-                    f"{(gather + rule) / (cost.seconds / MICRO_STEPS):.1%}",
-                    f"{_histogram(machine, dp) * 1e3:.2f}",
-                    f"{_two_levels(machine, dp, micro * length) * 1e3:.2f}",
-                ]
-            )
+    for micro, dp, layout in _data_parallel((8, 32, 128, 256, 512, 1024)):
+        asked = dataclasses.replace(
+            request, gpus=dp, global_batch_size=micro * dp * MICRO_STEPS, scope="global"
+        )
+        cost = step_cost(plan_layout(asked, layout, machine).cost.setting, machine)
+        dealing, stage = cost.setting.dealing, cost.stages[0]
+        gathers, rule, sent, dealt = (
+            stage.forward.get(name, 0.0) + stage.backward.get(name, 0.0) for name in SELECTION
+        )
+        held = (dealing.largest if dealing else micro) * length
+        rows.append(
+            [
+                str(micro),
+                str(dp),
+                f"{held * dp:,}",
+                f"{4 * held * (dp - 1) / 1e6:.1f}",
+                f"{gathers * 1e3:.2f}",
+                f"{rule * 1e3:.2f}",
+                f"{sent * 1e3:.2f}",
+                f"{dealt * 1e3:.2f}",
+                f"{cost.selection_seconds / cost.seconds:.1%}",
+                f"{_histogram(machine, dp) * 1e3:.2f}",
+                f"{_two_levels(machine, dp, held) * 1e3:.2f}",
+            ]
+        )
     return markdown(head, rows)
 
 

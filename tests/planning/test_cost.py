@@ -8,10 +8,11 @@ import math
 import pytest
 
 from megatron_eslm.config.run import parse_run
-from megatron_eslm.planning.cost import Setting, StepCost, rank_work, step_cost
+from megatron_eslm.planning.cost import StepCost, step_cost
 from megatron_eslm.planning.hardware import Machine, machine_of
 from megatron_eslm.planning.pipeline_time import pipeline_seconds
 from megatron_eslm.planning.request import GPT2_VOCAB_SIZE
+from megatron_eslm.planning.setting import Setting, rank_work
 from megatron_eslm.training.estimate import estimate_memory, step_work
 
 A100 = machine_of("a100-80g", "infiniband-hdr")
@@ -94,11 +95,18 @@ def test_memory_is_that_of_dry_run(tp: int, pp: int, zero: int, interval: int) -
 
 
 def test_the_rank_that_keeps_most() -> None:
-    works = rank_work(setting("--eslm-alpha", "0.1", world=8))
+    works = rank_work(setting("--eslm-alpha", "0.1", "--no-eslm-balance", world=8))
     assert works.fair.tokens == works.largest.tokens == 12 * 1024
     assert works.fair.tokens_deep == pytest.approx(12 * 1024 * 86 / 96, abs=1)
     assert 1024 * 11.9 < works.largest.tokens_deep < 1024 * 12
     assert works.fair.tokens_trained < works.largest.tokens_trained < works.largest.tokens_deep
+    dealt = rank_work(setting("--eslm-alpha", "0.1", world=8))
+    assert dealt.fair == works.fair and dealt.largest.tokens == 12 * 1024
+    assert dealt.largest.tokens_deep == dealt.largest.tokens_scored == 11 * 1024  # of 86 / 8
+    assert dealt.fair.tokens_trained < dealt.largest.tokens_trained < works.largest.tokens_trained
+    # Its rows alone, and a few tokens more by chance.
+    by_rows = 11 * dealt.fair.tokens_trained / 10.75
+    assert by_rows < dealt.largest.tokens_trained < 1.01 * by_rows
     for flags in (("--eslm-scope", "local"), ("--selection", "clm")):
         works = rank_work(setting(*flags, world=8))
         assert works.fair == works.largest
@@ -112,8 +120,12 @@ def test_the_rank_that_keeps_most() -> None:
 
 def test_waiting_for_it_costs_what_selection_saves() -> None:
     clm = cost("--selection", "clm", world=8).seconds
-    waits, equal = cost(world=8).seconds, cost(world=8, balanced=True).seconds
-    assert equal < clm < waits
+    stay = cost("--no-eslm-balance", world=8)
+    equal = step_cost(stay.setting, A100, balanced=True).seconds
+    dealt = cost(world=8)
+    assert equal < dealt.seconds < clm < stay.seconds
+    # What dealing buys is worth what it costs: 11 rows instead of 12.
+    assert 0.9 < dealt.seconds / stay.seconds < 0.95
     local = cost("--eslm-scope", "local", world=8)
     assert local.seconds == step_cost(local.setting, A100, balanced=True).seconds < clm
 

@@ -11,13 +11,22 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import megatron_eslm.model.instance_selector as instance_selector
 from benchmarks.plan_check import VOCAB_SIZE, stepper
 from megatron_eslm.config.run import parse_run
+from megatron_eslm.ops.balance_rows import RowPlan, plan_rows
 from megatron_eslm.parallel.bootstrap import init_distributed
 from megatron_eslm.parallel.mesh import build_mesh
-from megatron_eslm.planning.cost import Setting, rank_work
-from megatron_eslm.planning.exchanges import Exchange, Exchanges, Group, Groups, link_bandwidth
+from megatron_eslm.planning.exchanges import (
+    Exchange,
+    Exchanges,
+    Group,
+    Groups,
+    link_bandwidth,
+    peer_bandwidth,
+)
 from megatron_eslm.planning.hardware import NCCL, machine_of
+from megatron_eslm.planning.setting import Setting, rank_work
 from tests.harness import run_ranks
 
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
@@ -34,15 +43,22 @@ def words(*flags: str) -> list[str]:
     ]
 
 
-def found(*flags: str, world: int, stage: int = 0) -> list[Exchange]:
+def found(
+    *flags: str, world: int, stage: int = 0, moved: tuple[float, float] | None = None
+) -> list[Exchange]:
+    """Of one rank; `moved`: rows that change hands, and those of the busiest rank."""
     run = parse_run(words(*flags), world)
     setting = Setting.of(run, VOCAB_SIZE)
+    dealing = setting.dealing
+    if dealing is not None and moved is not None:
+        dealing = dataclasses.replace(dealing, num_moved=moved[0], busiest=moved[1])
     exchanges = Exchanges(
         run=run,
         shape=setting.shape,
         plan=setting.plan,
         policy=setting.policy,
         groups=Groups.of(run, 8),
+        dealing=dealing,
     )
     return exchanges.of_stage(stage, rank_work(setting).largest)
 
@@ -127,11 +143,47 @@ def test_selection_by_hand() -> None:
 
     rows = ("scores of rows", "all-gather", "forward", 4 * 4 * 8)
     tokens = ("scores of tokens", "all-gather", "forward", 4 * 4 * 8 * 32)
+    held = ("scores of tokens", "all-gather", "forward", 4 * 4 * 6 * 32)  # 24 rows on 4 ranks
     count = ("number of kept tokens", "all-reduce", "forward", 8)
-    assert selection() == selection("--selection", "random") == {rows: 1, tokens: 1}
+    assert selection() == selection("--selection", "random") == {rows: 1, held: 1}
+    assert selection("--no-eslm-balance") == {rows: 1, tokens: 1}
     assert selection("--eslm-level", "token") == {tokens: 1}
     assert selection("--eslm-level", "instance") == {rows: 1, count: 1}
     assert selection("--selection", "clm") == selection("--eslm-scope", "local") == {count: 1}
+
+
+def test_rows_by_hand() -> None:
+    """A row is 32 positions of 64 float32 (8,192 bytes), and 97 int64 of tokens and labels."""
+
+    def rows(*flags: str, world: int = 4, stage: int = 0) -> dict:
+        return sizes(found(*flags, world=world, stage=stage, moved=(5, 3)), "rows")
+
+    first = {
+        ("hidden states", "all-to-all", "forward", 5 * 8192): 1,
+        ("their gradients", "all-to-all", "backward", 5 * 8192): 1,
+    }
+    last = {
+        ("labels", "all-to-all", "forward", 5 * 776): 1,
+        ("which are not finite", "all-to-all", "forward", 5): 1,
+    }
+    assert rows() == rows("--selection", "random") == rows("--eslm-level", "instance")
+    assert rows() == {**first, **last}
+    assert rows(PP, "2", stage=0) == first and rows(PP, "2", stage=1) == last
+    spread = rows(TP, "2", "--sequence-parallel")
+    assert spread["hidden states", "all-to-all", "forward", 5 * 4096] == 1
+    for flags in (
+        ("--no-eslm-balance",),
+        ("--eslm-scope", "local"),
+        ("--selection", "clm"),
+        ("--eslm-level", "token"),
+    ):
+        assert rows(*flags) == {}
+    assert rows(world=1) == {}
+    (hidden, *_) = [e for e in found(world=4, moved=(5, 3)) if e.kind == "rows"]
+    assert (hidden.sent_bytes, hidden.busiest_bytes, hidden.peers) == (5 * 2048, 3 * 8192, 3)
+    # Its pipeline says besides who keeps which of 16 rows.
+    counts = ("counts", "send", "forward", 8 * (2 + 16))
+    assert sizes(found(PP, "2", world=4), "pipeline")[counts] == 1
 
 
 def _is_group(argument: Any) -> bool:
@@ -164,6 +216,7 @@ class Sent(TorchDispatchMode):
             "_allgather_base": ("all-gather", 0),
             "_reduce_scatter_base": ("reduce-scatter", 1),
             "send": ("send", 0),
+            "alltoall_base": ("all-to-all", 1),
         }
         if name in whole and groups[0].size() > 1:
             collective, argument = whole[name]
@@ -179,6 +232,9 @@ CASES = {
         *("--activation-checkpoint-interval", "2"),
     ),
     "DP": (),
+    "DP, rows stay": ("--no-eslm-balance",),
+    "DP, drawn at random": ("--selection", "random", "--eslm-alpha", "0.5"),
+    "DP, whole rows": ("--eslm-level", "instance"),
     "DP, local": ("--eslm-scope", "local", "--eslm-level", "instance"),
     "DP, ZeRO 1": ("--zero-stage", "1"),
     "DP, ZeRO 2": ("--zero-stage", "2"),
@@ -193,42 +249,79 @@ LEAST = 200
 """Bytes; below are norms of gradients and the like. DeepSpeed sends gradients in one bucket."""
 
 
-def test_a_real_step_sends_this() -> None:
-    """Two micro-steps on two ranks."""
+FOUR_RANKS = {
+    "DP, PP": (PP, "2", "--pipeline-split", "2,1", "--seed", "1"),
+    "DP, TP": (TP, "2"),
+    "DP, TP, sequence parallel": (TP, "2", "--sequence-parallel", "--seed", "1"),
+}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "send")
 
-    def on_rank(rank: int) -> dict[str, tuple[int, Counter]]:
+
+class Moved:
+    """Stands before plan_rows and counts rows that change hands."""
+
+    def __init__(self) -> None:
+        self.num_plans = self.num_rows = 0
+
+    def __call__(self, kept_RM: torch.Tensor) -> RowPlan:
+        plan = plan_rows(kept_RM)
+        self.num_plans += 1
+        for before, after in zip(plan.kept_by, plan.rows_of, strict=True):
+            self.num_rows += len(set(before) - set(after))
+        return plan
+
+
+@pytest.mark.parametrize("world, cases", [(2, CASES), (4, FOUR_RANKS)], ids=["2", "4"])
+def test_a_real_step_sends_this(
+    world: int, cases: dict[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two micro-steps."""
+
+    def batch(name: str) -> tuple[str, ...]:
+        rows, dp = (4, 2) if world == 2 and "DP" in name else (8, world // 2 if "DP" in name else 1)
+        return "--micro-batch-size", str(rows), "--global-batch-size", str(2 * rows * dp)
+
+    def on_rank(rank: int) -> dict[str, tuple[int, Counter, float]]:
         init_distributed()
         seen = {}
-        for name, flags in CASES.items():
-            rows = 8 if "DP" not in name else 4
-            argv = [*words(*flags), "--micro-batch-size", str(rows)]
-            argv += ["--global-batch-size", "16"]
-            run = parse_run(argv, 2)
+        for name, flags in cases.items():
+            argv = [*words(*flags), *batch(name)]
+            run = parse_run(argv, world)
             mesh = build_mesh(
                 run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
             )
             step = stepper(argv, mesh)
+            moved = Moved()
+            monkeypatch.setattr(instance_selector, "plan_rows", moved)
             with Sent() as sent:
                 step()
-            seen[name] = mesh.pp_rank, sent.seen
+            # The same plan is made wherever it is needed.
+            seen[name] = mesh.pp_rank, sent.seen, moved.num_rows / max(1, moved.num_plans)
         return seen
 
-    for seen in run_ranks(2, on_rank, timeout=300.0):
-        for name, (stage, sent) in seen.items():
-            rows = 8 if "DP" not in name else 4
+    results = run_ranks(world, on_rank, timeout=300.0)
+    all_moved: Counter = Counter()
+    for name, flags in cases.items():
+        swapped: Counter = Counter()
+        for seen in results:
+            stage, sent, moved = seen[name]
+            all_moved[name] += moved
             expected: Counter = Counter()
-            flags = ("--micro-batch-size", str(rows), "--global-batch-size", "16")
-            for e in found(*CASES[name], *flags, world=2, stage=stage):
+            for e in found(*flags, *batch(name), world=world, stage=stage, moved=(moved, moved)):
                 expected[e.collective, round(e.num_bytes)] += e.times(2)
-            bytes_of = {
-                collective: sum(n * b for (c, b), n in sent.items() if c == collective)
-                for collective in ("all-reduce", "all-gather", "reduce-scatter", "send")
-            }
-            hoped = {
-                collective: sum(n * b for (c, b), n in expected.items() if c == collective)
-                for collective in bytes_of
-            }
+                if e.collective == "all-to-all":
+                    swapped[stage] -= e.times(2) * e.sent_bytes
+            swapped[stage] += _bytes(sent, "all-to-all")
+            bytes_of = {collective: _bytes(sent, collective) for collective in COLLECTIVES}
+            hoped = {collective: _bytes(expected, collective) for collective in COLLECTIVES}
             assert bytes_of == pytest.approx(hoped, rel=0.01, abs=LEAST), (name, sent, expected)
+        # Who hands rows over is not known, so what ranks of a stage send counts together.
+        assert all(abs(rest) < 1e-3 for rest in swapped.values()), (name, swapped)
+    assert sum(all_moved.values()) > 0
+
+
+def _bytes(counts: Counter, collective: str) -> float:
+    return sum(n * size for (name, size), n in counts.items() if name == collective)
 
 
 def group(size: int, per_node: int) -> Group:
@@ -273,6 +366,20 @@ def test_time_of_collectives_by_hand() -> None:
     assert small.seconds(a100) == pytest.approx(6.6e-6 + 2 * (7 * 0.6e-6 + 7 * 5e-6), rel=1e-3)
     assert exchange("all-reduce", group(1, 1), 1e9).seconds(a100) == 0
     assert exchange("send", group(2, 1), 20e6).seconds(simple) == pytest.approx(1e-3 + 22.4e-6)
+
+
+def test_time_of_all_to_all_by_hand() -> None:
+    a100 = machine_of("a100-80g", "infiniband-hdr")
+    simple = dataclasses.replace(a100, protocols=NCCL[1:])
+    ethernet = machine_of("a100-80g", "ethernet-100g")
+    # One of eight cards of 25 GB/s, or an eighth of one of 12.5; within a machine NVLink.
+    assert peer_bandwidth(a100, group(16, 8)) == pytest.approx(0.8 * 25e9)
+    assert peer_bandwidth(ethernet, group(16, 8)) == pytest.approx(0.8 * 12.5e9 / 8)
+    assert peer_bandwidth(a100, group(8, 8)) == pytest.approx(0.8 * 300e9)
+    rows = exchange("all-to-all", group(16, 8), 64e6)
+    rows = dataclasses.replace(rows, busiest_bytes=20e6, peers=3)
+    assert rows.seconds(simple) == pytest.approx(1e-3 + 8.4e-6 + 3 * 14e-6)
+    assert rows.sent_bytes == 4e6
 
 
 def test_ranks_fill_machines_tensor_first() -> None:

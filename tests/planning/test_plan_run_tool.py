@@ -24,7 +24,7 @@ def run(capsys: pytest.CaptureFixture, command: str) -> str:
 
 
 def test_the_report_names_everything(capsys: pytest.CaptureFixture) -> None:
-    text = run(capsys, f"{ISSUE} --pipeline-model-parallel-size 4")
+    text = run(capsys, f"{ISSUE} --pipeline-model-parallel-size 4 --micro-batch-size 10")
     for line in (
         r"^Best of \d+ layouts that fit",
         r"^memory a GPU +[\d.]+ GiB = weights",
@@ -36,7 +36,8 @@ def test_the_report_names_everything(capsys: pytest.CaptureFixture) -> None:
         r"^ +blocks: matrix products +[\d.]+ +[\d.]+%$",
         r"^MFU +[\d.]+%",
         r"^to clm +a step takes [\d.]+ x",
-        r"^imbalance +of \d+ rows",
+        r"rows: hidden states +all-to-all",
+        r"^imbalance +of \d+ rows a rank keeps .* change hands\); dealt evenly it works on \d+, in",
         r"^Assumed\n- matrix products",
     ):
         assert re.search(line, text, re.MULTILINE), line
@@ -55,6 +56,22 @@ def test_values(capsys: pytest.CaptureFixture) -> None:
         assert 0 < plan["mfu"] < 1 and plan["kept_tokens"] == pytest.approx(0.8, abs=0.03)
         assert plan["step_seconds_balanced"] < plan["step_seconds"]
         assert sum(plan["stages"]) == 48
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("--no-eslm-balance", r"of 10 rows a rank has 9.00 on average, .* 10.00; .*--eslm-balance"),
+        ("--eslm-scope local", r"of 10 rows every rank keeps 9.00: nobody waits$"),
+        ("--eslm-balance", r"of 10 rows .* and the one with most 10.00 .* it works on 9, .*"),
+    ],
+)
+def test_the_report_of_other_ranks(capsys: pytest.CaptureFixture, flags: str, line: str) -> None:
+    layout = "--gpus 32 --global-batch-size 640 --micro-batch-size 10 --zero-stage 1"
+    text = run(capsys, f"--model-size 124M {layout} --tensor-model-parallel-size 1 {flags}")
+    assert re.search(rf"^imbalance +{line}", text, re.MULTILINE)
+    assert ("rows: hidden states" in text) == (flags == "--eslm-balance")
+    assert ("global scope, rows stay" in text) == (flags == "--no-eslm-balance")
 
 
 @pytest.mark.parametrize("selection", ["clm", "random", "rho1"])
@@ -98,10 +115,14 @@ def test_table_of_imbalance(capsys: pytest.CaptureFixture) -> None:
         cell = dict(zip(head, row, strict=True))
         micro, dp = int(cell["rows a rank"]), int(cell["DP"])
         kept = int(0.9 * micro * dp + 1e-9)
-        assert float(cell["kept by the largest"]) == pytest.approx(
+        assert float(cell["rows stay: largest"]) == pytest.approx(
             expected_largest(kept, micro, dp), abs=0.006
         )
-        assert float(cell["if ranks were equal"]) < float(cell["global / clm"])
+        assert int(cell["dealt: largest"]) == -(-kept // dp)
+        stay, dealt = float(cell["rows stay / clm"]), float(cell["dealt / clm"])
+        assert float(cell["if ranks were equal"]) < min(stay, dealt)
+        # A row less makes up for dealing; where all rows of a rank are kept anyway, nothing does.
+        assert (dealt < stay) == (-(-kept // dp) < micro)
 
 
 @pytest.mark.parametrize("gpu", ["a100-80g", "h100-80g"])

@@ -1,0 +1,128 @@
+"""A run to be planned, what follows from it before any time is known, and each rank's share."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.ops.keep_rule import num_to_keep
+from megatron_eslm.planning.dealing import Dealing
+from megatron_eslm.planning.hardware import Machine
+from megatron_eslm.planning.imbalance import expected_largest, expected_largest_tokens
+from megatron_eslm.selection.policy import SelectionPolicy, build_policy
+from megatron_eslm.selection.state import Peers, SelectionState
+from megatron_eslm.training.build import build_flops
+from megatron_eslm.training.estimate import MemoryEstimate, estimate_memory, step_work
+from megatron_eslm.training.flops import FlopsModel, Work
+from megatron_eslm.training.stages import StagePlan, plan_stages
+
+Plans = dict[tuple[FlopsModel, Work, int, str | None], StagePlan]
+"""Stage plans by all that decides them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A run and what follows from it before any time is known."""
+
+    run: RunConfig
+    shape: ModelShape
+    policy: SelectionPolicy
+    flops: FlopsModel
+    work: Work
+    """Of a step, over all ranks."""
+    plan: StagePlan
+    memory: MemoryEstimate
+    dealing: Dealing | None
+    """How kept rows are dealt to ranks; None where they stay."""
+
+    @classmethod
+    def of(cls, run: RunConfig, vocab_size: int, known: Plans | None = None) -> Setting:
+        """From a resolved run, as training itself would have it.
+
+        Args:
+            run: the run.
+            vocab_size: of its tokenizer.
+            known: plans that were made before, to be used again and added to.
+        """
+        shape = run.shape(vocab_size)
+        state = SelectionState(alpha=run.selection.initial_alpha)
+        peers = Peers(0, run.dp_size, None)
+        policy = build_policy(run.selection, state, peers, run.training.seed)
+        flops, work = build_flops(run, shape, policy), step_work(run)
+        known = {} if known is None else known
+        key = (flops, work, run.engine.pipeline_model_parallel_size, run.engine.pipeline_split)
+        if key not in known:
+            known[key] = plan_stages(run, shape, flops, work)
+        plan = known[key]
+        return cls(
+            run=run,
+            shape=shape,
+            policy=policy,
+            flops=flops,
+            work=work,
+            plan=plan,
+            memory=estimate_memory(run, shape, plan, flops),
+            dealing=Dealing.of(run, policy),
+        )
+
+    @property
+    def model_flops(self) -> float:
+        """Of a step over all ranks: what the model and selection need, without computing twice."""
+        once = dataclasses.replace(self.flops, blocks_recomputed=False, logits_recomputed=False)
+        return once.executed(self.work)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankWork:
+    """What one rank processes in a micro-step."""
+
+    fair: Work
+    """If all worked on the same number of rows and tokens."""
+    largest: Work
+    """Of the rank that has most, on average over micro-steps."""
+
+
+def rank_work(setting: Setting) -> RankWork:
+    """Shares of a micro-step: of the scope's threshold, and of the unlucky rank."""
+    run, policy, work = setting.run, setting.policy, setting.work
+    rows, length, dp = run.training.micro_batch_size, run.model.seq_length, run.dp_size
+    assert rows and length
+    shares = run.gradient_accumulation_steps * dp
+
+    def share(tokens: int) -> int:
+        return round(tokens / shares)
+
+    fair = Work(
+        tokens=rows * length,
+        tokens_deep=share(work.tokens_deep),
+        tokens_scored=share(work.tokens_scored),
+        tokens_trained=share(work.tokens_trained),
+    )
+    together = policy.options.eslm_scope == "global"
+    nothing = policy.instance_source == policy.token_source == "nothing"
+    if not together or nothing or dp == 1:
+        return RankWork(fair=fair, largest=fair)
+    alpha = run.selection.initial_alpha
+    rows_kept = rows * dp
+    if policy.instance_source != "nothing":
+        rows_kept = num_to_keep(rows * dp, alpha)
+    dealing = setting.dealing
+    most = dealing.largest if dealing else expected_largest(rows_kept, rows, dp)
+    deep = trained = round(most * length)
+    if policy.token_source != "nothing":
+        kept = num_to_keep(rows_kept * length, alpha)
+        trained = round(
+            expected_largest_tokens(kept, rows_kept, rows, dp, length, dealt=dealing is not None)
+        )
+    scored = deep if policy.token_source == "head" else trained
+    largest = Work(
+        tokens=fair.tokens, tokens_deep=deep, tokens_scored=scored, tokens_trained=trained
+    )
+    return RankWork(fair=fair, largest=largest)
+
+
+def memory_fits(setting: Setting, machine: Machine) -> bool:
+    """Whether each rank finds room for what it holds."""
+    return setting.memory.total <= machine.budget_bytes

@@ -1,0 +1,277 @@
+"""The clock of a stage: seconds of each part of a micro-step on one rank, and of an optimizer step.
+
+Matrix products are those of the ledger (training/flops.py); other kernels count by the bytes that
+they read and write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_eslm.planning.exchanges import Exchange
+from megatron_eslm.planning.hardware import Machine
+from megatron_eslm.planning.setting import Setting
+from megatron_eslm.training.flops import Work, block_forward
+from megatron_eslm.training.stages import stage_params
+
+# Elements of the residual stream and of each tensor-parallel rank's columns that the kernels of a
+# block read and write, forward, for each D of a position: two norms (2 + 2), two biases (2 + 2),
+# two sums (3 + 3); attention's output made contiguous (2), GELU (8). Backward about twice that.
+RESIDUAL_TRAFFIC, COLUMN_TRAFFIC = 14, 10
+KERNELS_OF_A_BLOCK = 90
+"""Forward and backward, as torch's profiler counts launches of one block."""
+KERNELS_OF_THE_HEAD = 60
+OPTIMIZER_BYTES = 40
+"""For a parameter: Adam reads gradient, master weight and moments and writes three of them and the
+weight; norm and clipping read and write the gradient."""
+ACCUMULATION_BYTES = 12
+"""For a parameter and micro-step: its gradient read, added to a float32 sum."""
+KEEP_RULE_BYTES = 100
+"""For a score of all ranks: comparisons, k-th value, running sum of ties (ops/keep_rule.py)."""
+GATHERS = "selection: gathers of scores"
+WAITS_OF_A_THRESHOLD = 4
+"""Numbers that the host waits for at one keep rule: counts, tau, kept indices twice."""
+DEALING_TRAFFIC = 8
+"""Elements of the residual stream read and written for each D of a position where rows are dealt,
+forward: kept rows picked, put behind those that arrive, put in order, and copied position first.
+Backward as many."""
+REORDER_BYTES = 20
+"""For a score of all ranks: brought from the order of who holds it into that of who read it."""
+WAITS_OF_DEALING = 2
+"""Numbers that the host waits for before it knows who has which row."""
+# Seconds of Python on one core of an EPYC: each time, for a rank, for a row that all ranks read.
+PLAN_SECONDS = 5e-6, 1.0e-6, 0.10e-6
+"""ops.balance_rows.plan_rows."""
+EXCHANGE_SECONDS = 18e-6, 0.75e-6, 0.07e-6
+"""Which rows come from and go where, in one exchange."""
+ORDER_SECONDS = 5e-6, 0.0, 0.25e-6
+"""ops.keep_rule.keep_riskiest_of_rows."""
+ROWS, DEALING = "communication: rows", "selection: rows dealt"
+SELECTION = (GATHERS, "selection: thresholds", ROWS, DEALING)
+"""What selection costs besides scoring."""
+
+
+@dataclass
+class StageTime:
+    """Seconds of one micro-step in one stage, by what they go to."""
+
+    forward: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    backward: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    send_forward: float = 0.0
+    send_backward: float = 0.0
+
+    @property
+    def busy(self) -> float:
+        """Without what is handed over between stages."""
+        return sum(self.forward.values()) + sum(self.backward.values())
+
+    @property
+    def sending(self) -> float:
+        """To neighbours."""
+        return self.send_forward + self.send_backward
+
+    @property
+    def communicating(self) -> float:
+        """With all others."""
+        return communication(self.forward) + communication(self.backward) + self.sending
+
+
+def communication(parts: Mapping[str, float]) -> float:
+    return sum(s for name, s in parts.items() if name.startswith(("communication", GATHERS)))
+
+
+class Clock:
+    """Seconds of the parts of one rank that processes `work` in a micro-step."""
+
+    def __init__(self, setting: Setting, machine: Machine, work: Work) -> None:
+        self.setting, self.machine, self.work = setting, machine, work
+        self.tp = setting.run.engine.tensor_model_parallel_size
+        self.element = setting.run.dtype.itemsize
+
+    def stage(self, stage: int, exchanges: tuple[Exchange, ...]) -> StageTime:
+        """One micro-step of a stage."""
+        time, setting = StageTime(), self.setting
+        first, last = stage == 0, stage == setting.plan.num_stages - 1
+        for number in setting.plan.blocks(stage):
+            self._block(number, time)
+        if first:
+            self._early_exit(time)
+        if last:
+            self._head(time)
+        self._gradients(stage, time)
+        self._communicate(exchanges, time)
+        self._select(first, last, time)
+        self._deal(first, last, exchanges, time)
+        self._host(stage, first, last, time)
+        return time
+
+    def once(self, stage: int, exchanges: tuple[Exchange, ...]) -> dict[str, float]:
+        """What a rank of a stage does once a step."""
+        run, params = self.setting.run, self._params(stage)
+        spread = (run.engine.zero_stage or 0) >= 1
+        own = params / (run.dp_size if spread else 1)
+        parts = {"optimizer": own * OPTIMIZER_BYTES / self.machine.memory_bandwidth}
+        for exchange in exchanges:
+            if exchange.phase == "step":
+                name = f"communication: {exchange.kind}"
+                parts[name] = parts.get(name, 0.0) + exchange.count * exchange.seconds(self.machine)
+        return parts
+
+    def _params(self, stage: int) -> int:
+        plan = self.setting.plan
+        return stage_params(
+            self.setting.shape,
+            plan.num_blocks[stage],
+            first=stage == 0,
+            last=stage == plan.num_stages - 1,
+            tp=self.tp,
+        )
+
+    def _pace(self, products: list[tuple[float, float, float]]) -> float:
+        """FLOP/s over products of [m, k] and [k, n], with their operands' way through memory."""
+        flops = sum(2 * m * k * n for m, k, n in products)
+        moved = sum(m * k + k * n + m * n for m, k, n in products) * self.element
+        peak = self.machine.peak_flops * self.machine.efficiency
+        return flops / (flops / peak + moved / self.machine.memory_bandwidth)
+
+    def _block(self, number: int, time: StageTime) -> None:
+        setting, machine, tp = self.setting, self.machine, self.tp
+        behind = number >= setting.policy.selector_depth
+        tokens = self.work.tokens_deep if behind else self.work.tokens
+        if not tokens:
+            return
+        d, f = setting.shape.hidden_size, setting.shape.ffn_hidden_size
+        pace = self._pace(
+            [(tokens, d, 3 * d / tp), (tokens, d / tp, d), (tokens, d, f / tp), (tokens, f / tp, d)]
+        )
+        again = 1 if setting.flops.blocks_recomputed else 0
+        products = setting.flops.block(self.work, number) / tp / pace
+        once = tokens * sum(block_forward(setting.shape, setting.flops.seq_length)) / tp / pace
+        time.forward["blocks: matrix products"] += once
+        time.backward["blocks: matrix products"] += products - once
+        spread = tp if setting.run.engine.sequence_parallel else 1
+        moved = tokens * d * self.element * (RESIDUAL_TRAFFIC / spread + COLUMN_TRAFFIC / tp)
+        seconds = moved / machine.memory_bandwidth
+        time.forward["blocks: elementwise"] += seconds
+        time.backward["blocks: elementwise"] += (2 + again) * seconds
+
+    def _early_exit(self, time: StageTime) -> None:
+        setting = self.setting
+        if not setting.flops.proxy:
+            return
+        scored = self.work.tokens / setting.flops.proxy_stride
+        products = setting.flops.scoring(self.work) / self.tp / self._head_pace(scored)
+        time.forward["early exit"] += products + self._logits(scored, 0)
+
+    def _head(self, time: StageTime) -> None:
+        setting, work = self.setting, self.work
+        pace = self._head_pace(work.tokens_scored)
+        all_products = setting.flops.head(work) / self.tp / pace
+        once = dataclasses.replace(work, tokens_trained=0)
+        forward = setting.flops.head(once) / self.tp / pace
+        time.forward["head"] += forward + self._logits(work.tokens_scored, 0)
+        time.backward["head"] += all_products - forward + self._logits(work.tokens_trained, 1)
+
+    def _head_pace(self, tokens: float) -> float:
+        shape = self.setting.shape
+        return self._pace([(tokens, shape.hidden_size, shape.padded_vocab_size / self.tp)])
+
+    def _logits(self, tokens: float, direction: int) -> float:
+        logits = tokens * self.setting.shape.padded_vocab_size / self.tp
+        return logits * self.machine.logit_bytes[direction] / self.machine.memory_bandwidth
+
+    def _gradients(self, stage: int, time: StageTime) -> None:
+        moved = ACCUMULATION_BYTES * self._params(stage)
+        time.backward["gradients added up"] += moved / self.machine.memory_bandwidth
+
+    def _communicate(self, exchanges: tuple[Exchange, ...], time: StageTime) -> None:
+        machine = self.machine
+        for exchange in exchanges:
+            seconds = exchange.count * exchange.seconds(machine)
+            forward = exchange.phase == "forward"
+            if exchange.phase == "step":
+                continue
+            if exchange.kind == "pipeline":
+                if forward:
+                    time.send_forward += seconds
+                else:
+                    time.send_backward += seconds
+                continue
+            name = f"communication: {exchange.kind}"
+            if exchange.kind == "selection":
+                name = GATHERS
+            (time.forward if forward else time.backward)[name] += seconds
+        if time.send_forward:
+            # The receiver's host reads the shapes before it knows what to receive.
+            time.send_forward += machine.wait_seconds
+        if self.setting.run.engine.zero_stage == 3:
+            _hide_behind_computing(time.forward, machine.hidden_share)
+            _hide_behind_computing(time.backward, machine.hidden_share)
+
+    def _select(self, first: bool, last: bool, time: StageTime) -> None:
+        policy, machine = self.setting.policy, self.machine
+        dp = self.setting.run.dp_size if policy.options.eslm_scope == "global" else 1
+        rows = self.work.tokens / (self.setting.run.model.seq_length or 1)
+        for here, source, scores in (
+            (first, policy.instance_source, rows * dp),
+            (last, policy.token_source, self.work.tokens * dp),
+        ):
+            if here and source != "nothing":
+                seconds = scores * KEEP_RULE_BYTES / machine.memory_bandwidth
+                seconds += WAITS_OF_A_THRESHOLD * machine.wait_seconds
+                time.forward["selection: thresholds"] += seconds
+
+    def _deal(
+        self, first: bool, last: bool, exchanges: tuple[Exchange, ...], time: StageTime
+    ) -> None:
+        """What dealing rows costs a rank besides sending them.
+
+        The host's part counts in the forward pass: there the device has just waited for it; in the
+        backward pass the host is ahead.
+        """
+        setting, machine = self.setting, self.machine
+        dealing = setting.dealing
+        if dealing is None:
+            return
+        if first:
+            elements = self.work.tokens_deep * setting.shape.hidden_size
+            spread = self.tp if setting.run.engine.sequence_parallel else 1
+            moved = DEALING_TRAFFIC * elements * self.element / spread
+            time.forward[DEALING] += moved / machine.memory_bandwidth
+            time.backward[DEALING] += moved / machine.memory_bandwidth
+        orders = last and setting.policy.token_source != "nothing"
+        if orders:
+            scores = dealing.num_read * (setting.run.model.seq_length or 1)
+            time.forward[DEALING] += scores * REORDER_BYTES / machine.memory_bandwidth
+        rows = [e for e in exchanges if e.kind == "rows" and e.phase == "forward"]
+        for count, (once, a_rank, a_row) in (
+            (first + last, PLAN_SECONDS),
+            (len(rows), EXCHANGE_SECONDS),
+            (orders, ORDER_SECONDS),
+        ):
+            seconds = once + dealing.ranks * a_rank + dealing.num_read * a_row
+            time.forward[DEALING] += count * seconds
+        time.forward[DEALING] += (first + last) * WAITS_OF_DEALING * machine.wait_seconds
+
+    def _host(self, stage: int, first: bool, last: bool, time: StageTime) -> None:
+        setting = self.setting
+        again = 1 if setting.flops.blocks_recomputed else 0
+        kernels = setting.plan.num_blocks[stage] * KERNELS_OF_A_BLOCK * (3 + again) / 3
+        kernels += KERNELS_OF_THE_HEAD * (last + (first and setting.flops.proxy))
+        host = kernels * self.machine.launch_seconds
+        waits = max(0.0, host - time.busy) if self.machine.host_overlaps else host
+        time.forward["host"] += waits / 3
+        time.backward["host"] += waits * 2 / 3
+
+
+def _hide_behind_computing(parts: defaultdict[str, float], share: float) -> None:
+    """ZeRO 3 gathers the next layers' weights while this one computes."""
+    computing = sum(s for name, s in parts.items() if not name.startswith("communication"))
+    for name in ("communication: weights", "communication: gradients"):
+        if name in parts:
+            hidden = min(share * parts[name], computing)
+            parts[name] -= hidden
+            computing -= hidden
