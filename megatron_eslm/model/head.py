@@ -135,9 +135,7 @@ class SelectiveHead(nn.Module):
 
     def _deal(self, batch: Batch, held: Held) -> Batch:
         """The rows that this rank works on, of all that were read. Collective."""
-        first = held.rank * len(batch.tokens_MS)
-        own_K = torch.tensor(held.plan.kept_by[held.rank], dtype=torch.int64) - first
-        own_K = own_K.to(batch.tokens_MS.device)
+        own_K = held.own_K.to(batch.tokens_MS.device)
         length = batch.valid_MT.shape[1]
         packed = torch.cat([batch.tokens_MS, batch.valid_MT.long(), batch.labels_MT], dim=1)
         reference_BT = batch.reference_MT[own_K]
@@ -199,7 +197,7 @@ class SelectiveHead(nn.Module):
         scores_BT = self.policy.token_scores(risk_BT, batch)
         scores_BT = torch.where(batch.valid_MT, scores_BT, EXCLUDED)
         decision, scores_all = self.policy.keep_of_rows(scores_BT, held, "token gather")
-        record, per_rank = self.recorder.record, held.num_rows // self.policy.peers.size
+        record, per_rank = self.recorder.record, held.plan.num_rows // self.policy.peers.size
         read = slice(held.rank * per_rank, (held.rank + 1) * per_rank)
         scores_MT = scores_all[read]
         record.token_scores_MT = torch.where(scores_MT == EXCLUDED, torch.nan, scores_MT)
@@ -244,9 +242,7 @@ class SelectiveHead(nn.Module):
             bad_K[chosen_S[bad_S] % num_rows] = True
         rows_K = kept_K
         if held is not None:
-            own = held.plan.kept_by[held.rank]
-            first = held.rank * len(read.tokens_MS)
-            rows_K = torch.tensor(own, dtype=torch.int64, device=kept_K.device) - first
+            rows_K = held.own_K.to(kept_K.device)
             with self.policy.peers.phases("rows that are not finite", waits=True):
                 bad_K = return_rows(bad_K.byte(), held.plan, self.policy.peers.group).bool()
 

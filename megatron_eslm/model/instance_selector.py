@@ -28,9 +28,7 @@ two counts stands which of its rows are kept, so that each stage knows who has w
 
 def held_rows(facts: torch.Tensor, rank: int, num_ranks: int) -> Held:
     """Who has which rows, from the third of `Selected` where rows are dealt."""
-    num_rows = num_ranks * int(facts[0])
-    plan = plan_rows(facts[2:].view(num_ranks, -1).bool())
-    return Held(plan, num_rows, rank)
+    return Held(plan_rows(facts[2:].view(num_ranks, -1).bool()), rank)
 
 
 class InstanceSelector(nn.Module):
@@ -93,10 +91,14 @@ class InstanceSelector(nn.Module):
         peers = self.policy.peers
         facts = torch.cat([facts_2, everyone_RM.flatten().long()])
         held = held_rows(facts, peers.rank, peers.size)
+        rows_B = held.rows_B.to(kept_K.device)
+        if not held.plan.moves_any:
+            everything = len(kept_K) == hidden_SMD.shape[1]
+            hidden_SKD = hidden_SMD if everything else hidden_SMD.index_select(1, kept_K)
+            return hidden_SKD, rows_B, facts
         hidden_KSD = hidden_SMD.index_select(1, kept_K).transpose(0, 1)
         with peers.phases("exchange of rows", waits=True):
             hidden_BSD = balance_rows(hidden_KSD, held.plan, peers.group)
-        rows_B = torch.tensor(held.rows, dtype=torch.int64, device=kept_K.device)
         return hidden_BSD.transpose(0, 1).contiguous(), rows_B, facts
 
     @torch.no_grad()

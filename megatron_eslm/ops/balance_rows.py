@@ -5,61 +5,93 @@ that has most of them. Which rows are kept is known to all ranks, so all of them
 hands which rows to whom, and only rows that change hands travel: their hidden states forward,
 their gradients back.
 
-Shape legend: R ranks, M rows that each of them read, K kept rows of this rank, B rows of this rank
-after the exchange.
+Shape legend: R ranks, M rows that each of them read, A kept rows of all ranks, K of this one, B
+rows of this rank after the exchange.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowPlan:
     """Who works on which kept row. Rows have the number rank * M + row."""
 
-    rows_of: tuple[tuple[int, ...], ...]
-    """R lists: the rows that each rank works on, ascending."""
-    kept_by: tuple[tuple[int, ...], ...]
-    """R lists: the rows that each rank kept of those that it read, ascending."""
+    num_ranks: int
+    num_rows: int
+    """R * M."""
+    row_A: np.ndarray
+    """int64, ascending."""
+    reader_A: np.ndarray
+    """int64, the rank that read it."""
+    worker_A: np.ndarray
+    """int64, the rank that works on it."""
+
+    def kept_by(self, rank: int) -> np.ndarray:
+        """int64 [K], rows that a rank kept of those that it read, ascending."""
+        return self.row_A[self.reader_A == rank]
+
+    def rows_of(self, rank: int) -> np.ndarray:
+        """int64 [B], rows that a rank works on, ascending."""
+        return self.row_A[self.worker_A == rank]
+
+    @functools.cached_property
+    def moves_any(self) -> bool:
+        """Whether a row changes hands."""
+        return bool((self.reader_A != self.worker_A).any())
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """Rows of the rank that works on most."""
+        return int(np.bincount(self.worker_A, minlength=1).max())
+
+    @functools.cached_property
+    def position_A(self) -> np.ndarray:
+        """int64, where each row is among those of its worker."""
+        order = np.argsort(self.worker_A, kind="stable")
+        starts = np.searchsorted(self.worker_A[order], np.arange(self.num_ranks))
+        position_A = np.empty_like(self.row_A)
+        position_A[order] = np.arange(len(order)) - starts[self.worker_A[order]]
+        return position_A
 
 
 def plan_rows(kept_RM: torch.Tensor) -> RowPlan:
-    """Deal all kept rows so that no rank has two more than another, moving as few as can be.
+    """Deal kept rows so that no rank has more than the fair share rounded up, moving fewest.
 
-    Ranks that kept most get the rows that are left over (the lower rank first); those with too many
-    hand over their last ones, to the lowest ranks that lack some.
+    A rank with more hands its last rows over, to the ranks that lack most of the share rounded
+    down (the lower ones first), then to any with room.
 
     Args:
         kept_RM: bool [R, M], the same on every rank.
     """
-    num_ranks, num_rows = kept_RM.shape
-    kept_by = [
-        [rank * num_rows + row for row, kept in enumerate(rows) if kept]
-        for rank, rows in enumerate(kept_RM.tolist())
-    ]
-    total = sum(map(len, kept_by))
-    richest = sorted(range(num_ranks), key=lambda rank: (-len(kept_by[rank]), rank))
-    fair = dict.fromkeys(richest, total // num_ranks)
-    for rank in richest[: total % num_ranks]:
-        fair[rank] += 1
-    has = [list(rows) for rows in kept_by]
-    spare = [row for rank in range(num_ranks) for row in has[rank][fair[rank] :]]
-    for rank in range(num_ranks):
-        del has[rank][fair[rank] :]
-    for rank in range(num_ranks):
-        lacks = fair[rank] - len(has[rank])
-        has[rank] += spare[:lacks]
-        del spare[:lacks]
-    return RowPlan(
-        rows_of=tuple(tuple(sorted(rows)) for rows in has),
-        kept_by=tuple(map(tuple, kept_by)),
-    )
+    mask = kept_RM.cpu().numpy()
+    return _plan(mask.tobytes(), *mask.shape)
+
+
+@functools.lru_cache(maxsize=16)  # the selector and the head of one micro-step ask for the same
+def _plan(mask: bytes, num_ranks: int, num_rows: int) -> RowPlan:
+    kept_RM = np.frombuffer(mask, dtype=np.bool_).reshape(num_ranks, num_rows)
+    row_A = np.flatnonzero(kept_RM)
+    reader_A = row_A // num_rows
+    kept_R = kept_RM.sum(axis=1)
+    fair, left_over = divmod(len(row_A), num_ranks)
+    most = fair + (left_over > 0)
+    place_A = np.arange(len(row_A)) - (np.cumsum(kept_R) - kept_R)[reader_A]
+    spare_A = place_A >= most
+    lacks_R = np.maximum(fair - kept_R, 0)
+    room_R = np.maximum(most - kept_R, 0) - lacks_R
+    ranks_R = np.arange(num_ranks)
+    takers = np.concatenate([np.repeat(ranks_R, lacks_R), np.repeat(ranks_R, room_R)])
+    worker_A = reader_A.copy()
+    worker_A[spare_A] = takers[: int(spare_A.sum())]
+    return RowPlan(num_ranks, num_ranks * num_rows, row_A, reader_A, worker_A)
 
 
 def balance_rows(
@@ -76,9 +108,9 @@ def balance_rows(
         [B, ...], the rows that this rank works on, ascending. Gradients go back to where the rows
         came from.
     """
-    if group is None or group.size() == 1 or plan.rows_of == plan.kept_by:
+    if group is None or not plan.moves_any:
         return x_KX
-    return _BalanceRows.apply(x_KX, plan, group)
+    return _BalanceRows.apply(x_KX, *_sides(plan, group.rank()), group)
 
 
 def return_rows(x_BX: torch.Tensor, plan: RowPlan, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -90,50 +122,61 @@ def return_rows(x_BX: torch.Tensor, plan: RowPlan, group: dist.ProcessGroup | No
     Returns:
         [K, ...], ascending.
     """
-    if group is None or group.size() == 1 or plan.rows_of == plan.kept_by:
+    if group is None or not plan.moves_any:
         return x_BX
-    return _exchange(x_BX, plan.rows_of, plan.kept_by, group)
+    before, after = _sides(plan, group.rank())
+    return _exchange(x_BX, after, before, group)
+
+
+class _Side(NamedTuple):
+    """A rank's rows before or after the exchange."""
+
+    stay: torch.Tensor
+    """int64, places of the rows that it has before and after."""
+    move: torch.Tensor
+    """int64, places of the others, by the rank on the other side."""
+    counts: list[int]
+    """R numbers: rows of `move` by that rank."""
+
+
+@functools.lru_cache(maxsize=16)
+def _sides(plan: RowPlan, rank: int) -> tuple[_Side, _Side]:
+    return (
+        _side(plan.worker_A[plan.reader_A == rank], rank, plan.num_ranks),
+        _side(plan.reader_A[plan.worker_A == rank], rank, plan.num_ranks),
+    )
+
+
+def _side(other_X: np.ndarray, rank: int, num_ranks: int) -> _Side:
+    """Args: other_X: which rank has each of this rank's rows on the other side."""
+    move = np.flatnonzero(other_X != rank)
+    move = move[np.argsort(other_X[move], kind="stable")]
+    return _Side(
+        torch.from_numpy(np.flatnonzero(other_X == rank)),
+        torch.from_numpy(move),
+        np.bincount(other_X[move], minlength=num_ranks).tolist(),
+    )
 
 
 class _BalanceRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_KX: torch.Tensor, plan: RowPlan, group: dist.ProcessGroup
+        ctx: Any, x_KX: torch.Tensor, before: _Side, after: _Side, group: dist.ProcessGroup
     ) -> torch.Tensor:
-        ctx.plan, ctx.group = plan, group
-        return _exchange(x_KX, plan.kept_by, plan.rows_of, group)
+        ctx.before, ctx.after, ctx.group = before, after, group
+        return _exchange(x_KX, before, after, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _exchange(grads[0], ctx.plan.rows_of, ctx.plan.kept_by, ctx.group), None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _exchange(grads[0], ctx.after, ctx.before, ctx.group), None, None, None
 
 
-_RowsOfRanks = tuple[tuple[int, ...], ...]
-
-
-def _exchange(
-    x: torch.Tensor, before: _RowsOfRanks, after: _RowsOfRanks, group: dist.ProcessGroup
-) -> torch.Tensor:
+def _exchange(x: torch.Tensor, here: _Side, there: _Side, group: dist.ProcessGroup) -> torch.Tensor:
     """Rows of all ranks from where they are to where they shall be."""
-    rank, ranks = group.rank(), range(group.size())
-    place = {row: i for i, row in enumerate(before[rank])}
-
-    def between(source: int, target: int) -> list[int]:
-        if source == target:
-            return []
-        theirs = set(after[target])
-        return [row for row in before[source] if row in theirs]
-
-    leaving = [between(rank, other) for other in ranks]
-    arriving = [between(other, rank) for other in ranks]
-    index = torch.tensor([place[row] for rows in leaving for row in rows], dtype=torch.int64)
-    sent = x.index_select(0, index.to(x.device))
-    received = x.new_empty(sum(map(len, arriving)), *x.shape[1:])
-    dist.all_to_all_single(
-        received, sent, [len(rows) for rows in arriving], [len(rows) for rows in leaving], group
-    )
-    # Where each row of the result is: among those that stay, or behind them among the arrivals.
-    behind = enumerate(itertools.chain(*arriving), start=len(before[rank]))
-    place |= {row: i for i, row in behind}
-    order = torch.tensor([place[row] for row in after[rank]], dtype=torch.int64)
-    return torch.cat([x, received]).index_select(0, order.to(x.device))
+    sent = x.index_select(0, here.move.to(x.device))
+    received = x.new_empty(len(there.move), *x.shape[1:])
+    dist.all_to_all_single(received, sent, there.counts, here.counts, group)
+    out = x.new_empty(len(there.stay) + len(there.move), *x.shape[1:])
+    out[there.stay.to(x.device)] = x.index_select(0, here.stay.to(x.device))
+    out[there.move.to(x.device)] = received
+    return out

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from megatron_eslm.ops.balance_rows import RowPlan
 from megatron_eslm.parallel.collectives import all_gather_same_shape
 
 EXCLUDED = -math.inf
@@ -71,8 +71,7 @@ def keep_riskiest(
 def keep_riskiest_of_rows(
     scores_BT: torch.Tensor,
     alpha: float,
-    rows_of: Sequence[Sequence[int]],
-    num_rows: int,
+    plan: RowPlan,
     group: dist.ProcessGroup | None,
 ) -> tuple[Kept, torch.Tensor]:
     """The same for rows that ranks hold in unequal numbers, and not where they were read.
@@ -82,8 +81,7 @@ def keep_riskiest_of_rows(
     Args:
         scores_BT: float32 [B, T], of this rank's rows.
         alpha: share to drop.
-        rows_of: the numbers of each rank's rows.
-        num_rows: of all ranks together, dropped ones included.
+        plan: who holds which rows.
         group: the ranks; None is this rank alone.
 
     Returns:
@@ -91,23 +89,17 @@ def keep_riskiest_of_rows(
         rows, float32 [num_rows, T], EXCLUDED where nobody holds one).
     """
     assert scores_BT.dtype == torch.float32, scores_BT.dtype
-    most, length = max(map(len, rows_of)), scores_BT.shape[1]
-    padded = scores_BT.new_full((most, length), EXCLUDED)
+    length, device = scores_BT.shape[1], scores_BT.device
+    padded = scores_BT.new_full((plan.largest, length), EXCLUDED)
     padded[: len(scores_BT)] = scores_BT
     everyone = all_gather_same_shape(padded, group).view(-1, length)
-    places = [
-        (row, rank * most + i) for rank, rows in enumerate(rows_of) for i, row in enumerate(rows)
-    ]
-    target, source = (
-        torch.tensor(places, dtype=torch.int64, device=scores_BT.device).view(-1, 2).t()
-    )
-    scores_all = scores_BT.new_full((num_rows, length), EXCLUDED)
-    scores_all[target] = everyone[source]
+    source_A = torch.from_numpy(plan.worker_A * plan.largest + plan.position_A).to(device)
+    scores_all = scores_BT.new_full((plan.num_rows, length), EXCLUDED)
+    scores_all[torch.from_numpy(plan.row_A).to(device)] = everyone[source_A]
     decision = _decide(scores_all.reshape(-1), alpha)
     keep = decision.keep.view(scores_all.shape)
-    mine = rows_of[group.rank() if group is not None else 0]
-    held = torch.tensor(mine, dtype=torch.int64, device=scores_BT.device)
-    return dataclasses.replace(decision, keep=keep[held], everyone=keep), scores_all
+    held_B = torch.from_numpy(plan.rows_of(group.rank() if group is not None else 0)).to(device)
+    return dataclasses.replace(decision, keep=keep[held_B], everyone=keep), scores_all
 
 
 def _decide(flat_N: torch.Tensor, alpha: float) -> Kept:

@@ -96,65 +96,31 @@ def expected_largest_tokens(
 
 @functools.lru_cache(maxsize=1024)
 def expected_moves(num_kept: int, rows: int, ranks: int) -> float:
-    """Expected number of rows that change hands to make ranks as equal as can be.
+    """Expected number of rows that change hands: what ranks keep above the fair share rounded up.
 
-    What ranks keep above the larger of the two equal shares moves; and where k is no multiple of
-    the ranks, so does one row of each rank that has the larger share without being entitled to it,
-    which only k modulo ranks are. Exact up to rounding.
+    A rank's number is hypergeometric. Exact up to rounding.
     """
-    fair, left_over = divmod(num_kept, ranks)
-    total = rows * ranks
-    if num_kept in (0, total) or ranks == 1:
-        return 0.0
-    above = fair + (left_over > 0)
-
+    share, total = math.ceil(num_kept / ranks), rows * ranks
     surplus = 0.0
-    for kept in range(above + 1, min(rows, num_kept) + 1):
+    for kept in range(share + 1, min(rows, num_kept) + 1):
         if num_kept - kept > total - rows:
             continue
         log_p = _log_choose(rows, kept) + _log_choose(total - rows, num_kept - kept)
-        surplus += (kept - above) * math.exp(log_p - _log_choose(total, num_kept))
-    moves = ranks * surplus
-    if left_over:
-        moves += _expected_beyond(num_kept, rows, ranks, above, left_over)
-    return moves
+        surplus += (kept - share) * math.exp(log_p - _log_choose(total, num_kept))
+    return ranks * surplus
 
 
 def _log_choose(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
-def _expected_beyond(num_kept: int, rows: int, ranks: int, least: int, most: int) -> float:
-    """Expected max(0, c - most) of the number c of ranks that keep at least `least`.
-
-    As above, with a generating function each for ranks that keep fewer and for those that do not.
-    """
-    total = rows * ranks
-    p = num_kept / total
-    weights = np.array([math.comb(rows, j) * p**j * (1 - p) ** (rows - j) for j in range(rows + 1)])
-    points = np.exp(2j * np.pi * np.arange(total + 1) / (total + 1))
-    turn_back = points ** (total + 1 - num_kept)
-    reach = float(weights[least:].sum())
-    polyval = np.polynomial.polynomial.polyval
-    fewer = polyval(points, weights[:least]) / (1 - reach)
-    enough = polyval(points, np.concatenate([np.zeros(least), weights[least:]])) / reach
-    everything = beyond = 0.0
-    for c in range(ranks + 1):
-        log_share = _log_choose(ranks, c) + c * math.log(reach) + (ranks - c) * math.log1p(-reach)
-        if log_share < -40:
-            continue
-        together = float((fewer ** (ranks - c) * enough**c * turn_back).mean().real)
-        everything += math.exp(log_share) * together
-        beyond += math.exp(log_share) * together * max(0, c - most)
-    return max(0.0, beyond / everything)
-
-
 def expected_busiest(num_kept: int, rows: int, ranks: int) -> float:
     """Expected number of rows of the rank that sends or of the one that receives most of them.
 
-    The larger of the two expectations; no rank does both. The one that drops most receives most.
+    The larger of the two expectations; no rank does both. The one that drops most receives most,
+    as far as there is something to hand over.
     """
     fair = num_kept // ranks
     sent = expected_largest(num_kept, rows, ranks) - math.ceil(num_kept / ranks)
     least = rows - expected_largest(rows * ranks - num_kept, rows, ranks)
-    return max(0.0, sent, fair - least)
+    return min(expected_moves(num_kept, rows, ranks), max(0.0, sent, fair - least))

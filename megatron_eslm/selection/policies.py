@@ -85,11 +85,11 @@ class RandomControl(_Levels):
         rows, positions = valid_MT.shape
         # The same numbers, whether rows count by ranks or all through.
         held = self.held if level == "token" else None
-        ranks_rows = (self.peers.size, rows) if held is None else (1, held.num_rows)
+        ranks_rows = (self.peers.size, rows) if held is None else (1, held.plan.num_rows)
         shape = ranks_rows if level == "instance" else (*ranks_rows, positions)
         rng = generator(self.seed, "random", level, self.state.iteration, self.state.micro_step)
         draws = torch.rand(shape, generator=rng)
-        mine = draws[self.peers.rank] if held is None else draws[0][list(held.rows)]
+        mine = draws[self.peers.rank] if held is None else draws[0][held.rows_B]
         return mine.to(valid_MT.device)
 
     def instance_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:

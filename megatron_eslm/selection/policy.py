@@ -30,14 +30,18 @@ class Held:
     """Kept rows as they are dealt to ranks in one micro-step."""
 
     plan: RowPlan
-    num_rows: int
-    """Of the global micro-batch."""
     rank: int
 
     @property
-    def rows(self) -> tuple[int, ...]:
-        """Of this rank, as numbers of the global micro-batch."""
-        return self.plan.rows_of[self.rank]
+    def rows_B(self) -> torch.Tensor:
+        """int64, of this rank, as numbers of the global micro-batch."""
+        return torch.from_numpy(self.plan.rows_of(self.rank))
+
+    @property
+    def own_K(self) -> torch.Tensor:
+        """int64, kept rows among those that this rank read, as numbers of its own batch."""
+        first = self.rank * (self.plan.num_rows // self.plan.num_ranks)
+        return torch.from_numpy(self.plan.kept_by(self.rank) - first)
 
 
 class SelectionPolicy(ABC):
@@ -119,9 +123,7 @@ class SelectionPolicy(ABC):
     ) -> tuple[Kept, torch.Tensor]:
         """The keep rule for tokens of rows that are dealt to ranks; see keep_riskiest_of_rows."""
         with self.peers.phases(phase, waits=True):
-            return keep_riskiest_of_rows(
-                scores_BT, self.state.alpha, held.plan.rows_of, held.num_rows, self.peers.group
-            )
+            return keep_riskiest_of_rows(scores_BT, self.state.alpha, held.plan, self.peers.group)
 
 
 P = TypeVar("P", bound=type[SelectionPolicy])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -24,8 +25,8 @@ def mask(counts: list[int], seed: int = 0) -> torch.Tensor:
 
 
 def num_moved(plan: RowPlan) -> int:
-    ranks = range(len(plan.rows_of))
-    return sum(len(set(plan.rows_of[rank]) - set(plan.kept_by[rank])) for rank in ranks)
+    ranks = range(plan.num_ranks)
+    return sum(len(set(plan.rows_of(rank)) - set(plan.kept_by(rank))) for rank in ranks)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -34,16 +35,18 @@ def test_even_complete_and_no_more_moved_than_needed(seed: int) -> None:
     counts = [rng.randint(0, ROWS) for _ in range(rng.randint(1, 6))]
     kept = mask(counts, seed)
     plan = plan_rows(kept)
-    assert sorted(sum(plan.rows_of, ())) == kept.flatten().nonzero().flatten().tolist()
-    assert all(list(rows) == sorted(rows) for rows in plan.rows_of)
-    sizes = [len(rows) for rows in plan.rows_of]
-    assert max(sizes) - min(sizes) <= 1
-    # At the least, whoever has more than the rounded-up share gives that away, and whoever has
-    # less than the rounded-down one gets it.
-    high, low = -(-sum(counts) // len(counts)), sum(counts) // len(counts)
-    over = sum(max(0, count - high) for count in counts)
-    under = sum(max(0, low - count) for count in counts)
-    assert num_moved(plan) == max(over, under)
+    rows_of = [plan.rows_of(rank).tolist() for rank in range(plan.num_ranks)]
+    assert sorted(itertools.chain(*rows_of)) == kept.flatten().nonzero().flatten().tolist()
+    assert all(rows == sorted(rows) for rows in rows_of)
+    share = -(-sum(counts) // len(counts))
+    assert plan.largest == max(map(len, rows_of)) == share
+    # No less than what ranks have above that can do.
+    assert num_moved(plan) == sum(max(0, count - share) for count in counts)
+    # Those that kept least get rows first.
+    if num_moved(plan):
+        low = sum(counts) // len(counts)
+        least = min(map(len, rows_of))
+        assert least == low or any(count < low for count in counts)
 
 
 def test_nothing_moves_where_shares_are_even() -> None:
@@ -67,7 +70,7 @@ def test_rows_arrive_and_gradients_return() -> None:
                 if dtype.is_floating_point:
                     x.requires_grad_()
                 out = balance_rows(x, plan, dist.group.WORLD)
-                mine = torch.tensor(plan.rows_of[rank], dtype=torch.int64)
+                mine = torch.from_numpy(plan.rows_of(rank))
                 expected = (10 * mine[:, None, None] + torch.arange(4).view(2, 2)).to(dtype)
                 assert torch.equal(out, expected), (rank, counts)
                 assert torch.equal(x, before)

@@ -36,16 +36,17 @@ def test_all_choices(num_kept: int, rows: int, ranks: int) -> None:
     assert expected_moves(num_kept, rows, ranks) == pytest.approx(total, abs=1e-9)
     busiest = max(np.mean([either.max() for either in side]) for side in zip(*moved, strict=True))
     found = expected_busiest(num_kept, rows, ranks)
-    # The plan also moves rows that are only in the wrong place of two equal shares.
-    assert busiest - 1 <= found <= busiest + 1e-9
+    assert found == pytest.approx(busiest, abs=0.5)  # an estimate
 
 
 def dealt_by_plan(kept: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows that each rank sends and that it receives, as the plan of training has it."""
     plan = plan_rows(torch.arange(rows) < torch.tensor(kept)[:, None])
-    before, after = map(set, plan.kept_by), map(set, plan.rows_of)
-    both = [(len(a - b), len(b - a)) for a, b in zip(before, after, strict=True)]
-    sent, received = np.array(both).T
+    moves = plan.reader_A != plan.worker_A
+    sent, received = (
+        np.bincount(ranks[moves], minlength=plan.num_ranks)
+        for ranks in (plan.reader_A, plan.worker_A)
+    )
     return sent, received
 
 
