@@ -51,12 +51,14 @@ bench: install
 	$(BIN)/python -m benchmarks.selection_step --dtype bf16
 	$(BIN)/python -m benchmarks.selection_step --shape 1.5B-8 --rows 10 --seq-length 256
 	$(BIN)/python -m benchmarks.peer_step
+	$(BIN)/python -m benchmarks.peer_step --dtype bf16
 	$(BIN)/python -m benchmarks.peer_memory
 	$(BIN)/python -m benchmarks.engine_overhead
 	$(BIN)/python -m benchmarks.head_kernel
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.plan_check
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 -m benchmarks.thresholds --rows 2
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.balance --seq-length 128
 	@if [ -n "$(CORPUS)" ]; then $(BIN)/python -m benchmarks.preprocessing --input "$(CORPUS)" --vocab-file "$(VOCAB)/vocab.json" --merge-file "$(VOCAB)/merges.txt"; \
 	else echo "preprocessing is not measured: make bench CORPUS=folder VOCAB=folder"; fi
 

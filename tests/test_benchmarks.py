@@ -20,6 +20,7 @@ MODULES = {
     "peer_memory": (TINY, 1),
     "engine_overhead": (TINY, 1),
     "thresholds": (TINY, 1),
+    "balance": (TINY, 1),
 }
 
 

@@ -209,7 +209,7 @@ def test_a_rank_that_keeps_no_row() -> None:
     for name, split in splits.items():
         idle = split.steps[2]
         assert idle.kept_rows == idle.kept_tokens == []
-        assert (idle.loss == 0.0) == name.endswith("apart"), "a dealt row is somebody's work"
+        assert idle.loss == 0.0  # dealt or not: two rows are the share of others, too
         assert_finite(split)
         assert_same(split, wholes[name])
 
