@@ -6,7 +6,10 @@ r"""How well the early exit ranks sequences when it scores every s-th position o
 On validation sequences of a trained model: instance scores of --eslm-proxy-stride 2 to 64 against
 those of stride 1, in micro-batches of --rows: Spearman's rank correlation, and the share of the
 dropped sequences that are the same (of random ones: alpha). And the early exit against the whole
-model.
+model. "Corrected" is an estimate that training does not have: the mean over all positions of what
+is usual for their token (the label's for the loss, the input's for the entropy), plus the mean over
+scored positions of what they have beyond that. The usual is taken from the other half of the
+sequences.
 """
 
 from __future__ import annotations
@@ -37,23 +40,31 @@ def main() -> None:
     parser.add_argument("--data-path", nargs="+", required=True, metavar="PREFIX")
     parser.add_argument("--split", default="95,5,0")
     parser.add_argument("--proxy-layers", type=int, default=1)
-    parser.add_argument("--samples", type=int, default=400)
+    parser.add_argument("--samples", type=int, default=1600)
     parser.add_argument("--rows", type=int, default=10, help="sequences that compete (%(default)s)")
     parser.add_argument("--alpha", type=float, default=0.1)
     args = parser.parse_args()
     with single_process():
-        exit_MT2, end_MT2 = token_risks(args)
+        exit_MT2, end_MT2, tokens_MS = token_risks(args)
     rng = np.random.default_rng(0)
     order = rng.permutation(len(exit_MT2))  # neighbours are of one document
+    seen, order = np.split(order, 2) if len(order) % 2 == 0 else np.split(order[1:], 2)
     groups = [order[i : i + args.rows] for i in range(0, len(order) - args.rows + 1, args.rows)]
-    for column, score in enumerate(("loss", "entropy")):
-        exact_M = exit_MT2[:, :, column].mean(axis=1)
-        table = {
-            f"stride {s}": exit_MT2[:, ::s, column].mean(axis=1)
-            for s in STRIDES
-            if s < exit_MT2.shape[1]
+    strides = [s for s in STRIDES if s < exit_MT2.shape[1]]
+    for column, (score, of_token_MT) in enumerate(
+        {"loss": tokens_MS[:, 1:], "entropy": tokens_MS[:, :-1]}.items()
+    ):
+        risk_MT = exit_MT2[:, :, column]
+        usual_MT = usual_of_token(risk_MT[seen], of_token_MT[seen])[of_token_MT]
+        beyond_MT = risk_MT - usual_MT
+        table = {f"stride {s}": risk_MT[:, ::s].mean(axis=1) for s in strides}
+        table |= {
+            f"stride {s}, corrected": usual_MT.mean(axis=1) + beyond_MT[:, ::s].mean(axis=1)
+            for s in strides[1:]
         }
+        table["what is usual alone"] = usual_MT.mean(axis=1)
         table["whole model"] = end_MT2[:, :, column].mean(axis=1)
+        exact_M = risk_MT.mean(axis=1)
         for name, scores_M in table.items():
             ranks = [spearman(scores_M[g], exact_M[g]) for g in groups]
             same = [same_dropped(scores_M[g], exact_M[g], args.alpha) for g in groups]
@@ -73,9 +84,18 @@ def main() -> None:
             )
 
 
+def usual_of_token(risk_MT: np.ndarray, of_token_MT: np.ndarray) -> np.ndarray:
+    """Mean risk by token id, drawn to the mean of all as if that had been seen four times."""
+    size = 1 << 18
+    sums = np.bincount(of_token_MT.ravel(), weights=risk_MT.ravel(), minlength=size)
+    counts = np.bincount(of_token_MT.ravel(), minlength=size)
+    return (sums + 4 * risk_MT.mean()) / (counts + 4)
+
+
 @torch.no_grad()
-def token_risks(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """[M, T, 2]: loss and entropy of every token at the early exit, and at the end."""
+def token_risks(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[M, T, 2], loss and entropy of every token at the early exit, and at the end; int64 [M, T+1],
+    the tokens."""
     scoring = open_scoring_model(args.load)
     shape, length = scoring.weights.shape, scoring.context
     passages = validation_passages(
@@ -109,7 +129,8 @@ def token_risks(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
             if number == args.proxy_layers:
                 exits.append(risks(hidden_TMD, labels_TM))
         ends.append(risks(hidden_TMD, labels_TM))
-    return np.concatenate(exits), np.concatenate(ends)
+    tokens_MS = np.array([[p.before, *p.ids.tolist()] for p in whole])
+    return np.concatenate(exits), np.concatenate(ends), tokens_MS
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
