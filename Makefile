@@ -55,6 +55,7 @@ bench: install
 	$(BIN)/python -m benchmarks.peer_memory
 	$(BIN)/python -m benchmarks.engine_overhead
 	$(BIN)/python -m benchmarks.head_kernel
+	$(BIN)/python -m benchmarks.compile_step
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.plan_check
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 -m benchmarks.thresholds --rows 2

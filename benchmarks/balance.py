@@ -8,6 +8,7 @@ others in each repetition: how unequal the ranks are is a matter of luck.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +28,12 @@ def changing_stepper(run: BenchRun, largest: list[int]) -> Callable[[], Any]:
         nonlocal seed
         seed += 1
         engine.step(iter(run.batches(seed)), 1e-5)
-        rows = run.policy.held.rows_B.numel() if run.policy.held else None
         for record in run.recorder.take():
-            most = [None] * run.mesh.dp_size
-            dist.all_gather_object(most, rows if rows is not None else record.num_rows_kept)
-            largest.append(max(most))
+            kept: list[int] = [0] * run.mesh.dp_size
+            dist.all_gather_object(kept, record.num_rows_kept)
+            # Dealt, no rank has more than the share rounded up.
+            share = math.ceil(sum(kept) / len(kept))
+            largest.append(share if run.policy.deals_rows else max(kept))
         run.state.iteration += 1
 
     return step

@@ -2,7 +2,7 @@
 
 python -m benchmarks.head_kernel --hidden-size 1600 --tokens 8192
 
-One JSON line a form and memory mode: the product alone that all forms are made of, statistics of
+One line a form and memory mode: the product alone that all forms are made of, statistics of
 all tokens (loss and entropy) and gradients of the kept ones, each in milliseconds and TFLOP/s of
 the products that it needs (those that it takes besides cost time but do not count), and the memory
 that the form takes at its peak beside inputs and gradients. Forms take turns, medians are shown.
@@ -11,9 +11,7 @@ that the form takes at its peak beside inputs and gradients. Forms take turns, m
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from statistics import median
@@ -21,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.interleave import report
 from megatron_eslm.ops.head_kernel import HeadKernel, resolve_head_kernel
 from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
 from megatron_eslm.ops.selective_linear_cross_entropy import selective_linear_cross_entropy
@@ -151,27 +150,26 @@ def main() -> None:
         forward_ms = 1e3 * median(x.forward_seconds for x in times)
         backward_ms = 1e3 * median(x.backward_seconds for x in times)
         products = 2 if keep_logits else 3
-        result = {
-            "head_kernel": kernel,
-            "head_logits": "keep" if keep_logits else "recompute",
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-            "dtype": args.dtype,
-            "tokens": tokens,
-            "kept": kept,
-            "hidden_size": args.hidden_size,
-            "vocab_size": head.padded,
-            "product_ms": round(product_ms, 3),
-            "product_tflops": _tflops(head, tokens, product_ms),
-            "forward_ms": round(forward_ms, 3),
-            "forward_tflops": _tflops(head, tokens, forward_ms),
-            "backward_ms": round(backward_ms, 3),
-            "backward_tflops": _tflops(head, products * kept, backward_ms),
-            "peak_mib": round(max(x.peak_bytes for x in times) / 2**20, 1)
+        report(
+            f"head, {kernel}, logits {'kept' if keep_logits else 'computed again'}, {args.dtype}: "
+            "time / that of its products alone",
+            (forward_ms + backward_ms) / (product_ms * (1 + products * kept / tokens)),
+            "1",
+            tokens=tokens,
+            kept=kept,
+            hidden_size=args.hidden_size,
+            vocab_size=head.padded,
+            product_ms=round(product_ms, 3),
+            product_tflops=_tflops(head, tokens, product_ms),
+            forward_ms=round(forward_ms, 3),
+            forward_tflops=_tflops(head, tokens, forward_ms),
+            backward_ms=round(backward_ms, 3),
+            backward_tflops=_tflops(head, products * kept, backward_ms),
+            peak_mib=round(max(x.peak_bytes for x in times) / 2**20, 1)
             if device.type == "cuda"
             else None,
-            "repetitions": args.repetitions,
-        }
-        sys.stdout.write(json.dumps(result) + "\n")
+            repetitions=args.repetitions,
+        )
 
 
 def _tflops(head: Head, products: float, milliseconds: float) -> float:

@@ -259,7 +259,7 @@ def measure(layout: str, selection: str, alpha: float, repetitions: int) -> dict
     results = run_ranks(world, on_rank, timeout=600.0)
     machines, seconds, _ = results[0]
     busy = [sum(of_ranks) for of_ranks in zip(*(r[2] for r in results), strict=True)]
-    setting = Setting.of(parse_run(words, world), VOCAB_SIZE)
+    setting = Setting.of(parse_run(words, world), VOCAB_SIZE, device_type="cpu")
     costs = [step_cost(setting, machine) for machine in machines]
     predicted = [(a.seconds + b.seconds) / 2 for a, b in pairwise(costs)]
     errors = [p / m - 1 for p, m in zip(predicted, seconds, strict=True)]

@@ -74,16 +74,20 @@ def _kernels() -> Iterator[tuple[str, str]]:
     kernel = resolve_head_kernel("auto", "cuda" if torch.cuda.is_available() else "cpu")
     triton = _version("triton") or "not installed"
     yield "head", f"selective linear cross-entropy (ours), --head-kernel auto is {kernel}"
-    yield "triton", f"{triton}; --head-kernel triton needs it, and CUDA"
+    from megatron_eslm.ops.head_kernel import c_compiler
+
+    builds = c_compiler() or "no C compiler"
+    yield "triton", f"{triton}, {builds}; --head-kernel triton needs both, and CUDA"
     apex = _version("apex")
     yield (
         "apex",
         f"{apex or 'not installed'}; not needed: torch's fused kernels are used",
     )
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
     yield (
         "C++ compiler",
-        compiler or "none; only --cpu-offload needs one (and ninja): install g++ or clang",
+        compiler
+        or "none; --cpu-offload (with ninja) and --compile need one: install g++, or set CXX",
     )
     if torch.cuda.is_available():
         yield "nvcc", shutil.which("nvcc") or "none; nothing here needs it"

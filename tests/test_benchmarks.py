@@ -15,22 +15,28 @@ from benchmarks.interleave import Timings, interleaved
 ROOT = Path(__file__).parent.parent
 TINY = ("--shape", "tiny", "--rows", "10", "--seq-length", "32", "--repetitions", "2")
 MODULES = {
-    "selection_step": (TINY, 3),
-    "peer_step": (TINY, 1),
-    "peer_memory": (TINY, 1),
-    "engine_overhead": (TINY, 1),
-    "thresholds": (TINY, 1),
-    "balance": (TINY, 1),
+    "selection_step": (1, TINY, 3),
+    "peer_step": (1, TINY, 1),
+    "peer_memory": (1, TINY, 1),
+    "engine_overhead": (1, TINY, 1),
+    "thresholds": (2, TINY, 1),
+    "balance": (2, TINY, 1),
+    "compile_step": (1, TINY, 1),
+    "head_kernel": (1, ("--tokens", "64", "--hidden-size", "64", "--repetitions", "2"), 2),
 }
 
 
 @pytest.mark.slow  # half a minute each on a busy machine
 @pytest.mark.parametrize("module", MODULES)
 def test_prints_json_and_a_table_line(module: str) -> None:
-    flags, rows = MODULES[module]
+    ranks, flags, rows = MODULES[module]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", *flags],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+            *("-m", f"benchmarks.{module}", *flags),
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -42,6 +42,12 @@ class AskedLayout:
     """--selection."""
     compiles: bool
     """--compile."""
+    drops_out: bool
+    """Whether there is dropout."""
+    trains_adapters: bool
+    """--lora-rank."""
+    last_mlp_kept: bool
+    """--last-mlp-backward kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +291,25 @@ def _compile(asked: AskedLayout) -> str | None:
             "that compiled blocks would not call. Use --zero-stage 2 or less, or leave "
             "--compile out."
         )
+    if asked.compiles and asked.drops_out:
+        return (
+            "--compile with --hidden-dropout or --attention-dropout: masks are drawn by name, for "
+            "each row anew, which would be compiled again and again. Set both to 0, or leave "
+            "--compile out."
+        )
+    return None
+
+
+def _last_mlp(asked: AskedLayout) -> str | None:
+    if not asked.last_mlp_kept:
+        return None
+    for reason, holds in {
+        "--sequence-parallel spreads that MLP's positions": asked.sequence_parallel,
+        "--zero-stage 3 gathers weights layer by layer": asked.zero_stage == 3,
+        "--lora-rank trains adapters there": asked.trains_adapters,
+    }.items():
+        if holds:
+            return f"--last-mlp-backward kept: {reason}. Leave one of them out."
     return None
 
 
@@ -316,5 +341,14 @@ RULES = (
         holds_if="T and P are 1 and the ZeRO stage is 0 or 1",
         refusal=_greats,
     ),
-    Rule(flag="--compile", holds_if="the ZeRO stage is 2 or less", refusal=_compile),
+    Rule(
+        flag="--compile",
+        holds_if="the ZeRO stage is 2 or less, and there is no dropout",
+        refusal=_compile,
+    ),
+    Rule(
+        flag="--last-mlp-backward kept",
+        holds_if="the ZeRO stage is 2 or less, without --sequence-parallel and --lora-rank",
+        refusal=_last_mlp,
+    ),
 )

@@ -25,7 +25,6 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.options import ModelOptions
 from megatron_eslm.model.shape import PRESETS, ModelShape, Preset, pad_vocab_size
 from megatron_eslm.objectives.options import ObjectiveOptions, check_objective
-from megatron_eslm.ops.head_kernel import resolve_head_kernel
 from megatron_eslm.parallel.mesh import check_layout
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policy import policy_class
@@ -224,7 +223,6 @@ def resolve(
         seq_length=fill(model, "seq_length"),
     )
     _check_model(model, selection)
-    resolve_head_kernel(model.head_kernel, "cuda" if torch.cuda.is_available() else "cpu")
     _check_reference(selection, reference, data)
     _check_lora(model, selection, checkpoint)
     check_objective(objective, selection.selection, loads=checkpoint.load is not None, given=given)
@@ -367,6 +365,9 @@ def _check_layout(
         seq_length=model.seq_length,
         selection=selection.selection,
         compiles=model.compile,
+        drops_out=model.hidden_dropout > 0 or model.attention_dropout > 0,
+        trains_adapters=model.lora is not None,
+        last_mlp_kept=model.last_mlp_backward == "kept",
     )
     check_layout_rules(asked)
     for warning in layout_warnings(asked):

@@ -6,8 +6,6 @@ order, S selected tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -72,7 +70,6 @@ class SelectiveHead(nn.Module):
             held = held_rows(facts, self.policy.peers.rank, self.policy.peers.size)
             batch = self._deal(batch, held)
             kept_K = torch.arange(len(batch.tokens_MS), device=kept_K.device)
-        self.policy.held = held
         labels_N = batch.labels_MT[kept_K].t().flatten()
         valid_KT = batch.valid_MT[kept_K]
         hidden_ND = hidden_TKD.flatten(0, 1)
@@ -82,14 +79,16 @@ class SelectiveHead(nn.Module):
             with torch.no_grad():
                 statistics = self._statistics(final_norm(hidden_ND), weight_VD, labels_N)
             risk_KT = self.policy.token_risk(statistics).view(hidden_TKD.shape[:2]).t()
-            kept_N, num_in_loss = self._choose(risk_KT, kept_K, batch)
+            kept_N, number = self._choose(risk_KT, kept_K, batch, held)
         elif self.policy.token_source == "policy":
-            kept_N, num_in_loss = self._choose(None, kept_K, batch)
+            kept_N, number = self._choose(None, kept_K, batch, held)
         else:
-            kept_N, num_in_loss = self._all_valid(valid_KT)
+            kept_N, number = valid_KT.t().flatten(), None
         in_loss_N, kept_S = kept_N, None
         if self.objective.on_dropped_tokens:
-            in_loss_N, num_in_loss = self._all_valid(valid_KT)
+            in_loss_N, number = valid_KT.t().flatten(), None
+        # Where ranks know their own number only, it is added up while the head computes.
+        num_in_loss = sum_later(in_loss_N.sum(), self.policy.peers.group, known=number)
         chosen_S = in_loss_N.nonzero().squeeze(1)
         if self.objective.on_dropped_tokens:
             kept_S = kept_N[chosen_S]
@@ -121,7 +120,7 @@ class SelectiveHead(nn.Module):
                 iteration=self.policy.state.iteration,
             )
         )
-        self._record(loss_S, chosen_S, kept_N, kept_K, batch, read)
+        self._record(loss_S, chosen_S, kept_N, kept_K, batch, read, held)
         # Engines average gradients over data-parallel ranks; the average of these terms is the
         # mean over the tokens of all ranks, however unequal their numbers are.
         with self.policy.peers.phases("count of kept tokens", waits=True):
@@ -163,11 +162,15 @@ class SelectiveHead(nn.Module):
 
     @torch.no_grad()
     def _choose(
-        self, risk_KT: torch.Tensor | None, kept_K: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, Callable[[], int]]:
-        """bool [N], the tokens that the keep rule keeps, and what gives their global number."""
-        if self.policy.held is not None:
-            return self._choose_of_held(risk_KT, batch, self.policy.held)
+        self,
+        risk_KT: torch.Tensor | None,
+        kept_K: torch.Tensor,
+        batch: Batch,
+        held: Held | None,
+    ) -> tuple[torch.Tensor, int | None]:
+        """bool [N], the tokens that are kept, and their global number if it is known."""
+        if held is not None:
+            return self._choose_of_held(risk_KT, batch, held)
         valid_MT = batch.valid_MT
         record = self.recorder.record
         in_kept_row_M = torch.zeros(len(valid_MT), dtype=torch.bool, device=valid_MT.device)
@@ -184,17 +187,16 @@ class SelectiveHead(nn.Module):
         record.cvar = decision.cvar
         record.num_nonfinite += decision.num_nonfinite
         kept_N = decision.keep[kept_K].t().flatten()
-        if self.policy.options.eslm_scope == "local":
-            return kept_N, sum_later(decision.num_kept, self.policy.peers.group, valid_MT.device)
-        return kept_N, lambda: decision.num_kept
+        together = self.policy.options.eslm_scope == "global"
+        return kept_N, decision.num_kept if together else None
 
     def _choose_of_held(
         self, risk_BT: torch.Tensor | None, batch: Batch, held: Held
-    ) -> tuple[torch.Tensor, Callable[[], int]]:
+    ) -> tuple[torch.Tensor, int]:
         """The same where rows are dealt; what is recorded is of the rows that were read."""
         if risk_BT is None:
             risk_BT = torch.zeros(batch.valid_MT.shape, device=batch.valid_MT.device)
-        scores_BT = self.policy.token_scores(risk_BT, batch)
+        scores_BT = self.policy.token_scores(risk_BT, batch, held)
         scores_BT = torch.where(batch.valid_MT, scores_BT, EXCLUDED)
         decision, scores_all = self.policy.keep_of_rows(scores_BT, held, "token gather")
         record, per_rank = self.recorder.record, held.plan.num_rows // self.policy.peers.size
@@ -205,13 +207,7 @@ class SelectiveHead(nn.Module):
         record.tau_token = decision.tau
         record.cvar = decision.cvar
         record.num_nonfinite += decision.num_nonfinite
-        return decision.keep.t().flatten(), lambda: decision.num_kept
-
-    def _all_valid(self, valid_KT: torch.Tensor) -> tuple[torch.Tensor, Callable[[], int]]:
-        """bool [N], the valid tokens, and what gives their global number: begun here, waited for
-        when it is called, so that the head computes meanwhile."""
-        valid_N = valid_KT.t().flatten()
-        return valid_N, sum_later(int(valid_N.sum()), self.policy.peers.group, valid_KT.device)
+        return decision.keep.t().flatten(), decision.num_kept
 
     @torch.no_grad()
     def _record(
@@ -222,6 +218,7 @@ class SelectiveHead(nn.Module):
         kept_K: torch.Tensor,
         batch: Batch,
         read: Batch,
+        held: Held | None,
     ) -> None:
         """Write down what became of the rows that were read.
 
@@ -229,8 +226,9 @@ class SelectiveHead(nn.Module):
             kept_K: rows of `batch`, whose tokens `kept_N` and `chosen_S` are about.
             batch: of the rows that this rank worked on.
             read: of those that it read; the same where no row is dealt.
+            held: which rows it worked on, where they are dealt.
         """
-        record, held = self.recorder.record, self.policy.held
+        record = self.recorder.record
         num_rows, num_positions = len(kept_K), batch.valid_MT.shape[1]
         record.num_tokens, record.num_tokens_in_kept_rows = torch.stack(
             [read.valid_MT.sum(), batch.valid_MT[kept_K].sum()]

@@ -70,13 +70,13 @@ class ModelOptions:
     auto does the former where tokens are dropped and it pays."""
 
     compile: bool = False
-    """Compile the blocks with torch.compile: minutes at the start, faster steps. Needs a C++
-    compiler, on CUDA Triton."""
+    """Compile the blocks with torch.compile, which takes minutes at the start. Needs a C++
+    compiler, on CUDA Triton and a C compiler."""
 
     head_kernel: Literal["auto", "torch", "triton", "triton-fused"] = "auto"
     """What computes the head's statistics and gradients: PyTorch, or Triton kernels, which need
-    CUDA; triton-fused never writes the logits that only statistics need. auto is triton where it
-    can run and torch elsewhere."""
+    CUDA and a C compiler; triton-fused never writes the logits that only statistics need (where
+    logits are kept it is triton). auto is triton where it can run and torch elsewhere."""
 
     activation_checkpoint_interval: int = 0
     """Blocks whose activations are kept only at the first of them, and computed again in the

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -98,16 +99,23 @@ def triton_imports() -> bool:
     return True
 
 
+@functools.cache
+def c_compiler() -> str | None:
+    """The compiler with which Triton builds its launchers, as it looks for it; None without one."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
 def resolve_head_kernel(
     kernel: HeadKernel, device_type: str
 ) -> Literal["torch", "triton", "triton-fused"]:
-    """`--head-kernel` on a device: auto is Triton where there is CUDA and it imports.
+    """`--head-kernel` on a device: auto is Triton where there is CUDA and Triton can be used.
 
     Raises:
         ConfigError: Triton was asked for where it cannot run.
     """
     if kernel == "auto":
-        return "triton" if device_type == "cuda" and triton_imports() else "torch"
+        works = device_type == "cuda" and triton_imports() and c_compiler() is not None
+        return "triton" if works else "torch"
     if kernel == "torch":
         return "torch"
     if not triton_imports():
@@ -122,6 +130,12 @@ def resolve_head_kernel(
             f"--head-kernel {kernel} needs a CUDA device and this run is on {device_type}. Use "
             "--head-kernel auto or torch (TRITON_INTERPRET=1 runs the kernels in Triton's "
             "interpreter, slowly, to test them)."
+        )
+    if c_compiler() is None and not interpreted:
+        raise ConfigError(
+            f"--head-kernel {kernel} needs a C compiler, with which Triton builds its launchers, "
+            "and there is none on PATH (gcc, clang; or name one in CC). Install one, or use "
+            "--head-kernel torch."
         )
     return kernel
 

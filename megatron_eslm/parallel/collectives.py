@@ -43,20 +43,27 @@ def all_reduce_(
 
 
 def sum_later(
-    count: int, group: dist.ProcessGroup | None, device: torch.device
+    count: torch.Tensor, group: dist.ProcessGroup | None, *, known: int | None = None
 ) -> Callable[[], int]:
     """Begin to add up a number over `group` (None: this rank alone) and go on.
+
+    Args:
+        count: int64 scalar, this rank's; the host does not wait for it.
+        group: the ranks.
+        known: the sum, where all ranks know it already; nothing is added up then.
 
     Returns:
         A function that waits for the sum; call it once.
     """
-    if group is None or group.size() == 1:
-        return lambda: count
-    total = torch.tensor([count], device=device)
-    work = dist.all_reduce(total, group=group, async_op=True)
+    if known is not None:
+        return lambda: known
+    total, work = count.reshape(1), None
+    if group is not None and group.size() > 1:
+        work = dist.all_reduce(total, group=group, async_op=True)
 
     def wait() -> int:
-        work.wait()
+        if work is not None:
+            work.wait()
         return int(total.item())
 
     return wait

@@ -38,19 +38,27 @@ class Setting:
     """How kept rows are dealt to ranks; None where they stay."""
 
     @classmethod
-    def of(cls, run: RunConfig, vocab_size: int, known: Plans | None = None) -> Setting:
+    def of(
+        cls,
+        run: RunConfig,
+        vocab_size: int,
+        known: Plans | None = None,
+        *,
+        device_type: str = "cuda",
+    ) -> Setting:
         """From a resolved run, as training itself would have it.
 
         Args:
             run: the run.
             vocab_size: of its tokenizer.
             known: plans that were made before, to be used again and added to.
+            device_type: what it would run on.
         """
         shape = run.shape(vocab_size)
         state = SelectionState(alpha=run.selection.initial_alpha)
         peers = Peers(0, run.dp_size, None)
         policy = build_policy(run.selection, state, peers, run.training.seed)
-        flops, work = build_flops(run, shape, policy), step_work(run)
+        flops, work = build_flops(run, shape, policy, device_type=device_type), step_work(run)
         known = {} if known is None else known
         key = (flops, work, run.engine.pipeline_model_parallel_size, run.engine.pipeline_split)
         if key not in known:

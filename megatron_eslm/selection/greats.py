@@ -21,7 +21,7 @@ import torch
 from megatron_eslm.ops.ghost_products import GradientProducts
 from megatron_eslm.ops.keep_rule import EXCLUDED, Kept, num_to_keep
 from megatron_eslm.selection.batch import Batch
-from megatron_eslm.selection.policy import SelectionPolicy, register
+from megatron_eslm.selection.policy import Held, SelectionPolicy, register
 
 
 @dataclass(frozen=True)
@@ -112,5 +112,7 @@ class Greats(SelectionPolicy):
             num_nonfinite=sum(math.isnan(gain) for gain in choice.gains),
         )
 
-    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def token_scores(
+        self, token_risk_MT: torch.Tensor, batch: Batch, held: Held | None = None
+    ) -> torch.Tensor:
         raise AssertionError("token_source is 'nothing'")

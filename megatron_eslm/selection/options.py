@@ -39,7 +39,8 @@ class SelectionOptions:
 
     eslm_balance: bool = True
     """With global thresholds: deal the kept sequences evenly to data-parallel ranks, so that none
-    waits for one that keeps more."""
+    waits for one that keeps more. Nothing is dealt with --eslm-scope local, nor by policies that
+    keep all sequences."""
 
     eslm_proxy_stride: int = 1
     """Score every s-th position of a sequence only: an estimate, cheaper where the head is what

@@ -14,7 +14,7 @@ from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.parallel.seeding import generator
 from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import SelectionPolicy, Source, register
+from megatron_eslm.selection.policy import Held, SelectionPolicy, Source, register
 from megatron_eslm.selection.state import Peers, SelectionState
 
 
@@ -25,7 +25,9 @@ class CausalLM(SelectionPolicy):
     def instance_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
         raise AssertionError("clm scores nothing")
 
-    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def token_scores(
+        self, token_risk_MT: torch.Tensor, batch: Batch, held: Held | None = None
+    ) -> torch.Tensor:
         raise AssertionError("clm scores nothing")
 
 
@@ -66,7 +68,9 @@ class ESLM(_Levels):
         sum_M = torch.where(valid_MT, token_risk_MT, 0.0).sum(dim=1)
         return torch.where(num_valid_M > 0, sum_M / num_valid_M.clamp(min=1), EXCLUDED)
 
-    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def token_scores(
+        self, token_risk_MT: torch.Tensor, batch: Batch, held: Held | None = None
+    ) -> torch.Tensor:
         return token_risk_MT
 
 
@@ -81,10 +85,11 @@ class RandomControl(_Levels):
 
     source = "policy"
 
-    def _uniform_rows(self, level: str, valid_MT: torch.Tensor) -> torch.Tensor:
+    def _uniform_rows(
+        self, level: str, valid_MT: torch.Tensor, held: Held | None = None
+    ) -> torch.Tensor:
         rows, positions = valid_MT.shape
         # The same numbers, whether rows count by ranks or all through.
-        held = self.held if level == "token" else None
         ranks_rows = (self.peers.size, rows) if held is None else (1, held.plan.num_rows)
         shape = ranks_rows if level == "instance" else (*ranks_rows, positions)
         rng = generator(self.seed, "random", level, self.state.iteration, self.state.micro_step)
@@ -96,5 +101,7 @@ class RandomControl(_Levels):
         scores_M = self._uniform_rows("instance", valid_MT)
         return torch.where(valid_MT.any(dim=1), scores_M, -math.inf)
 
-    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return self._uniform_rows("token", batch.valid_MT)
+    def token_scores(
+        self, token_risk_MT: torch.Tensor, batch: Batch, held: Held | None = None
+    ) -> torch.Tensor:
+        return self._uniform_rows("token", batch.valid_MT, held)

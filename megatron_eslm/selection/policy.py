@@ -55,15 +55,13 @@ class SelectionPolicy(ABC):
     token_source: Source = "nothing"
     chooses_together: ClassVar[bool] = True
     """Whether global thresholds are over all ranks; else each rank chooses alone."""
+    learns_from_dropped_tokens: ClassVar[bool] = False
+    """Whether its objective has a part for tokens that are not kept."""
     needs_reference: ClassVar[bool] = False
     """Whether token scores need the losses of a reference model."""
     reference: Callable[[Batch], torch.Tensor] | None = None
     """Batch -> float32 [M, T], what the reference model's losses are where the batch brings none;
     set where the model is built, for policies that need it."""
-
-    held: Held | None = None
-    """Which rows of the global micro-batch the batch at hand has; None: those that this rank read.
-    Set for `token_scores` where kept rows are dealt to ranks."""
 
     def __init__(
         self, options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
@@ -93,8 +91,17 @@ class SelectionPolicy(ABC):
         """float32 [M]. `token_risk_MT` is that of the early exit (empty if source is policy)."""
 
     @abstractmethod
-    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """float32 [M, T] for the kept rows among M; entries that are not valid are ignored."""
+    def token_scores(
+        self, token_risk_MT: torch.Tensor, batch: Batch, held: Held | None = None
+    ) -> torch.Tensor:
+        """float32 [M, T] for the kept rows among M; entries that are not valid are ignored.
+
+        Args:
+            token_risk_MT: loss or entropy of the head; zeros if the source is the policy.
+            batch: the rows.
+            held: which rows of the global micro-batch these are, where kept rows are dealt to
+                ranks; None: those that this rank read.
+        """
 
     def token_risk(self, statistics: HeadStatistics) -> torch.Tensor:
         """The statistic that is this policy's risk, float32 [N]."""

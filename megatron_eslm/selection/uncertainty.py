@@ -7,7 +7,7 @@ import torch
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import SelectionPolicy, Source, register
+from megatron_eslm.selection.policy import Held, SelectionPolicy, Source, register
 from megatron_eslm.selection.state import Peers, SelectionState
 
 
@@ -19,6 +19,7 @@ class Uncertainty(SelectionPolicy):
     """
 
     token_source: Source = "head"
+    learns_from_dropped_tokens = True
 
     def __init__(
         self, options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
@@ -38,5 +39,7 @@ class Uncertainty(SelectionPolicy):
     def instance_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
         raise AssertionError("uncertainty scores no sequences")
 
-    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def token_scores(
+        self, token_risk_MT: torch.Tensor, batch: Batch, held: Held | None = None
+    ) -> torch.Tensor:
         return token_risk_MT

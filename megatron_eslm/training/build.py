@@ -23,6 +23,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.objectives.causal_lm import CausalLM
+from megatron_eslm.ops.head_kernel import resolve_head_kernel
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.parallel.phases import Phases
@@ -48,6 +49,7 @@ from megatron_eslm.training.gradient_alignment import (
     alignment_rows,
     check_alignment,
 )
+from megatron_eslm.training.last_mlp import last_mlp_kept
 from megatron_eslm.training.loop import Trainer
 from megatron_eslm.training.manifest import list_checkpoints
 from megatron_eslm.training.objectives import (
@@ -95,45 +97,14 @@ def plan_run(run: RunConfig, source: DataSource, options: DataOptions) -> Mixtur
     )
 
 
-KEPT_MLP_PAYS_FROM = {"cuda": 190, "cpu": 25}
-"""From which product of width and alpha on the last MLP's backward pass over kept tokens pays. It
-saves 32 alpha D^2 operations a token, at 300 TFLOP/s (a core: 0.1), and reads and writes 10 D
-values of the rows that it picks, at 2 TB/s in 16 bits (a core: 10 GB/s in 32)."""
-
-
-def last_mlp_kept(run: RunConfig, shape: ModelShape, policy: SelectionPolicy) -> bool:
-    """Whether the last MLP's backward pass is over kept tokens: `--last-mlp-backward`, resolved.
-
-    Raises:
-        ConfigError: it is asked for where it cannot be done.
-    """
-    engine, asked = run.engine, run.model.last_mlp_backward
-    drops = policy.token_source != "nothing" and run.selection.selection != "uncertainty"
-    reasons = {
-        f"--selection {run.selection.selection} has a loss of all tokens that get there": not drops,
-        "--lora-rank trains adapters there": run.model.lora is not None,
-        "--sequence-parallel spreads its positions": engine.sequence_parallel,
-        "--zero-stage 3 gathers weights layer by layer": engine.zero_stage == 3,
-    }
-    if asked == "kept":
-        for reason, holds in reasons.items():
-            if holds:
-                raise ConfigError(
-                    f"--last-mlp-backward kept cannot be had: {reason}. Leave it out."
-                )
-        return True
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    alpha = run.selection.initial_alpha
-    pays = shape.hidden_size * alpha >= KEPT_MLP_PAYS_FROM[device]
-    return asked == "auto" and pays and not any(reasons.values())
-
-
 def build_flops(
     run: RunConfig,
     shape: ModelShape,
     policy: SelectionPolicy,
     teacher: ModelShape | None = None,
     reference: FrozenSource | None = None,
+    *,
+    device_type: str | None = None,
 ) -> FlopsModel:
     """The FLOPs ledgers of this run.
 
@@ -143,6 +114,7 @@ def build_flops(
         policy: that selects.
         teacher: shape of the teacher, if there is one.
         reference: the model that runs beside training to compare with, if there is one.
+        device_type: what it would run on; None is this machine's.
     """
     assert run.model.seq_length
     last = run.objective.salt_iters if run.objective.distill == "salt" else run.training.train_iters
@@ -155,7 +127,7 @@ def build_flops(
         proxy_stride=policy.proxy_stride,
         logits_recomputed=not run.keeps_logits(shape),
         blocks_recomputed=run.model.activation_checkpoint_interval > 0,
-        last_mlp_kept=last_mlp_kept(run, shape, policy),
+        last_mlp_kept=last_mlp_kept(run, shape, policy, device_type),
         lora_rank=run.model.lora_rank,
         alignment_rows=alignment_rows(run),
         teacher=None
@@ -402,6 +374,13 @@ def build_model(
     objective: Objective | None = None,
 ) -> GPT:
     """The model of a run, or its pipeline stage, with initial weights, in float32 on the CPU."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    kernel = resolve_head_kernel(run.model.head_kernel, device_type)
+    if device_type == "cuda" and kernel == "torch" and run.model.head_kernel == "auto":
+        logger.warning(
+            "--head-kernel auto is torch: Triton or a C compiler for it is missing (python -m "
+            "megatron_eslm.doctor)"
+        )
     settings = ModelSettings(
         hidden_dropout=run.model.hidden_dropout,
         attention_dropout=run.model.attention_dropout,

@@ -171,6 +171,7 @@ def _head_bytes(run: RunConfig, shape: ModelShape, *, early_exit: bool, last: bo
         hidden = 3 * tokens * shape.hidden_size * element  # normed, its gradient, and before
         # Added up in float32 only where its tokens do not fit into one block.
         in_one = tokens * LEAST_COLUMNS * torch.float32.itemsize <= CHUNK_BYTES
+        in_one = in_one and run.objective.distill is None
         gradient = (element if in_one else torch.float32.itemsize) * vocab * shape.hidden_size
         if run.model.lora_rank:
             gradient = 0.0  # frozen

@@ -1,8 +1,8 @@
 """Pipeline parallelism: our stages in DeepSpeed's PipelineModule, under its 1F1B schedule.
 
 Each stage is a GPT of its own blocks. Between stages travel the hidden states of the kept rows, the
-kept rows' indices and two counts (`Selected`), with shapes that change from micro-step to
-micro-step; labels do not travel, since the first and the last stage read the same batches.
+kept rows' indices and facts about all rows (`Selected`), with shapes that change from micro-step
+to micro-step; labels do not travel, since the first and the last stage read the same batches.
 """
 
 from __future__ import annotations

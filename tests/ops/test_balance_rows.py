@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eslm.ops.balance_rows import RowPlan, balance_rows, plan_rows
+from megatron_eslm.ops.balance_rows import RowPlan, balance_rows, plan_rows, return_rows
 from tests.harness import run_ranks
 
 ROWS = 5
@@ -42,11 +42,10 @@ def test_even_complete_and_no_more_moved_than_needed(seed: int) -> None:
     assert plan.largest == max(map(len, rows_of)) == share
     # No less than what ranks have above that can do.
     assert num_moved(plan) == sum(max(0, count - share) for count in counts)
-    # Those that kept least get rows first.
-    if num_moved(plan):
-        low = sum(counts) // len(counts)
-        least = min(map(len, rows_of))
-        assert least == low or any(count < low for count in counts)
+    # Nobody gets more than the share rounded down while somebody else has less.
+    low = sum(counts) // len(counts)
+    gained = [len(rows) > max(count, low) for rows, count in zip(rows_of, counts, strict=True)]
+    assert not any(gained) or min(map(len, rows_of)) >= low
 
 
 def test_nothing_moves_where_shares_are_even() -> None:
@@ -74,6 +73,7 @@ def test_rows_arrive_and_gradients_return() -> None:
                 expected = (10 * mine[:, None, None] + torch.arange(4).view(2, 2)).to(dtype)
                 assert torch.equal(out, expected), (rank, counts)
                 assert torch.equal(x, before)
+                assert torch.equal(return_rows(out.detach(), plan, dist.group.WORLD), before)
                 if dtype.is_floating_point:
                     out.backward(3 * expected)
                     assert torch.equal(x.grad, 3 * before)

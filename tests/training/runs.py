@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.ops.balance_rows import plan_rows
 from megatron_eslm.parallel.bootstrap import init_distributed
 from megatron_eslm.training.build import build_trainer
 from megatron_eslm.training.loop import Trainer
@@ -104,6 +105,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def read_dumps(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """All dumped micro-steps by file name."""
     return {p.name: dict(np.load(p)) for p in sorted(folder.glob("*.npz"))}
+
+
+def assert_rows_moved(folder: Path, ranks: int) -> None:
+    """So many data-parallel ranks had to hand rows over in at least one micro-step."""
+    plans = [
+        plan_rows(torch.from_numpy(dump["instance_kept"]).view(ranks, -1))
+        for dump in read_dumps(folder).values()
+    ]
+    assert any(plan.moves_any for plan in plans), [plan.row_A for plan in plans]
 
 
 def assert_same_dumps(ours: Path, theirs: Path, *, exact: bool = False) -> None:

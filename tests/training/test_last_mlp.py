@@ -11,7 +11,7 @@ from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, SelectionState
-from megatron_eslm.training.build import last_mlp_kept
+from megatron_eslm.training.last_mlp import last_mlp_kept
 from tests.harness import run_ranks
 
 from .runs import ROWS, Outcome, assert_same_dumps, train, words
@@ -51,12 +51,12 @@ def test_kept_tokens_suffice_in_every_layout(data: list[str], tmp_path: Path) ->
             assert kept.column("flops")[-1] < everything.column("flops")[-1], name
 
 
-def resolved(*flags: str) -> bool:
-    run = parse_run(["--data-path", "x", "--model-size", "124M", *flags], 1)
+def resolved(*flags: str, device_type: str | None = "cpu") -> bool:
+    run = parse_run(["--data-path", "x", "--model-size", "124M", *flags], 2)
     policy = build_policy(
         run.selection, SelectionState(alpha=run.selection.initial_alpha), Peers(0, 1, None), 0
     )
-    return last_mlp_kept(run, run.shape(50_257), policy)
+    return last_mlp_kept(run, run.shape(50_257), policy, device_type)
 
 
 def test_auto_is_on_where_tokens_are_dropped_and_it_pays(monkeypatch) -> None:
@@ -77,12 +77,19 @@ def test_auto_is_on_where_tokens_are_dropped_and_it_pays(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (("--selection", "clm"), "--selection clm has a loss of all tokens"),
-        (("--selection", "uncertainty", "--load", "w"), "--selection uncertainty has a loss"),
-        (("--zero-stage", "3"), "--zero-stage 3 gathers"),
-        (("--lora-rank", "4", "--load", "w"), "--lora-rank trains adapters"),
+        (("--selection", "clm"), " with --selection clm: all tokens"),
+        (("--selection", "uncertainty", "--load", "w"), " with --selection uncertainty: all"),
+        (("--zero-stage", "3"), ": --zero-stage 3 gathers"),
+        (("--lora-rank", "4", "--load", "w"), ": --lora-rank trains adapters"),
+        (("--tensor-model-parallel-size", "2", "--sequence-parallel"), ": --sequence-parallel"),
     ],
 )
 def test_kept_is_refused_where_it_cannot_be_had(flags, reason) -> None:
-    with pytest.raises(ConfigError, match=f"--last-mlp-backward kept cannot be had: {reason}"):
+    with pytest.raises(ConfigError, match=f"--last-mlp-backward kept{reason}"):
         resolved(*flags, "--last-mlp-backward", "kept")
+
+
+def test_auto_is_by_what_it_runs_on() -> None:
+    assert resolved("--eslm-alpha", "0.2", device_type="cpu")
+    assert not resolved("--eslm-alpha", "0.2", device_type="cuda")
+    assert resolved("--eslm-alpha", "0.3", device_type="cuda")

@@ -12,7 +12,16 @@ import torch
 from megatron_eslm.training.loop import Trainer
 from tests.harness import run_ranks
 
-from .runs import ROWS, Outcome, assert_same_dumps, read_dumps, refusal, train, words
+from .runs import (
+    ROWS,
+    Outcome,
+    assert_rows_moved,
+    assert_same_dumps,
+    read_dumps,
+    refusal,
+    train,
+    words,
+)
 
 STEPS = ("--num-layers", "4", "--global-batch-size", 3 * ROWS)
 PP2 = ("--pipeline-model-parallel-size", "2")
@@ -62,14 +71,14 @@ def test_a_rank_that_keeps_no_row_under_a_pipeline(
 
 
 def test_unequal_numbers_of_kept_rows_under_a_pipeline(data: list[str], tmp_path: Path) -> None:
-    runs = {"pp2dp2": (4, 2, PP2)}
-    outcomes = course(data, tmp_path, runs, "--eslm-alpha", "0.3")
-    assert_same_course(tmp_path, outcomes)
-    kept = {
-        tuple(dump["instance_kept"].reshape(2, -1).sum(1).tolist())
-        for dump in read_dumps(tmp_path / "pp2dp2").values()
+    """Dealt evenly, and left where they were read."""
+    runs = {
+        "dealt": (4, 2, PP2),
+        "left": (4, 2, (*PP2, "--no-eslm-balance")),
     }
-    assert len(kept) > 1 and any(a != b for a, b in kept), kept
+    outcomes = course(data, tmp_path, runs, "--eslm-alpha", "0.5")
+    assert_same_course(tmp_path, outcomes)
+    assert_rows_moved(tmp_path / "one", ranks=2)
 
 
 def test_dropout_masks_are_those_of_the_single_process(data: list[str], tmp_path: Path) -> None:
@@ -80,9 +89,11 @@ def test_dropout_masks_are_those_of_the_single_process(data: list[str], tmp_path
         "tp2pp2": (4, 1, (*PP2, *sequence)),
         "tp2": (2, 1, ("--tensor-model-parallel-size", "2")),
     }
-    dropout = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--eslm-alpha", "0.3")
+    dropout = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--eslm-alpha", "0.5")
     assert_same_course(tmp_path, course(data, tmp_path, runs, *dropout))
-    plain = course(data, tmp_path / "plain", {}, "--eslm-alpha", "0.3")["one"]
+    for ranks in (2, 4):
+        assert_rows_moved(tmp_path / "one", ranks)
+    plain = course(data, tmp_path / "plain", {}, "--eslm-alpha", "0.5")["one"]
     dropped = course(data, tmp_path / "dropped", {}, *dropout)["one"]
     assert dropped.column("loss") != plain.column("loss")
 

@@ -1,0 +1,34 @@
+"""What --compile does for a plain step.
+
+python -m benchmarks.compile_step
+"""
+
+from __future__ import annotations
+
+from benchmarks.engines import BenchRun
+from benchmarks.flags import parser, training_flags
+from benchmarks.interleave import interleaved, report
+from megatron_eslm.parallel.bootstrap import init_distributed
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    common = (*training_flags(args), "--selection", "clm")
+    init_distributed()
+    cases = {"plain": BenchRun(*common).stepper()}
+    cases["compiled"] = BenchRun(*common, "--compile").stepper()
+    timings = interleaved(cases, args.repetitions)
+    report(
+        f"CLM step, --compile / plain, {args.shape}, {args.dtype}",
+        timings.ratio("compiled", "plain"),
+        "< 1",
+        spread=timings.ratios("compiled", "plain"),
+        plain_seconds=round(timings.median("plain"), 3),
+        rows=args.rows,
+        seq_length=args.seq_length,
+        repetitions=args.repetitions,
+    )
+
+
+if __name__ == "__main__":
+    main()
