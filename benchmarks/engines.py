@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.flags import GPT2_VOCAB
 from megatron_eslm.config.run import RunConfig, parse_run
 from megatron_eslm.parallel.bootstrap import prepare_device
 from megatron_eslm.parallel.mesh import build_mesh
@@ -22,16 +23,15 @@ from megatron_eslm.training.estimate import step_work
 from megatron_eslm.training.flops import Work
 from megatron_eslm.training.stages import plan_stages
 
-GPT2_VOCAB = 50_257
-
 
 class BenchRun:
     """One run without data; its engine is built when it is first asked for."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, vocab_size: int = GPT2_VOCAB) -> None:
         """
         Args:
             flags: of pretrain_gpt.py, without --data-path.
+            vocab_size: of the tokenizer that there would be.
         """
         world = int(os.environ.get("WORLD_SIZE", "1"))
         self.run: RunConfig = parse_run(["--data-path", "none", *flags], world)
@@ -39,7 +39,8 @@ class BenchRun:
             self.run.engine.tensor_model_parallel_size,
             self.run.engine.pipeline_model_parallel_size,
         )
-        self.shape = self.run.shape(GPT2_VOCAB)
+        self.vocab_size = vocab_size
+        self.shape = self.run.shape(vocab_size)
         self.state = SelectionState(alpha=self.run.selection.initial_alpha)
         peers = Peers(mesh.dp_rank, mesh.dp_size, mesh.dp_group, Phases())
         self.policy = build_policy(self.run.selection, self.state, peers, self.run.training.seed)
@@ -68,7 +69,7 @@ class BenchRun:
         rng = torch.Generator().manual_seed(1000 * seed + self.mesh.dp_rank)
         made = []
         for _ in range(self.run.gradient_accumulation_steps):
-            tokens = torch.randint(GPT2_VOCAB, (rows, length + 1), generator=rng)
+            tokens = torch.randint(self.vocab_size, (rows, length + 1), generator=rng)
             valid = torch.ones(rows, length, dtype=torch.bool)
             made.append(Batch.of(tokens.to(self.device), valid.to(self.device)))
         return made

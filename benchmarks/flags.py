@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+GPT2_VOCAB = 50_257
 SHAPES = {
     "124M": ("--model-size", "124M"),
     # 1.5B's blocks, as many as fit here.
@@ -12,6 +13,11 @@ SHAPES = {
         *("--lr", "1e-4"),
     ),
     "1.5B": ("--model-size", "1.5B"),
+    # That of examples/reproduce/small.yaml; --vocab-size 4096 --rows 40 --seq-length 128.
+    "1.3M": (
+        *("--num-layers", "4", "--hidden-size", "128", "--num-attention-heads", "4"),
+        *("--lr", "1e-4"),
+    ),
     "tiny": (
         *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "2"),
         *("--lr", "1e-4"),

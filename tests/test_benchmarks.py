@@ -15,7 +15,7 @@ from benchmarks.interleave import Timings, interleaved
 ROOT = Path(__file__).parent.parent
 TINY = ("--shape", "tiny", "--rows", "10", "--seq-length", "32", "--repetitions", "2")
 MODULES = {
-    "selection_step": (1, TINY, 3),
+    "selection_step": (1, TINY, 5),
     "peer_step": (1, TINY, 1),
     "peer_memory": (1, TINY, 1),
     "engine_overhead": (1, TINY, 1),
