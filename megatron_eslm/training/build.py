@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.plan import MixtureReport, check_epochs, plan_mixture
 from megatron_eslm.data.reference_losses import ReferenceLosses, open_reference_losses
 from megatron_eslm.data.source import DataSource, open_data
-from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt
 from megatron_eslm.model.shape import ModelShape
@@ -31,14 +29,14 @@ from megatron_eslm.selection.objective import Objective
 from megatron_eslm.selection.policy import SelectionPolicy, build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from megatron_eslm.training.adapters import check_adapters
-from megatron_eslm.training.checkpoint import (
-    Found,
-    find_checkpoint,
-    load_engine,
-    load_model,
-    prepare_save_folder,
-)
+from megatron_eslm.training.checkpoint import load_model, prepare_save_folder
 from megatron_eslm.training.compile import check_compiler, compile_blocks
+from megatron_eslm.training.continuation import (
+    check_continues,
+    continues_itself,
+    find_start,
+    resume,
+)
 from megatron_eslm.training.dump import prepare_dump_folder
 from megatron_eslm.training.engine import Engine
 from megatron_eslm.training.estimate import dry_run_text, step_work
@@ -51,7 +49,6 @@ from megatron_eslm.training.gradient_alignment import (
 )
 from megatron_eslm.training.last_mlp import last_mlp_kept
 from megatron_eslm.training.loop import Trainer
-from megatron_eslm.training.manifest import list_checkpoints
 from megatron_eslm.training.objectives import (
     build_objective,
     find_run_teacher,
@@ -174,88 +171,6 @@ def data_record(
     }
 
 
-def continues_itself(run: RunConfig) -> bool:
-    """Whether the run loads from where it saves: the habit of jobs that are requeued."""
-    load, save = run.checkpoint.load, run.checkpoint.save
-    return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
-
-
-def _find(run: RunConfig) -> Found | None:
-    """The checkpoint to start from; None starts a new run."""
-    load, save = run.checkpoint.load, run.checkpoint.save
-    if load is None:
-        return None
-    if continues_itself(run) and not list_checkpoints(Path(load)):
-        logger.info("--load %s holds no checkpoint yet: starting a new run", load)
-        return None
-    found = find_checkpoint(load)
-    siblings = list_checkpoints(Path(save)) if save is not None else []
-    if found.folder.resolve() == Path(load).resolve() and found.folder.resolve() in (
-        path.resolve() for path in siblings[1:]
-    ):
-        raise ConfigError(
-            f"--load {load} goes back behind {siblings[0].name} in the same --save {save}, and a "
-            "later --load of that folder would take the newer one. Save to another folder, or "
-            "remove the newer checkpoints."
-        )
-    return found
-
-
-def check_continues(
-    run: RunConfig, found: Found, shape: ModelShape, data: dict[str, Any], tokenizer: Tokenizer
-) -> None:
-    """ConfigError unless the checkpoint fits this run; differences that may be are logged."""
-    ours, theirs = shape.to_dict(), found.shape.to_dict()
-    unequal = [
-        f"{key}: {theirs[key]} there, {value} here"
-        for key, value in ours.items()
-        if value != theirs[key] and key != "padded_vocab_size"  # that depends on the layout
-    ]
-    if unequal:
-        raise ConfigError(
-            f"{found.folder} holds a model of another shape ({', '.join(unequal)}). Start with the "
-            "same model flags and tokenizer, or load another checkpoint."
-        )
-    if found.kind == "weights":
-        theirs_dir = found.tokenizer_dir
-        if theirs_dir is not None and not same_ids(load_tokenizer(theirs_dir), tokenizer):
-            raise ConfigError(
-                f"The weights in {found.folder} were trained with another tokenizer than the one "
-                f"of --data-path ({tokenizer.name}): the same text has other ids. Preprocess the "
-                f"text with the tokenizer in {theirs_dir}."
-            )
-        return
-    options = found.run["options"]
-    differ = [
-        f"{key}: {found.run['data'].get(key)} there, {value} here"
-        for key, value in data.items()
-        if found.run["data"].get(key) != value
-    ]
-    if differ and not run.checkpoint.allow_data_change:
-        raise ConfigError(
-            f"{found.folder} was trained on other data or in another order ({'; '.join(differ)}). "
-            "Continue with the same, or consent with --allow-data-change."
-        )
-    repeats = max(d["epochs"] for d in found.run["domains"]) > 1
-    longer = options["training"]["train_iters"] != run.training.train_iters
-    if repeats and longer and not run.checkpoint.allow_data_change:
-        raise ConfigError(
-            f"{found.folder} was planned for --train-iters {options['training']['train_iters']}, "
-            f"this run for {run.training.train_iters}. With data read more than once the order of "
-            "samples depends on it. Keep it, or consent with --allow-data-change."
-        )
-    for group in ("optimizer", "selection", "reference", "objective"):
-        for key, value in dataclasses.asdict(getattr(run, group)).items():
-            if key in options.get(group, {}) and options[group][key] != value:
-                logger.warning(
-                    "--%s is %s; it was %s when %s was saved",
-                    key.replace("_", "-"),
-                    value,
-                    options[group][key],
-                    found.folder,
-                )
-
-
 def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
     """The text of `--dry-run`, and why the run would be refused all the same (None: it would not).
 
@@ -301,7 +216,7 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
         on_rank_zero(lambda: prepare_save_folder(save, run.checkpoint.load))
     if folder := run.report.dump_selection:
         on_rank_zero(lambda: prepare_dump_folder(folder))
-    found = on_rank_zero(lambda: _find(run))
+    found = on_rank_zero(lambda: find_start(run))
     check_adapters(run, found)
     if found is not None:
         check_continues(run, found, shape, data, source.tokenizer)
@@ -416,29 +331,6 @@ def build_engine(run: RunConfig, model: GPT, mesh: Mesh, phases: Phases) -> Engi
     from megatron_eslm.training.pipeline import PipelinedEngine
 
     return PipelinedEngine(run, model, mesh, phases)
-
-
-def resume(run: RunConfig, engine: Engine, found: Found) -> TrainState:
-    """Restore the engine from a checkpoint and return where the run stands. Collective."""
-    t = run.training
-    assert t.train_iters and t.global_batch_size
-    state = load_engine(engine, found)
-    # The same number, unless the batch size changed (--allow-data-change).
-    state.consumed_samples = state.iteration * t.global_batch_size
-    before = found.run["options"]["selection"]
-    decide = ("selection", "eslm_alpha", "uncertainty_quantile")
-    if any(key in before and before[key] != getattr(run.selection, key) for key in decide):
-        state.selection = SelectionState(alpha=run.selection.initial_alpha)
-    if state.iteration == t.train_iters and continues_itself(run):
-        logger.info("%s is the end of this run: nothing is left to train", found.folder)
-    elif state.iteration >= t.train_iters:
-        raise ConfigError(
-            f"{found.folder} is at iteration {state.iteration} and --train-iters is "
-            f"{t.train_iters}: nothing is left to train. Raise --train-iters."
-        )
-    else:
-        logger.info("continuing from %s, iteration %d", found.folder, state.iteration)
-    return state
 
 
 def open_metrics(run: RunConfig, *, resumed: bool) -> MetricsFile | None:
