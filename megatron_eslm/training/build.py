@@ -202,6 +202,7 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
         phases: where this rank says what it is doing, for a watchdog.
     """
     phases = phases or Phases()
+    on_every_rank(lambda: check_kernels(run))
     mesh = build_mesh(
         run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
     )
@@ -279,6 +280,19 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
     )
 
 
+def check_kernels(run: RunConfig) -> None:
+    """ConfigError unless this machine has what the kernels that were asked for need."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    kernel = resolve_head_kernel(run.model.head_kernel, device_type)
+    if device_type == "cuda" and kernel == "torch" and run.model.head_kernel == "auto":
+        logger.warning(
+            "--head-kernel auto is torch: Triton or a C compiler for it is missing (python -m "
+            "megatron_eslm.doctor)"
+        )
+    if run.model.compile:
+        check_compiler()
+
+
 def build_model(
     run: RunConfig,
     shape: ModelShape,
@@ -289,13 +303,6 @@ def build_model(
     objective: Objective | None = None,
 ) -> GPT:
     """The model of a run, or its pipeline stage, with initial weights, in float32 on the CPU."""
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    kernel = resolve_head_kernel(run.model.head_kernel, device_type)
-    if device_type == "cuda" and kernel == "torch" and run.model.head_kernel == "auto":
-        logger.warning(
-            "--head-kernel auto is torch: Triton or a C compiler for it is missing (python -m "
-            "megatron_eslm.doctor)"
-        )
     settings = ModelSettings(
         hidden_dropout=run.model.hidden_dropout,
         attention_dropout=run.model.attention_dropout,
@@ -319,7 +326,6 @@ def build_model(
         blocks=blocks,
     )
     if run.model.compile:
-        check_compiler()
         compile_blocks(model)
     return model
 

@@ -18,7 +18,7 @@ from megatron_eslm.ops.head_kernel import head_form, resolve_head_kernel
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
-from megatron_eslm.training.build import build_model
+from megatron_eslm.training.build import build_model, build_trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,11 +146,16 @@ def test_auto_is_triton_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> Non
     assert head_form("auto", torch.device("cpu")) is head_torch
 
 
-def test_the_command_refuses_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_refused_before_anything_is_read_or_written(
+    process_group: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(head_kernel, "triton_imports", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    run = parse_run(["--head-kernel", "triton", "--save", "run"], 1)
     with pytest.raises(ConfigError, match="--head-kernel triton needs a CUDA device"):
-        parse_run(["--head-kernel", "triton"], 1)
+        build_trainer(run)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_option_reaches_both_heads(process_group: None) -> None:

@@ -43,6 +43,7 @@ def environment(mark: str) -> dict[str, str]:
         "PATH": path,
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONFAULTHANDLER": "1",
         MARK: mark,
     }
 
@@ -183,7 +184,9 @@ def wait_for_iteration(process: subprocess.Popen, metrics: Path, iteration: int)
             return
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
-    raise AssertionError("training did not get under way")
+    for pid in members(metrics.parent):
+        os.kill(pid, signal.SIGABRT)  # They say where they stand.
+    raise AssertionError(f"training did not get under way: {process.communicate(timeout=30)[1]}")
 
 
 def test_a_killed_rank_ends_the_job(data: list[str], tmp_path: Path) -> None:
