@@ -178,7 +178,7 @@ def test_dry_run_prints_and_trains_nothing(data: list[str], tmp_path: Path) -> N
 
 
 def wait_for_iteration(process: subprocess.Popen, metrics: Path, iteration: int) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if metrics.exists() and f'"iteration": {iteration},' in metrics.read_text():
             return
