@@ -12,7 +12,6 @@ import datetime
 import importlib
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 
@@ -61,12 +60,6 @@ def prepare_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def init_distributed(timeout_seconds: float = 600.0) -> torch.device:
     """Join the process group that the launcher describes; without a launcher, form one of one.
 
@@ -76,13 +69,11 @@ def init_distributed(timeout_seconds: float = 600.0) -> torch.device:
         ConfigError: some but not all of the launcher's environment variables are set.
     """
     present = [name for name in _LAUNCH_VARIABLES if name in os.environ]
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+    alone = "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
+    if alone:
+        # Nobody else has to find this process: no port, which another one could take meanwhile.
         os.environ.update(
-            RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_RANK="0",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(_free_port()),
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )
     elif missing := [name for name in _LAUNCH_VARIABLES if name not in os.environ]:
         raise ConfigError(
@@ -98,6 +89,9 @@ def init_distributed(timeout_seconds: float = 600.0) -> torch.device:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=datetime.timedelta(seconds=timeout_seconds),
+            store=dist.HashStore() if alone else None,
+            rank=0 if alone else -1,
+            world_size=1 if alone else -1,
         )
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce, for inference only, on first use:
