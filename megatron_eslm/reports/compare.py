@@ -347,9 +347,9 @@ def _notes(groups: Sequence[Group]) -> list[str]:
         notes.append(NO_CONTROL)
     if len({frozenset(run.settings.get("seed") for run in group.runs) for group in groups}) > 1:
         notes.append(
-            "The methods were not run with the same seeds. The seed also decides which validation "
-            "sequences are read, so losses of different seeds are not over the same text; the "
-            "differences and savings below are over the seeds that both methods have, if any."
+            "The methods were not run with the same seeds. The differences and savings below are "
+            "over the seeds that both methods have, if any: a seed decides initial weights and the "
+            "order of data for both alike."
         )
     single = [group.label for group in groups if len(group.runs) == 1]
     if single:
