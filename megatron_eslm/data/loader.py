@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_eslm.data.mixture import Mixture
@@ -68,7 +70,6 @@ def build_loader(
         ),
         collate_fn=_collate,
         num_workers=num_workers,
-        pin_memory=pin_memory,
         # fork: workers share the maps of the parent and start at once.
         multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=_outlive_signals,
@@ -76,24 +77,28 @@ def build_loader(
         # would then see another random state than an uninterrupted one.
         generator=torch.Generator(),
     )
-    return _checked(iter(loader), dataset)
+    return _checked(_tensors(iter(loader), pin_memory), dataset)
 
 
 def _outlive_signals(worker: int) -> None:
     """Launchers signal the whole process tree; the training process decides when loading ends.
 
     A loader that died of SIGTERM would take the step and the checkpoint before leaving with it. So
-    only a SIGTERM of the parent, which is how multiprocessing ends its children, ends this process;
-    one whose parent is gone ends by itself within seconds.
+    only a SIGTERM of the parent, which is how multiprocessing ends its children, and its death end
+    this process. The latter at once and without a word: what it waits to hand over, nobody takes.
     """
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_for_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent.pid,), daemon=True).start()
 
 
-def _end_for_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 0.5)
+        if received is not None and received.si_pid == parent:
+            break
     os._exit(0)
 
 
@@ -122,12 +127,27 @@ class _Numbered(torch.utils.data.Dataset):
         return {**self._dataset[i], "sample": i}
 
 
-def _collate(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _collate(items: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Arrays, which a worker sends as the 100 kB that they are.
+
+    Tensors would go through shared memory, of which containers have little, and by a handshake
+    with a server in the worker, which prints a traceback where the other side dies in it.
+    """
     stacked = ("tokens", "valid", "labels", "reference")
     return {
-        **{key: torch.stack([item[key] for item in items]) for key in stacked if key in items[0]},
-        "samples": torch.tensor([item["sample"] for item in items]),
+        **{key: np.stack([item[key] for item in items]) for key in stacked if key in items[0]},
+        "samples": np.array([item["sample"] for item in items]),
     }
+
+
+def _tensors(
+    batches: Iterator[dict[str, np.ndarray]], pin_memory: bool
+) -> Iterator[dict[str, torch.Tensor]]:
+    for batch in batches:
+        tensors = {key: torch.from_numpy(array) for key, array in batch.items()}
+        if pin_memory:
+            tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
+        yield tensors
 
 
 def _checked(

@@ -68,3 +68,8 @@ def domains(tmp_path: Path) -> list[str]:
         prefixes.append(str(tmp_path / name))
         preprocess([name], prefixes[-1], ByteTokenizer(), documents=make_documents(count, seed))
     return prefixes
+
+
+@pytest.fixture
+def two(domains: list[str]) -> list[str]:
+    return ["3", domains[0], "1", domains[1]]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import signal
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import pytest
 import torch
 
 from megatron_eslm.data.index_file import read_index
-from megatron_eslm.data.loader import build_loader
 from megatron_eslm.data.mixture import Datasets, build_datasets
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.plan import check_epochs, plan_mixture
@@ -42,11 +39,6 @@ def build(
 
 def rows(dataset) -> list[tuple[int, ...]]:
     return [tuple(dataset[i]["tokens"].tolist()) for i in range(len(dataset))]
-
-
-@pytest.fixture
-def two(domains):
-    return ["3", domains[0], "1", domains[1]]
 
 
 def test_item_and_proportions(two):
@@ -241,105 +233,6 @@ def test_cache_that_cannot_be_used(two, tmp_path):
         path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ConfigError, match=r"is damaged .*Delete it"):
         build(two)
-
-
-# --- loader
-
-
-def load(data, *, start=0, num=48, m=4, dp=1, workers=0):
-    """Per global micro-batch, the rows of all ranks in order."""
-    loaders = [
-        build_loader(
-            data.train,
-            start_sample=start,
-            num_samples=num,
-            micro_batch_size=m,
-            dp_rank=r,
-            dp_size=dp,
-            num_workers=workers,
-        )
-        for r in range(dp)
-    ]
-    return [
-        {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        for parts in zip(*loaders, strict=True)
-    ]
-
-
-def same(a, b) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x[key], y[key])
-        for x, y in zip(a, b, strict=True)
-        for key in ("tokens", "valid", "samples")
-    )
-
-
-def test_order_does_not_depend_on_ranks_or_workers(two):
-    data = build(two)
-    expected = load(data, m=8)
-    assert expected[0]["tokens"].shape == (8, T + 1)
-    assert torch.cat([b["samples"] for b in expected]).tolist() == list(range(48))
-    for i in (0, 11, 47):
-        assert torch.equal(expected[i // 8]["tokens"][i % 8], data.train[i]["tokens"])
-    for m, dp, workers in ((4, 2, 0), (2, 4, 0), (1, 8, 0), (8, 1, 2), (4, 2, 1)):
-        assert same(load(data, m=m, dp=dp, workers=workers), expected)
-
-
-def test_resume(two):
-    data = build(two)
-    straight = load(data, m=2, dp=2)
-    assert same(load(data, start=20, num=28, m=2, dp=2), straight[5:])
-
-
-def test_loading_leaves_the_random_state_alone(two):
-    data = build(two)
-    before = torch.get_rng_state()
-    load(data, workers=2)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_range_is_checked_at_once(two):
-    data = build(two)
-    for arguments in ({"num": 50}, {"start": 60}, {"start": -4}):
-        with pytest.raises(ValueError, match="samples"):
-            load(data, **arguments)
-
-
-class Broken(torch.utils.data.Dataset):
-    def __init__(self, mixture, how):
-        self.mixture, self.how, self.source = mixture, how, mixture.source
-
-    def __len__(self):
-        return len(self.mixture)
-
-    def __getitem__(self, i):
-        item = self.mixture[i]
-        if i == 13:
-            if self.how == "raise":
-                raise OSError("the disk is gone")
-            if self.how == "die":
-                os.kill(os.getpid(), signal.SIGKILL)
-            item["tokens"][5] = 257
-        return item
-
-
-@pytest.mark.parametrize(
-    ("how", "workers", "error", "message"),
-    [
-        ("raise", 0, OSError, "the disk is gone"),
-        ("raise", 2, OSError, "the disk is gone"),
-        ("die", 2, RuntimeError, "worker .*killed|exited unexpectedly"),
-        ("id", 2, ConfigError, r"Sample 13, from --data-path .*(alpha|beta), .* of 257 \(257\)"),
-    ],
-)
-@pytest.mark.timeout(60)
-def test_failures_surface(two, how, workers, error, message, monkeypatch):
-    # How long the loader waits for a dead worker to end.
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
-    data = build(two)
-    broken = Datasets(Broken(data.train, how), None, data.report)
-    with pytest.raises(error, match=message):
-        load(broken, workers=workers)
 
 
 # --- several processes
