@@ -9,17 +9,15 @@ others in each repetition: how unequal the ranks are is a matter of luck.
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 
 from benchmarks.engines import BenchRun
-from benchmarks.flags import parser, training_flags
+from benchmarks.flags import parser, settings, training_flags
 from benchmarks.interleave import interleaved, report
-from megatron_eslm.parallel.bootstrap import init_distributed
+from megatron_eslm.parallel.bootstrap import init_distributed, leave
 
 
 def changing_stepper(run: BenchRun, largest: list[int]) -> Callable[[], Any]:
@@ -64,16 +62,10 @@ def main() -> None:
             count=most["dealt"] / most["stay"],
             spread=timings.ratios("dealt", "stay"),
             largest_rows=most,
-            rows=args.rows,
-            seq_length=args.seq_length,
-            repetitions=args.repetitions,
+            **settings(args),
         )
     dist.barrier()
-    # A thread of gloo's may still hold tensors of the last gather, and letting go of them takes an
-    # interpreter: it aborts the process if that is on its way out. So it does not go that way.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

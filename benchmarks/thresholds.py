@@ -15,9 +15,9 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.engines import BenchRun
-from benchmarks.flags import parser, training_flags
+from benchmarks.flags import parser, settings, training_flags
 from benchmarks.interleave import interleaved, report
-from megatron_eslm.parallel.bootstrap import init_distributed
+from megatron_eslm.parallel.bootstrap import init_distributed, leave
 
 
 def main() -> None:
@@ -57,11 +57,10 @@ def main() -> None:
             "<= 0.01",
             spread=shares,
             step_seconds=round(timings.median("eslm"), 3),
-            rows=args.rows,
-            seq_length=args.seq_length,
-            repetitions=args.repetitions,
+            **settings(args),
         )
     dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

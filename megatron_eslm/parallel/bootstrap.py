@@ -1,4 +1,5 @@
-"""What has to happen once, before anything is built: quiet imports, the device, the process group.
+"""What has to happen once, before anything is built: quiet imports, the device, the process group;
+and at the end.
 
 megatron-core prints several warnings about optional packages when it is imported and calls
 `torch.cuda.current_device()` where it needs a device to allocate on; both are dealt with here and
@@ -7,13 +8,16 @@ nowhere else.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import importlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 
@@ -119,3 +123,15 @@ def single_process() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End this rank, whose part is done, without the interpreter's own end.
+
+    A thread of gloo's may still hold tensors of the last collective. To let go of them it needs
+    the interpreter, and aborts the process (exit code -6) if that is on its way out.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

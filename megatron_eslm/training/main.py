@@ -13,7 +13,7 @@ from types import FrameType
 
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.parallel.bootstrap import init_distributed
+from megatron_eslm.parallel.bootstrap import init_distributed, leave
 from megatron_eslm.parallel.launch import discover
 from megatron_eslm.parallel.phases import Phases
 from megatron_eslm.parallel.watchdog import Watchdog, job_watchdog
@@ -111,5 +111,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch.distributed as dist
 
     dist.destroy_process_group()
-    if stopped is not None:
-        sys.exit(128 + stopped)
+    leave(0 if stopped is None else 128 + stopped)

@@ -60,3 +60,22 @@ def test_importing_the_package_is_silent_and_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+LEAVES = """
+import atexit
+from megatron_eslm.parallel.bootstrap import leave
+
+class Left:
+    def __del__(self):
+        print("the interpreter's own end")
+
+atexit.register(print, "at exit", end="")
+left = Left()
+leave(7)
+"""
+
+
+def test_leaving_says_all_and_ends_without_the_interpreters_end() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (7, "at exit", "")
