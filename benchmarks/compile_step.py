@@ -6,7 +6,7 @@ python -m benchmarks.compile_step
 from __future__ import annotations
 
 from benchmarks.engines import BenchRun
-from benchmarks.flags import parser, training_flags
+from benchmarks.flags import parser, settings, training_flags
 from benchmarks.interleave import interleaved, report
 from megatron_eslm.parallel.bootstrap import init_distributed
 
@@ -24,9 +24,7 @@ def main() -> None:
         "< 1",
         spread=timings.ratios("compiled", "plain"),
         plain_seconds=round(timings.median("plain"), 3),
-        rows=args.rows,
-        seq_length=args.seq_length,
-        repetitions=args.repetitions,
+        **settings(args),
     )
 
 

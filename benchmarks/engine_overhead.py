@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.engines import BenchRun
-from benchmarks.flags import parser, training_flags
+from benchmarks.flags import parser, settings, training_flags
 from benchmarks.interleave import interleaved, report
 from megatron_eslm.parallel.bootstrap import init_distributed
 from megatron_eslm.training.build import build_model
@@ -50,9 +50,7 @@ def main() -> None:
         spread=timings.ratios("ours", "bare"),
         our_seconds=round(timings.median("ours"), 3),
         bare_seconds=round(timings.median("bare"), 3),
-        rows=args.rows,
-        seq_length=args.seq_length,
-        repetitions=args.repetitions,
+        **settings(args),
     )
 
 

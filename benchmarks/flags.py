@@ -47,3 +47,12 @@ def training_flags(args: argparse.Namespace, ranks: int = 1) -> tuple[str, ...]:
         *("--lr-warmup-iters", "10", "--lr-decay-iters", "1000"),
         *(("--bf16",) if args.dtype == "bf16" else ()),
     )
+
+
+def settings(args: argparse.Namespace) -> dict[str, int]:
+    """What a report is to say of the measurement."""
+    return {
+        "rows": args.rows,
+        "seq_length": args.seq_length,
+        "repetitions": args.repetitions,
+    }

@@ -7,7 +7,7 @@ python -m benchmarks.peer_step --dtype bf16
 from __future__ import annotations
 
 from benchmarks.engines import BenchRun
-from benchmarks.flags import parser, training_flags
+from benchmarks.flags import parser, settings, training_flags
 from benchmarks.interleave import interleaved, report
 from benchmarks.peer import peer_stepper
 from megatron_eslm.parallel.bootstrap import init_distributed
@@ -26,9 +26,7 @@ def main() -> None:
         our_seconds=round(timings.median("ours"), 3),
         peer_seconds=round(timings.median("peer"), 3),
         our_tflops=round(run.flops_of_step / timings.median("ours") / 1e12, 4),
-        rows=args.rows,
-        seq_length=args.seq_length,
-        repetitions=args.repetitions,
+        **settings(args),
     )
 
 

@@ -8,7 +8,7 @@ python -m benchmarks.selection_step --shape 1.5B-8        # 1.5B's blocks, 8 of 
 from __future__ import annotations
 
 from benchmarks.engines import BenchRun
-from benchmarks.flags import GPT2_VOCAB, parser, training_flags
+from benchmarks.flags import GPT2_VOCAB, parser, settings, training_flags
 from benchmarks.interleave import interleaved, report
 from megatron_eslm.parallel.bootstrap import init_distributed
 
@@ -57,9 +57,7 @@ def main() -> None:
             spread=timings.ratios(name, "clm"),
             clm_seconds=round(timings.median("clm"), 3),
             clm_tflops=round(runs["clm"].flops_of_step / timings.median("clm") / 1e12, 4),
-            rows=args.rows,
-            seq_length=args.seq_length,
-            repetitions=args.repetitions,
+            **settings(args),
         )
 
 
