@@ -45,8 +45,15 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest -m ''
 
-# CORPUS: a folder of jsonl.zst files for the measurement of preprocessing; VOCAB: GPT-2's vocab.json and merges.txt.
+# CORPUS: jsonl.zst files, or a folder of them, for the measurement of preprocessing; it comes first, so that what is
+# wrong with them is said at once.
 bench: install
+ifdef CORPUS
+	@[ -n "$(VOCAB_FILE)" ] && [ -n "$(MERGE_FILE)" ] || { echo "error: CORPUS needs GPT-2's VOCAB_FILE=vocab.json and MERGE_FILE=merges.txt"; exit 1; }
+	$(BIN)/python -m benchmarks.preprocessing --input "$(CORPUS)" --vocab-file "$(VOCAB_FILE)" --merge-file "$(MERGE_FILE)"
+else
+	@echo "preprocessing is not measured: make bench CORPUS=folder VOCAB_FILE=file MERGE_FILE=file"
+endif
 	$(BIN)/python -m benchmarks.selection_step
 	$(BIN)/python -m benchmarks.selection_step --dtype bf16
 	$(BIN)/python -m benchmarks.selection_step --shape 1.5B-8 --rows 10 --seq-length 256
@@ -60,8 +67,6 @@ bench: install
 	$(BIN)/python -m benchmarks.plan_check
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 -m benchmarks.thresholds --rows 2
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.balance --seq-length 128
-	@if [ -n "$(CORPUS)" ]; then $(BIN)/python -m benchmarks.preprocessing --input "$(CORPUS)" --vocab-file "$(VOCAB)/vocab.json" --merge-file "$(VOCAB)/merges.txt"; \
-	else echo "preprocessing is not measured: make bench CORPUS=folder VOCAB=folder"; fi
 
 parity: install
 	$(BIN)/python -m tests.training.parity

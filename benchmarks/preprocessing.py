@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from benchmarks.interleave import interleaved, report
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.readers import read_documents
 from megatron_eslm.data.tokenizers import build_tokenizer
+from megatron_eslm.errors import ConfigError
 
 
 def main() -> None:
@@ -33,8 +35,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
-    tokenizer = build_tokenizer("GPT2BPETokenizer", args.vocab_file, args.merge_file, None)
-    texts = list(read_documents(args.input))
+    try:
+        tokenizer = build_tokenizer("GPT2BPETokenizer", args.vocab_file, args.merge_file, None)
+        texts = list(read_documents(args.input))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "all.jsonl.zst")
