@@ -64,7 +64,6 @@ def main() -> None:
             largest_rows=most,
             **settings(args),
         )
-    dist.barrier()
     leave()
 
 

@@ -59,7 +59,6 @@ def main() -> None:
             step_seconds=round(timings.median("eslm"), 3),
             **settings(args),
         )
-    dist.destroy_process_group()
     leave()
 
 

@@ -85,7 +85,7 @@ def _outlive_signals(worker: int) -> None:
 
     A loader that died of SIGTERM would take the step and the checkpoint before leaving with it. So
     only a SIGTERM of the parent, which is how multiprocessing ends its children, and its death end
-    this process. The latter at once and without a word: what it waits to hand over, nobody takes.
+    this process. The latter without a word: what it waits to hand over, nobody takes.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None

@@ -1,5 +1,4 @@
-"""What has to happen once, before anything is built: quiet imports, the device, the process group;
-and at the end.
+"""What happens once: quiet imports, the device and the process group first, the end of a rank last.
 
 megatron-core prints several warnings about optional packages when it is imported and calls
 `torch.cuda.current_device()` where it needs a device to allocate on; both are dealt with here and
@@ -126,11 +125,15 @@ def single_process() -> Iterator[None]:
 
 
 def leave(code: int = 0) -> NoReturn:
-    """End this rank, whose part is done, without the interpreter's own end.
+    """End this rank, whose part is done: destroy its group, exit without the interpreter's own end.
 
     A thread of gloo's may still hold tensors of the last collective. To let go of them it needs
     the interpreter, and aborts the process (exit code -6) if that is on its way out.
     """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -108,7 +108,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stderr.flush()
         os._exit(code)
 
-    import torch.distributed as dist
-
-    dist.destroy_process_group()
     leave(0 if stopped is None else 128 + stopped)
