@@ -1,0 +1,148 @@
+"""One writer at a time: a lock that names who holds it and dies with its process."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.json_file import read_json
+
+logger = logging.getLogger(__name__)
+
+# What file systems answer that have no locks, among them Lustre mounted without `flock`.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
+_POLL_SECONDS = 0.1
+_held: set[FileLock] = set()
+
+
+class FileLock:
+    """The right to write something, for as long as this process lives or until `release`.
+
+    The kernel keeps the lock (flock), so a killed process leaves none behind, only a file that says
+    who had it. Children that are forked do not hold it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Args:
+        path: the lock's own file, in an existing folder; removed on release.
+        """
+        self.path = path
+        self.excludes = True
+        """False where it was taken on a file system without locks, which keeps nobody out."""
+        self._file: int | None = None
+
+    def acquire(self, *, wait_seconds: float = 0.0) -> bool:
+        """Take the lock; False where another process has it.
+
+        Args:
+            wait_seconds: how long to wait for the other one.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        deadline = time.monotonic() + wait_seconds
+        while not self._try():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
+
+    def take(self, what: str, remedy: str, *, wait_seconds: float = 0.0) -> None:
+        """Take the lock or say who has it.
+
+        Args:
+            what: the flag and path that the lock protects.
+            remedy: what to do instead, a sentence.
+            wait_seconds: how long to wait for the other one.
+
+        Raises:
+            ConfigError: another process has it; names the process.
+            OSError: the file cannot be written.
+        """
+        if not self.acquire(wait_seconds=wait_seconds):
+            raise ConfigError(f"{what} is being written by {self.owner()}. {remedy}")
+
+    def owner(self) -> str:
+        """Who holds the lock, for messages."""
+        try:
+            facts = read_json(self.path, max_bytes=4096)
+            return f"process {facts['pid']} on {facts['host']}, since {facts['since']}"
+        except (FileNotFoundError, ConfigError, KeyError, TypeError):
+            return "another process"
+
+    def release(self) -> None:
+        """Give it up."""
+        if self._file is None:
+            return
+        self.path.unlink(missing_ok=True)  # before the lock goes: nobody else can hold it yet
+        os.close(self._file)
+        self._file = None
+        _held.discard(self)
+
+    def _try(self) -> bool:
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                self.excludes = False
+                logger.warning(
+                    "%s: its file system has no locks (%s); see to it that no other process "
+                    "writes there",
+                    self.path.parent,
+                    error.strerror,
+                )
+            if not self._is_current(file):
+                return False  # the one before removed the file after we had opened it
+            since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+            facts = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+            os.ftruncate(file, 0)
+            os.pwrite(file, (json.dumps(facts) + "\n").encode(), 0)
+            self._file, file = file, -1
+            _held.add(self)
+            return True
+        finally:
+            if file >= 0:
+                os.close(file)
+
+    def _is_current(self, file: int) -> bool:
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(there, os.fstat(file))
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def _forget() -> None:
+    """In a forked child: the lock stays with the parent, and ends with it."""
+    for lock in list(_held):
+        if lock._file is not None:
+            os.close(lock._file)
+            lock._file = None
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

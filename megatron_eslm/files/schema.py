@@ -1,0 +1,77 @@
+"""From a JSON value to a dataclass, or to one message that says what does not fit.
+
+The dataclass is the schema. Its annotations are checked strictly (no "5" for 5, no true for 1, no
+unknown key), and a class attribute makes it one:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Entry:
+        __pydantic_config__ = STRICT
+        bytes: Count
+        crc32: Count
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.json_file import read_json
+
+T = TypeVar("T")
+
+STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""Types as written, no unknown keys, finite numbers."""
+
+Count = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+"""A number of things, which fits into 64 bits."""
+Size = Annotated[int, pydantic.Field(ge=1, lt=2**31)]
+"""A dimension, 1 or more."""
+
+
+def read_as(cls: type[T], path: str | Path) -> T:
+    """A JSON file as `cls`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ConfigError: it cannot be read or does not fit.
+    """
+    return parse_as(cls, read_json(path), str(path))
+
+
+def parse_as(cls: type[T], value: Any, where: str) -> T:
+    """A JSON value as `cls`.
+
+    Args:
+        cls: a strict dataclass, or any annotation made of such.
+        value: dicts, lists, text, numbers, true, false, null.
+        where: its file, for messages.
+
+    Raises:
+        ConfigError: it does not fit; names file, keys and reasons.
+    """
+    try:
+        # As JSON: there a list stands for a tuple, which strict Python values would not.
+        return _adapter(cls).validate_json(json.dumps(value))
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{where} is not as it was written: {_reasons(error)}.") from error
+
+
+@functools.cache
+def _adapter(cls: Any) -> pydantic.TypeAdapter:
+    return pydantic.TypeAdapter(cls)
+
+
+def _reasons(error: pydantic.ValidationError, most: int = 3) -> str:
+    """`key: what is wrong` of the first errors."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    texts = [
+        f"{'.'.join(map(str, one['loc'])) or 'the whole'}: {one['msg'][:1].lower()}{one['msg'][1:]}"
+        for one in found[:most]
+    ]
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return "; ".join(texts) + more
