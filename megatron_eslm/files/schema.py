@@ -54,16 +54,17 @@ def parse_as(cls: type[T], value: Any, where: str) -> T:
     Raises:
         ConfigError: it does not fit; names file, keys and reasons.
     """
+    annotation: Any = cls
     try:
         # As JSON: there a list stands for a tuple, which strict Python values would not.
-        return _adapter(cls).validate_json(json.dumps(value))
+        return _adapter(annotation).validate_json(json.dumps(value))
     except pydantic.ValidationError as error:
         raise ConfigError(f"{where} is not as it was written: {_reasons(error)}.") from error
 
 
 @functools.cache
-def _adapter(cls: Any) -> pydantic.TypeAdapter:
-    return pydantic.TypeAdapter(cls)
+def _adapter(annotation: Any) -> pydantic.TypeAdapter:
+    return pydantic.TypeAdapter(annotation)
 
 
 def _reasons(error: pydantic.ValidationError, most: int = 3) -> str:
