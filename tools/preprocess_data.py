@@ -12,10 +12,12 @@ import logging
 import sys
 from typing import get_args
 
+from megatron_eslm.data.bad_lines import OnBadLine
 from megatron_eslm.data.options import TokenizerType
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.tokenizers import build_tokenizer
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.stopped import Stopped, stopped_by_signals
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,9 +26,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="INPUT",
-        help=".jsonl/.json (also .gz, .zst), .parquet or .txt files (a .txt file is one document), "
-        "folders of those, folders of Hugging Face datasets, or data set names as "
-        "NAME[:CONFIG[:SPLIT]]")  # fmt: skip
+        help=".jsonl/.json (also .gz, .bz2, .xz, .zst), .parquet or .txt files (a .txt file is one "
+        "document), folders of those, - for JSON lines from standard input, folders of Hugging "
+        "Face datasets, or data set names as NAME[:CONFIG[:SPLIT]]")  # fmt: skip
     add("--output-prefix", required=True, help="path of the output without ending")
     add("--tokenizer-type", required=True, choices=get_args(TokenizerType))
     add("--vocab-file", help="GPT2BPETokenizer: vocab.json")
@@ -36,6 +38,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--workers", type=int, default=1, help="processes that tokenize")
     add("--append-eod", action="store_true", help="end each document with the end-of-document id")
     add("--text-key", "--json-keys", default="text", help="field or column that holds the text")
+    add("--on-bad-line", choices=get_args(OnBadLine), default="fail", help="end the run at a "
+        "document that cannot be read, or leave it out and count it (%(default)s)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace existing output")
     add("--log-interval", type=float, default=10.0, help="seconds between progress lines")
     return parser.parse_args()
@@ -45,25 +49,30 @@ def main() -> int:
     options = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        tokenizer = build_tokenizer(
-            options.tokenizer_type,
-            options.vocab_file,
-            options.merge_file,
-            options.tokenizer_model,
-        )
-        preprocess(
-            options.input,
-            options.output_prefix,
-            tokenizer,
-            workers=options.workers,
-            append_eod=options.append_eod,
-            text_key=options.text_key,
-            overwrite=options.overwrite,
-            log_interval_seconds=options.log_interval,
-        )
+        with stopped_by_signals():
+            tokenizer = build_tokenizer(
+                options.tokenizer_type,
+                options.vocab_file,
+                options.merge_file,
+                options.tokenizer_model,
+            )
+            preprocess(
+                options.input,
+                options.output_prefix,
+                tokenizer,
+                workers=options.workers,
+                append_eod=options.append_eod,
+                text_key=options.text_key,
+                on_bad_line=options.on_bad_line,
+                overwrite=options.overwrite,
+                log_interval_seconds=options.log_interval,
+            )
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(f"{stop}; nothing of it is kept, give the command again", file=sys.stderr)
+        return stop.exit_code
     return 0
 
 

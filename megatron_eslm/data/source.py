@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from megatron_eslm.data.document_ends import check_document_ends
 from megatron_eslm.data.index_file import IndexFile, read_index
 from megatron_eslm.data.meta import DataMeta, read_meta
 from megatron_eslm.data.options import DataOptions
@@ -81,6 +82,9 @@ def open_data(options: DataOptions) -> DataSource:
                 f"--data-path {index.prefix} holds the id {meta.max_token_id}, beyond the "
                 f"vocabulary of {tokenizer.vocab_size}; preprocess it again."
             )
+    check_document_ends(
+        zip(indexes, metas, strict=True), tokenizer.eod, eod_mask_loss=options.eod_mask_loss
+    )
     total = sum(weight for weight, _ in pairs)
     names = _names([prefix for _, prefix in pairs])
     domains = tuple(

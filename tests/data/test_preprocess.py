@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -64,7 +67,7 @@ def test_megatron_core_reads_back_the_text(tmp_path, corpus, documents, gpt2, ap
 
 
 def test_workers_write_the_same_bytes(tmp_path, corpus, gpt2, monkeypatch):
-    monkeypatch.setattr("megatron_eslm.data.preprocess._BATCH_CHARACTERS", 500)
+    monkeypatch.setattr("megatron_eslm.data.encode_pool._BATCH_CHARACTERS", 500)
     for workers in (1, 2):
         preprocess([corpus], str(tmp_path / f"w{workers}"), gpt2, workers=workers)
     for suffix in ("bin", "idx"):
@@ -148,32 +151,128 @@ def test_killed_worker_is_an_error(tmp_path, documents):
     assert nothing_but(tmp_path)
 
 
-def test_kill_leaves_nothing_that_reads_as_data(tmp_path, corpus, gpt2):
-    prefix = str(tmp_path / "out")
-    with pytest.raises(ConfigError, match="there is no file"):
-        open_data(DataOptions(data_path=(prefix,)))
+def start_tool(prefix: str, stdin: int) -> tuple[int, list[psutil.Process]]:
+    """tools/preprocess_data.py, forked, that has started its workers and waits for more input.
+
+    Its standard error goes to `PREFIX.stderr`.
+    """
     pid = os.fork()
     if pid == 0:
-
-        def endless():
-            while True:
-                yield "text " * 1000
-                time.sleep(0.001)
-
+        code: object = 1
         try:
-            preprocess(["x"], prefix, ByteTokenizer(), documents=endless())
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.dup2(stdin, 0)
+            os.dup2(os.open(f"{prefix}.stderr", os.O_WRONLY | os.O_CREAT), 2)
+            sys.stdin, sys.stderr = os.fdopen(0), os.fdopen(2, "w")
+            sys.argv = ["preprocess_data.py", "--input", "-", "--output-prefix", prefix]
+            sys.argv += ["--tokenizer-type", "ByteTokenizer", "--workers", "2"]
+            runpy.run_path(str(ROOT / "tools" / "preprocess_data.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
         finally:
-            os._exit(1)
-    deadline = time.monotonic() + 20
-    while not any(p.stat().st_size > 0 for p in tmp_path.glob("out.building-*/bin")):
+            sys.stderr.flush()
+            os._exit(code)
+    deadline = time.monotonic() + 60
+    while len(workers := psutil.Process(pid).children()) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    return pid, workers
+
+
+def wait_until_gone(processes: list[psutil.Process]) -> None:
+    deadline = time.monotonic() + 20
+    for process in processes:
+        # A zombie is one that nobody waits for in this container.
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, process
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stopped_run_leaves_no_process_and_no_data(tmp_path, corpus, gpt2, number, monkeypatch):
+    """Workers end with their parent, however it ends; a second run is refused meanwhile; what a
+    killed run leaves is no data and is removed by the next."""
+    monkeypatch.setattr("megatron_eslm.data.encode_pool._BATCH_CHARACTERS", 100)
+    prefix, (reader, writer) = str(tmp_path / "out"), os.pipe()
+    os.write(writer, b'{"text": "many words"}\n' * 100)
+    pid, workers = start_tool(prefix, reader)
+    try:
+        with pytest.raises(ConfigError, match=rf"--output-prefix {prefix} is being .* {pid} on"):
+            preprocess([corpus], prefix, gpt2)
+        os.kill(pid, number)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        wait_until_gone(workers)
+    finally:
+        for descriptor in (reader, writer):
+            os.close(descriptor)
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
+    said = (tmp_path / "out.stderr").read_text()
+    if number == signal.SIGKILL:
+        assert code == -9
+        assert list(tmp_path.glob(".out.building-*"))
+    else:
+        assert code == 128 + number
+        assert said == f"stopped by {number.name}; nothing of it is kept, give the command again\n"
+        assert nothing_but(tmp_path, "corpus.jsonl", "out.stderr")
     with pytest.raises(ConfigError, match="there is no file"):
         open_data(DataOptions(data_path=(prefix,)))
     preprocess([corpus], prefix, gpt2)
     open_data(DataOptions(data_path=(prefix,)))
+    files = ["out.bin", "out.idx", "out.meta.json", "out.stderr", "out.tokenizer"]
+    assert nothing_but(tmp_path, "corpus.jsonl", *files)
+
+
+def test_output_that_appears_meanwhile_is_kept(tmp_path):
+    def texts():
+        yield "ours"
+        (tmp_path / "out.bin").write_bytes(b"theirs")
+
+    with pytest.raises(ConfigError, match=r"out\.bin exists already.*--overwrite"):
+        preprocess(["x"], str(tmp_path / "out"), ByteTokenizer(), documents=texts())
+    assert (tmp_path / "out.bin").read_bytes() == b"theirs"
+    assert nothing_but(tmp_path, "out.bin")
+
+
+@pytest.mark.parametrize("name", ["", ".", "folder", "folder/", "new/", "a\0b"])
+def test_prefix_that_names_no_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=r"^--output-prefix .* (is a folder|is no path)"):
+        preprocess(["x"], name, ByteTokenizer(), documents=["text"])
+    assert nothing_but(tmp_path, "folder")
+
+
+def test_bad_lines_are_counted(tmp_path, corpus, documents, caplog):
+    with open(corpus, "a") as file:
+        file.write('{"text": null}\n{broken\n{"text": ""}\n')
+    report = preprocess([corpus], str(tmp_path / "out"), ByteTokenizer(), on_bad_line="skip")
+    assert (report.documents, report.empty_documents, report.bad_documents) == (120, 1, 2)
+    assert "left out 1 documents without text and 2 bad ones" in caplog.text
+    assert "line 121: field 'text' holds null" in caplog.messages[-1]
+
+
+def test_index_appears_when_all_else_is_on_the_disk(tmp_path, monkeypatch):
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def fsync(file):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{file}")))
+        sync(file)
+
+    def move(a, b):
+        done.append(f"-> {os.path.basename(b)}")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", move)
+    preprocess(["x"], str(tmp_path / "out"), ByteTokenizer(), documents=["text"])
+    moves = [event for event in done if event.startswith("->")]
+    assert moves[-1] == "-> out.idx"
+    before = done[: done.index(moves[0])]
+    assert {"bin", "idx", "meta.json", "tokenizer", "tokenizer_meta.json"} <= set(before)
+    assert done[done.index(moves[-1]) - 1] == done[-1] == tmp_path.name
 
 
 def test_kill_while_publishing_over_old_files(tmp_path, corpus, gpt2, monkeypatch):
@@ -229,41 +328,53 @@ def test_file_of_megatron_without_facts(tmp_path, documents, gpt2, bpe_files):
         open_data(bad)
 
 
-def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *arguments],
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Runs a tool in this process; returns exit code, output and errors."""
+
+    def run(name: str, *arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+        return (end.value.code, *capsys.readouterr())
+
+    return run
+
+
+def test_tools(tmp_path, corpus, run_here):
+    prefix = str(tmp_path / "out")
+    made = subprocess.run(
+        [
+            sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", "-",
+            "--output-prefix", prefix, "--on-bad-line", "skip", "--tokenizer-type",
+            "ByteTokenizer", "--workers", "2", "--append-eod",
+        ],
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        input=Path(corpus).read_text() + '{"text": null}\n',
         capture_output=True,
         text=True,
         timeout=120,
-    )
-
-
-def test_tools(tmp_path, corpus):
-    prefix = str(tmp_path / "out")
-    made = run_tool(
-        "preprocess_data.py", "--input", corpus, "--output-prefix", prefix,
-        "--tokenizer-type", "ByteTokenizer", "--workers", "2", "--append-eod",
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert "docs/s" in made.stdout
+    assert "1 bad ones (the first: standard input, line 121: " in made.stdout
     assert "MB/s" in made.stdout
-    checked = run_tool("verify_data.py", prefix)
-    assert checked.returncode == 0, checked.stderr
-    assert "120 documents" in checked.stdout
-    assert "0: " in checked.stdout
+    code, out, err = run_here("verify_data.py", prefix)
+    assert code == 0, err
+    assert "120 documents" in out
+    assert "0: " in out
     with open(f"{prefix}.bin", "r+b") as file:
         file.write(b"x")
-    checked = run_tool("verify_data.py", prefix)
-    assert checked.returncode == 2
-    assert "checksum" in checked.stderr
-    assert "Traceback" not in checked.stderr
-    refused = run_tool(
+    code, _, err = run_here("verify_data.py", prefix)
+    assert code == 2
+    assert "checksum" in err
+    assert "Traceback" not in err
+    code, _, err = run_here(
         "preprocess_data.py", "--input", corpus, "--output-prefix", prefix,
         "--tokenizer-type", "GPT2BPETokenizer",
     )  # fmt: skip
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("error: --tokenizer-type GPT2BPETokenizer needs --vocab-file")
+    assert code == 2
+    assert err.startswith("error: --tokenizer-type GPT2BPETokenizer needs --vocab-file")
 
 
 def test_verify_finds_what_open_data_does_not_read(tmp_path, corpus, gpt2):

@@ -1,0 +1,50 @@
+"""Whether documents end in the end-of-document id, without which they run into each other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from megatron_eslm.data.index_file import IndexFile
+from megatron_eslm.data.meta import DataMeta
+from megatron_eslm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_LOOK_AT_IDS = 1 << 22
+
+
+def check_document_ends(
+    domains: Iterable[tuple[IndexFile, DataMeta | None]], eod: int, *, eod_mask_loss: bool
+) -> None:
+    """Warn of domains that were written without --append-eod.
+
+    Where no facts lie beside a pair, it counts as such if its first few million ids hold no `eod`.
+
+    Args:
+        domains: the pairs and the facts about them.
+        eod: the tokenizer's end-of-document id.
+        eod_mask_loss: whether the run relies on that id.
+
+    Raises:
+        ConfigError: there is such a domain and the run relies on it, as in that domain
+            --eod-mask-loss would do nothing.
+    """
+    without = [index.prefix for index, meta in domains if not _has_ends(index, meta, eod)]
+    if not without:
+        return
+    what = f"{', '.join(without)}: no end-of-document id ({eod}) stands behind the documents"
+    remedy = "preprocess again with --append-eod"
+    if eod_mask_loss:
+        raise ConfigError(
+            f"--eod-mask-loss has no effect on --data-path {what}. Leave the flag out, or {remedy}."
+        )
+    logger.warning(
+        "--data-path %s, so a model cannot tell where one ends; to change that, %s", what, remedy
+    )
+
+
+def _has_ends(index: IndexFile, meta: DataMeta | None, eod: int) -> bool:
+    if meta is not None:
+        return meta.append_eod
+    return bool((index.ids()[:_LOOK_AT_IDS] == eod).any())

@@ -1,0 +1,133 @@
+"""Text to ids in a pool of processes, in the order of the text."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_eslm.data.loader import _outlive_signals
+from megatron_eslm.data.tokenizer_base import Tokenizer, clean_text
+from megatron_eslm.errors import ConfigError
+
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_DOCUMENTS = 4096
+_BATCHES_AHEAD_PER_WORKER = 3
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of documents as ids."""
+
+    ids: np.ndarray
+    """All documents of the batch end to end, in the type of the file."""
+    lengths: list[int]
+    """Ids of each document."""
+    text_bytes: int
+    empty: int
+    """Documents without ids, which are left out."""
+    max_id: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What a worker needs to encode a batch."""
+
+    tokenizer: Tokenizer
+    append_eod: bool
+    dtype: type[np.integer]
+
+    def encode(self, texts: list[str]) -> Encoded:
+        """One batch."""
+        texts = [clean_text(text) for text in texts]
+        arrays = [ids for ids in self.tokenizer.encode_arrays(texts) if len(ids)]
+        eod = np.array([self.tokenizer.eod])
+        parts = [part for ids in arrays for part in ((ids, eod) if self.append_eod else (ids,))]
+        flat = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        return Encoded(
+            flat.astype(self.dtype),
+            [len(ids) + self.append_eod for ids in arrays],
+            sum(len(text.encode()) for text in texts),
+            len(texts) - len(arrays),
+            int(flat.max()) if len(flat) else -1,
+        )
+
+
+@contextmanager
+def encoding(texts: Iterable[str], encoder: Encoder, workers: int) -> Iterator[Iterator[Encoded]]:
+    """The texts in batches of about a megabyte, encoded, in their order.
+
+    A pool has only so many batches under way, so memory is bounded. Its processes are gone when the
+    block ends, and end with this process if it is killed.
+
+    Args:
+        texts: documents.
+        encoder: encodes a batch.
+        workers: processes; 1 works in this one.
+
+    Raises:
+        ConfigError: (while iterating) a worker was killed.
+    """
+    if workers == 1:
+        yield map(encoder.encode, _batches(texts))
+        return
+    # fork: workers have the tokenizer at once and need not import anything.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=(encoder,)
+    )
+    try:
+        yield _in_order(pool, _batches(texts), workers * _BATCHES_AHEAD_PER_WORKER)
+    except BrokenProcessPool as error:
+        raise ConfigError(
+            f"One of the --workers {workers} processes was killed, most likely for want of memory. "
+            "Use fewer workers."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, batches: Iterator[list[str]], most_under_way: int
+) -> Iterator[Encoded]:
+    under_way: deque[Future[Encoded]] = deque()
+    for batch in batches:
+        under_way.append(pool.submit(_encode_in_worker, batch))
+        if len(under_way) >= most_under_way:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+_encoder: Encoder | None = None  # set in worker processes only, by their initializer
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+    _outlive_signals(0)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process is one core here
+
+
+def _encode_in_worker(texts: list[str]) -> Encoded:
+    assert _encoder is not None
+    return _encoder.encode(texts)
