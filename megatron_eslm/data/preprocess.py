@@ -93,6 +93,7 @@ def preprocess(
             lock.take(f"--output-prefix {prefix}", "Wait for it or choose another prefix.")
             _refuse_existing(prefix, overwrite)
             with aside_folder(prefix) as folder:
+                indexed_dataset()  # imports, which takes seconds that are not the text's
                 totals = _Totals(prefix, log_interval_seconds)
                 _write_pair(folder, list(inputs), texts, tokenizer, workers, append_eod, totals)
                 _refuse_existing(prefix, overwrite)  # not everything that writes there locks it
