@@ -27,6 +27,8 @@ def main() -> int:
             tokenizer = data.tokenizer
             print(f"  {tokenizer.name} {tokenizer.identity[:12]}, {tokenizer.vocab_size} ids")
             print(f"  begins: {data.sample!r}")
+        if data.losses:
+            print(f"  reference losses: {', '.join(data.losses)}")
     return 2 if damaged else 0
 
 

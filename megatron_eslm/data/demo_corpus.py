@@ -9,14 +9,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
-import json
 import logging
-import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_eslm.data.meta import read_meta
 from megatron_eslm.data.preprocess import preprocess
+from megatron_eslm.data.shared_folder import shared_folder
 from megatron_eslm.data.tokenizers import HuggingFaceTokenizer
 from megatron_eslm.data.train_bpe import train_bpe
 from megatron_eslm.errors import ConfigError
@@ -36,14 +36,15 @@ _SKIPPED_FOLDERS = {
     "test",
     "tests",
 }
-_MARKER = "complete.json"
+_DOMAINS = ("python_source", "python_docs")
 
 
 def prepare_demo_corpus(directory: str, vocab_size: int = 4096) -> list[str]:
     """Make the demo corpus in `directory`, or find it there.
 
     Trains a byte-level BPE tokenizer on the text and preprocesses both domains with it. A second
-    call returns at once; a call that was killed is made up for by the next. One process calls this.
+    call reads the files and compares them with their checksums. Several jobs may call this at once.
+    Of the ranks of a job, rank 0 calls it first (`rank_zero_first`).
 
     Args:
         directory: made if missing.
@@ -57,34 +58,24 @@ def prepare_demo_corpus(directory: str, vocab_size: int = 4096) -> list[str]:
         ConfigError: the library's source is not installed, or `directory` cannot be written.
     """
     folder = Path(directory)
-    weights = _finished(folder, vocab_size)
-    if weights is None:
-        logger.info("preparing the demo corpus in %s (once)", folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / _MARKER).unlink(missing_ok=True)
-            weights = _build(folder, vocab_size)
-            temporary = folder / f"{_MARKER}.tmp"
-            temporary.write_text(json.dumps({"vocab_size": vocab_size, "weights": weights}))
-            os.replace(temporary, folder / _MARKER)
-        except OSError as error:
-            raise ConfigError(f"The demo corpus cannot be written to {folder}: {error}.") from error
-    return [word for name, tokens in weights.items() for word in (str(tokens), str(folder / name))]
-
-
-def _finished(folder: Path, vocab_size: int) -> dict[str, int] | None:
-    """Domain to tokens if a complete corpus of this vocabulary lies in `folder`."""
+    where = "start in a folder that they share, or give your own text with --data-path"
     try:
-        marker = json.loads((folder / _MARKER).read_text())
-        weights, found = dict(marker["weights"]), marker["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    parts = [f"{name}.{end}" for name in weights for end in ("bin", "idx", "meta.json")]
-    complete = found == vocab_size and all((folder / part).exists() for part in parts)
-    return weights if complete else None
+        shared_folder(
+            folder, lambda aside: _build(aside, vocab_size), where, f"vocabulary of {vocab_size}"
+        )
+    except OSError as error:
+        raise ConfigError(f"The demo corpus cannot be written to {folder}: {error}.") from error
+    prefixes = [str(folder / name) for name in _DOMAINS]
+    return [word for prefix in prefixes for word in (str(_tokens(prefix)), prefix)]
 
 
-def _build(folder: Path, vocab_size: int) -> dict[str, int]:
+def _tokens(prefix: str) -> int:
+    meta = read_meta(prefix)
+    assert meta is not None
+    return meta.tokens
+
+
+def _build(folder: Path, vocab_size: int) -> None:
     source: list[str] = []
     docs = [*_topics()]
     source_bytes, docs_bytes = 0, sum(map(len, docs))
@@ -98,23 +89,19 @@ def _build(folder: Path, vocab_size: int) -> dict[str, int]:
             docs_bytes += len(docstrings)
     # By content hash: the splits are runs of documents, and should look alike.
     domains = {
-        "python_source": sorted(source, key=_digest),
-        "python_docs": sorted(docs, key=_digest),
+        name: sorted(t, key=_digest) for name, t in zip(_DOMAINS, (source, docs), strict=True)
     }
     train_bpe(
         (text for texts in domains.values() for text in texts), vocab_size, folder / "bpe.json"
     )
     tokenizer = HuggingFaceTokenizer(folder / "bpe.json")
-    return {
-        name: preprocess(
+    for name, texts in domains.items():
+        preprocess(
             [f"python {name.removeprefix('python_')}"],
             str(folder / name),
             tokenizer,
-            overwrite=True,
             documents=texts,
-        ).tokens
-        for name, texts in domains.items()
-    }
+        )
 
 
 def _digest(text: str) -> bytes:

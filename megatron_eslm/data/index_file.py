@@ -2,20 +2,24 @@
 
 Layout: magic, version (u64), type code (u8), sequences S (u64), documents + 1 D (u64), lengths
 int32 [S], byte offsets int64 [S], first sequence of each document int64 [D]; a file of several
-modes adds int8 [S]. megatron-core asserts or dies of a bus error where these do not fit the `.bin`;
-here every such case is an error that names the file.
+modes adds int8 [S]. megatron-core asserts or dies of a bus error where these do not fit the `.bin`,
+or reads other text; here every such case is an error that names the file.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from megatron_eslm.data.limits import check_documents
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.regular import open_regular
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER_BYTES = 34
@@ -27,6 +31,8 @@ _DTYPES: dict[int, type[np.integer]] = {
     5: np.int64,
     8: np.uint16,
 }
+_CHUNK = 1 << 20
+"""Entries that are checked at a time, so that memory does not grow with the file."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +52,37 @@ class IndexFile:
         """All token ids in file order, [tokens]; a memory map."""
         return np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r", shape=(self.tokens,))
 
+    def last_ids(self, step: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+        """The last id of every `step`-th sequence; (number of the first, ids [n]) a chunk.
 
-def read_index(prefix: str) -> IndexFile:
+        A sequence without tokens has -1.
+        """
+        ids, begin = self.ids(), 0
+        for first, lengths in _chunks(self.lengths):
+            ends = begin + np.cumsum(lengths, dtype=np.int64)
+            begin = int(ends[-1])
+            part = slice(-first % step, None, step)
+            last = np.where(lengths[part] > 0, ids[ends[part] - 1].astype(np.int64), -1)
+            if len(last):
+                yield first + -first % step, last
+
+
+def read_index(prefix: str, *, trust: bool = False) -> IndexFile:
     """Read `prefix.idx` and check it against itself and against the size of `prefix.bin`.
+
+    Args:
+        prefix: path without ending.
+        trust: skip the entries, which another call has checked in this run: header and sizes only.
 
     Raises:
         ConfigError: a file is missing, cannot be read, is no Megatron file, is truncated, does not
             belong to the other, or there is no token in it.
     """
-    for suffix, role in ((".bin", "token ids"), (".idx", "index")):
-        path = f"{prefix}{suffix}"
-        if not os.path.isfile(path):
-            hint = ""
-            if prefix.endswith((".bin", ".idx")):
-                hint = f" Give the prefix without its ending: {prefix[:-4]}."
-            raise ConfigError(
-                f"--data-path {prefix}: there is no file {path} ({role}).{hint} "
-                "tools/preprocess_data.py --output-prefix writes the pair."
-            )
-        if not os.access(path, os.R_OK):
-            raise ConfigError(f"--data-path {prefix}: no permission to read {path}.")
-    idx, bin_bytes = Path(f"{prefix}.idx"), os.path.getsize(f"{prefix}.bin")
-    idx_bytes = idx.stat().st_size
-    with idx.open("rb") as file:
+    with _open(prefix, ".bin", "token ids") as file:
+        bin_bytes = os.fstat(file.fileno()).st_size
+    idx = Path(f"{prefix}.idx")
+    with _open(prefix, ".idx", "index") as file:
+        idx_bytes = os.fstat(file.fileno()).st_size
         header = file.read(_HEADER_BYTES)
     if not header.startswith(_MAGIC):
         raise ConfigError(
@@ -86,52 +100,98 @@ def read_index(prefix: str) -> IndexFile:
     expected = _HEADER_BYTES + 12 * sequences + 8 * bounds
     if idx_bytes not in (expected, expected + sequences):
         raise _damaged(prefix, f"{idx} has {idx_bytes} bytes, its header asks for {expected}")
+    check_documents(prefix, sequences)
     if sequences == 0 or bin_bytes == 0 or bounds == 0:
         raise ConfigError(
             f"--data-path {prefix}: the data set is empty ({sequences} sequences, {bin_bytes} "
             "bytes of ids). Preprocess an input that holds text."
         )
+    dtype = _DTYPES[code]
     lengths = np.memmap(idx, np.int32, "r", _HEADER_BYTES, (sequences,))
-    offsets = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 4 * sequences, (sequences,))
-    starts = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 12 * sequences, (bounds,))
-    tokens, itemsize = int(lengths.sum(dtype=np.int64)), np.dtype(_DTYPES[code]).itemsize
-    if (
-        int(lengths.min()) < 0
-        or int(offsets[0]) != 0
-        or int(offsets[-1]) != (tokens - int(lengths[-1])) * itemsize
-        or int(starts[0]) != 0
-        or int(starts[-1]) != sequences
-    ):
-        raise _damaged(prefix, f"the tables in {idx} contradict each other")
+    if not trust:
+        offsets = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 4 * sequences, (sequences,))
+        starts = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 12 * sequences, (bounds,))
+        _check_lengths(prefix, lengths, bin_bytes, np.dtype(dtype).itemsize)
+        _check_offsets(prefix, lengths, offsets, np.dtype(dtype).itemsize)
+        _check_boundaries(prefix, starts, sequences)
+    tokens = bin_bytes // np.dtype(dtype).itemsize
+    return IndexFile(prefix, dtype, lengths, bounds - 1, tokens, bin_bytes, idx_bytes)
+
+
+def _open(prefix: str, suffix: str, role: str) -> BinaryIO:
+    try:
+        return open_regular(f"{prefix}{suffix}")
+    except FileNotFoundError as error:
+        hint = ""
+        if prefix.endswith((".bin", ".idx")):
+            hint = f" Give the prefix without its ending: {prefix[:-4]}."
+        raise ConfigError(
+            f"--data-path {prefix}: there is no file {prefix}{suffix} ({role}).{hint} "
+            "tools/preprocess_data.py --output-prefix writes the pair."
+        ) from error
+    except ConfigError as error:
+        raise ConfigError(f"--data-path: {error} tools/preprocess_data.py writes pairs.") from error
+
+
+def _check_lengths(prefix: str, lengths: np.ndarray, bin_bytes: int, itemsize: int) -> None:
+    """Lengths are not negative and fill the `.bin`."""
+    tokens = 0
+    for first, part in _chunks(lengths):
+        if int(part.min()) < 0:
+            where = first + int(np.argmax(part < 0))
+            raise _damaged(prefix, f"sequence {where} has {int(lengths[where])} tokens")
+        tokens += int(part.sum(dtype=np.int64))
     if bin_bytes != tokens * itemsize:
         state = "truncated" if bin_bytes < tokens * itemsize else "longer than its index says"
         raise _damaged(
             prefix,
-            f"{prefix}.bin is {state}: it has {bin_bytes} bytes, {idx} describes "
+            f"{prefix}.bin is {state}: it has {bin_bytes} bytes, {prefix}.idx describes "
             f"{tokens * itemsize} ({tokens} ids of {itemsize} bytes)",
         )
-    if tokens == 0:
-        raise ConfigError(f"--data-path {prefix}: the data set is empty (no token).")
-    return IndexFile(prefix, _DTYPES[code], lengths, bounds - 1, tokens, bin_bytes, idx_bytes)
 
 
-def check_tables(prefix: str) -> None:
-    """Check every offset and document boundary of an index that `read_index` accepted.
+def _check_offsets(prefix: str, lengths: np.ndarray, offsets: np.ndarray, itemsize: int) -> None:
+    """Each sequence begins where the one before it ends."""
+    begin = 0
+    for first, part in _chunks(lengths):
+        ends = begin + np.cumsum(part, dtype=np.int64) * itemsize
+        found = offsets[first : first + len(part)]
+        wrong = found != ends - part.astype(np.int64) * itemsize
+        if wrong.any():
+            where = first + int(np.argmax(wrong))
+            raise _damaged(
+                prefix,
+                f"{prefix}.idx has sequence {where} at byte {int(offsets[where])}, which is not "
+                "where the one before it ends",
+            )
+        begin = int(ends[-1])
 
-    Raises:
-        ConfigError: an offset is not where the lengths put it, or boundaries descend.
-    """
-    index = read_index(prefix)
-    sequences, itemsize = len(index.lengths), np.dtype(index.dtype).itemsize
-    idx = f"{prefix}.idx"
-    offsets = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 4 * sequences, (sequences,))
-    starts = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 12 * sequences, (index.documents + 1,))
-    ends = np.cumsum(index.lengths, dtype=np.int64) * itemsize
-    if sequences > 1 and not np.array_equal(offsets[1:], ends[:-1]):
-        first = int(np.argmax(offsets[1:] != ends[:-1])) + 1
-        raise _damaged(prefix, f"sequence {first} does not begin where the one before it ends")
-    if index.documents and int(np.diff(starts).min()) < 0:
-        raise _damaged(prefix, "document boundaries are not in order")
+
+def _check_boundaries(prefix: str, starts: np.ndarray, sequences: int) -> None:
+    """Documents begin at sequence 0, in order, and end with the last sequence."""
+    before = 0
+    for first, part in _chunks(starts):
+        wrong = np.diff(part, prepend=before) < 0
+        if first == 0:
+            wrong[0] = part[0] != 0
+        wrong |= part > sequences
+        if wrong.any():
+            where = first + int(np.argmax(wrong))
+            raise _damaged(
+                prefix,
+                f"{prefix}.idx has document {where} begin at sequence {int(starts[where])} of "
+                f"{sequences}, which is out of order",
+            )
+        before = int(part[-1])
+    if before != sequences:
+        raise _damaged(
+            prefix, f"the documents in {prefix}.idx end at sequence {before} of {sequences}"
+        )
+
+
+def _chunks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    for first in range(0, len(array), _CHUNK):
+        yield first, array[first : first + _CHUNK]
 
 
 def _damaged(prefix: str, what: str) -> ConfigError:

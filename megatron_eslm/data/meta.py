@@ -4,30 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.json_file import read_json
+from megatron_eslm.files.schema import STRICT, Count, Size, parse_as
 
 FORMAT_VERSION = 1
+
+Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
+"""A checksum, or the identity of a tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFacts:
+    """What `Tokenizer.describe()` says, as data and models store it."""
+
+    __pydantic_config__ = STRICT
+    type: str
+    identity: Sha256
+    vocab_size: Size
+    eod: Count
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataMeta:
     """The stored facts about one `.bin/.idx` pair."""
 
+    __pydantic_config__ = STRICT
     tokenizer: dict[str, Any]
-    """`Tokenizer.describe()`."""
-    documents: int
-    tokens: int
-    max_token_id: int
+    """`Tokenizer.describe()`; what `read_meta` returns fits TokenizerFacts."""
+    documents: Count
+    tokens: Count
+    max_token_id: Count
     append_eod: bool
     sources: list[str]
-    bin_bytes: int
-    bin_sha256: str
-    idx_bytes: int
-    idx_sha256: str
+    bin_bytes: Count
+    bin_sha256: Sha256
+    idx_bytes: Count
+    idx_sha256: Sha256
     format_version: int = FORMAT_VERSION
 
     def write(self, path: Path) -> None:
@@ -39,28 +59,21 @@ def read_meta(prefix: str) -> DataMeta | None:
     """The facts stored beside `prefix`; None where no such file lies (Megatron-LM's own tool).
 
     Raises:
-        ConfigError: the file is there and cannot be read.
+        ConfigError: the file is there and cannot be read, or is not as `DataMeta.write` wrote it.
     """
     path = Path(f"{prefix}.meta.json")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields["format_version"] != FORMAT_VERSION:
-            raise ConfigError(
-                f"{path} has format version {fields['format_version']}; this version of the "
-                f"package reads {FORMAT_VERSION}. Preprocess the data again."
-            )
-        meta = DataMeta(**fields)
-        if not isinstance(meta.tokenizer["identity"], str):
-            raise TypeError("tokenizer identity is not text")
+        fields = read_json(path)
+        version = fields.get("format_version") if isinstance(fields, dict) else None
+        if type(version) is int and version != FORMAT_VERSION:
+            raise ConfigError(f"{path} has format version {version}, this reads {FORMAT_VERSION}.")
+        meta = parse_as(DataMeta, fields, str(path))
+        parse_as(TokenizerFacts, meta.tokenizer, f"{path} (tokenizer)")
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError as error:
         raise ConfigError(
-            f"{path} is damaged ({error}). Write the data anew with tools/preprocess_data.py "
-            "--overwrite, or delete this file and name the tokenizer with --tokenizer-type."
+            f"{error} Write the data anew with tools/preprocess_data.py --overwrite, or delete "
+            "this file and name the tokenizer with --tokenizer-type."
         ) from error
     return meta

@@ -12,10 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
 import os
-import shutil
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,17 +23,21 @@ import numpy as np
 import torch
 
 from megatron_eslm.data.label_noise import LabelNoise
+from megatron_eslm.data.limits import check_order
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.plan import MixtureReport, document_ranges, plan_mixture
 from megatron_eslm.data.quiet import gpt_dataset
 from megatron_eslm.data.reference_losses import ReferenceLosses
+from megatron_eslm.data.shared_folder import shared_folder
 from megatron_eslm.data.source import DataSource
 from megatron_eslm.errors import ConfigError
-
-logger = logging.getLogger(__name__)
+from megatron_eslm.parallel.ranks import rank_zero_first
 
 VALIDATION_SEED = 1234
 """Validation sequences are the same whatever --seed is: runs of several seeds are compared."""
+
+_CACHE_FORMAT = 2
+"""Enters the names of cache folders: raise it where they are to be built anew."""
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -138,7 +139,7 @@ def build_datasets(
 ) -> Datasets:
     """The training and validation sequences.
 
-    Where torch.distributed is initialized every rank has to call this: rank 0 writes the index
+    Where torch.distributed is initialized every rank has to call this: rank 0 builds the index
     cache, the others read it. An error on any rank is raised on all.
 
     Args:
@@ -154,7 +155,8 @@ def build_datasets(
         reference: stored losses for training to read with its tokens.
 
     Raises:
-        ConfigError: a split too small for one sequence, or a cache folder that cannot be used.
+        ConfigError: a split too small for one sequence, more than can be counted, or a cache folder
+            that cannot be used.
     """
     report = plan_mixture(
         source,
@@ -163,6 +165,12 @@ def build_datasets(
         train_samples=train_samples,
         valid_samples=valid_samples,
         aligns=aligns,
+    )
+    check_order(
+        seed=seed,
+        seq_length=seq_length,
+        train_samples=train_samples,
+        epochs={domain.prefix: domain.epochs for domain in report.domains},
     )
 
     noise = LabelNoise(share=options.label_noise, seed=seed) if options.label_noise else None
@@ -184,7 +192,7 @@ def build_datasets(
             alignment=both.part(evaluated, len(both)) if both is not None and aligns else None,
         )
 
-    return _rank_zero_first(build)
+    return rank_zero_first(build)
 
 
 def _build_split(
@@ -211,7 +219,7 @@ def _build_split(
         parts.append(
             _cached(
                 root,
-                f"{domain.name}-{split}",
+                f"{os.path.basename(domain.prefix)}-{split}",
                 key,
                 lambda folder, d=domain, c=count: _gpt_dataset(  # type: ignore[misc]
                     source, options, d.prefix, split, c, report.seq_length, seed, folder
@@ -289,57 +297,34 @@ def _blend(folder: str, weights: list[float], num_samples: int) -> tuple[np.ndar
 
 
 def _cached(root: str, label: str, key: list[Any], make: Callable[[str], Any]) -> Any:
-    """`make(folder)` in a folder of `root` that appears under its name only when complete.
+    """`make(folder)` of a folder in `root` that all runs of this key share.
 
-    `make` writes its indices into an empty folder and reads them from a complete one; a run killed
-    while writing leaves no cache that another would trust.
+    `make` writes its indices into an empty folder and reads them from a complete one.
     """
+    key = [_CACHE_FORMAT, *key]
     name = f"{label}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}"
     folder = Path(root, name)
+    where = "name one by --data-cache-path"
     try:
-        if not folder.is_dir():
-            if _rank() != 0:
-                raise ConfigError(
-                    f"--data-cache-path {root}: the indices that rank 0 wrote to {folder} are not "
-                    f"there on rank {_rank()}. Name a folder that all machines share."
-                )
-            Path(root).mkdir(parents=True, exist_ok=True)
-            unfinished = tempfile.mkdtemp(prefix=f".{name}-", dir=root)
-            try:
-                logger.info("building %s", folder)
-                make(unfinished)
-                os.chmod(unfinished, 0o755)  # mkdtemp's is for this user alone
-                if not folder.is_dir():
-                    os.rename(unfinished, folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+        shared_folder(folder, lambda aside: make(str(aside)), where)
+        for path in folder.glob("*.npy"):
+            # megatron-core would run code that an array of objects holds.
+            np.load(path, mmap_mode="r", allow_pickle=False)
         return make(str(folder))
     except OSError as error:
         raise ConfigError(
             f"The index cache {folder} cannot be written or read: {error}. Name a folder with room "
             "and permission by --data-cache-path."
         ) from error
+    except MemoryError as error:
+        raise ConfigError(
+            f"The index cache {folder} cannot be built: {error or 'out of memory'}. Train on fewer "
+            "samples or use a machine of more memory."
+        ) from error
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"The index cache {folder} is damaged ({error}). Delete it; it is built again."
+            f"The index cache {folder} is not as it was written ({error}). Delete it; it is built "
+            "again."
         ) from error
-
-
-def _rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _rank_zero_first(build: Callable[[], Datasets]) -> Datasets:
-    import torch.distributed as dist
-
-    from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return build()
-    made: list[Datasets] = []
-    on_rank_zero(lambda: made.append(build()))
-    return on_every_rank(lambda: made[0] if made else build())

@@ -55,6 +55,13 @@ class DataOptions:
     it starts; raise this to consent to the repetition."""
 
     def __post_init__(self) -> None:
+        for name in ("data_path", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model"):
+            value = getattr(self, name)
+            if value is not None and "\0" in "".join(value):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {value!r} holds a NUL character, which no path "
+                    "can; remove it."
+                )
         if self.num_workers < 0:
             raise ConfigError(f"--num-workers {self.num_workers} is negative; use 0 or more.")
         if not 0.0 <= self.label_noise <= 1.0:

@@ -2,60 +2,65 @@
 
 `PREFIX.reference-NAME.npy` is float16 [tokens of PREFIX.bin]: entry i is the loss, in nats, of
 predicting token i from what precedes it. So one file serves every mixture, seed, epoch and split.
-`PREFIX.reference-NAME.json` says of which data and which weights they are, and how many are there:
-a writer that was killed goes on where this says, and nobody reads a file that is not complete.
+`PREFIX.reference-NAME.json` says of which data and which weights they are, how many are there, and
+their checksum: a writer that was killed goes on where this says, and nobody reads a file that is
+not complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from megatron_eslm.data.contents import fingerprint
 from megatron_eslm.data.index_file import IndexFile, read_index
 from megatron_eslm.data.meta import read_meta
-from megatron_eslm.data.source import DataSource, fingerprint
+from megatron_eslm.data.source import DataSource
 from megatron_eslm.errors import ConfigError
-
-FORMAT_VERSION = 1
+from megatron_eslm.files.checksum import crc32_of
+from megatron_eslm.files.durable import write_whole
+from megatron_eslm.files.lock import FileLock
+from megatron_eslm.files.regular import open_regular
+from megatron_eslm.files.schema import STRICT, Count, Size, read_as
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceMeta:
     """What one file of losses is of."""
 
+    __pydantic_config__ = STRICT
     data: str
     """Fingerprint of the `.bin/.idx` pair."""
     weights: str
     """Fingerprint of the reference model's weights."""
-    seq_length: int
+    seq_length: Size
     """Tokens that were predicted from one context, at most."""
     dtype: str
     """In which the reference model computed."""
-    tokens: int
-    scored: int = 0
+    tokens: Count
+    scored: Count = 0
     """Tokens whose losses are in the file; it is complete where that is `tokens`."""
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def complete(self) -> bool:
-        """Whether every token is scored."""
-        return self.scored == self.tokens
+    crc32: Count | None = None
+    """Of these losses; None in files of versions that did not store it."""
+    format_version: Literal[1] = 1
 
     def differences(self, other: ReferenceMeta) -> list[str]:
         """What makes two files other losses, in words."""
         return [
             f"{f.name}: {getattr(self, f.name)} there, {getattr(other, f.name)} here"
             for f in dataclasses.fields(self)
-            if f.name != "scored" and getattr(self, f.name) != getattr(other, f.name)
+            if f.name not in ("scored", "crc32") and getattr(self, f.name) != getattr(other, f.name)
         ]
 
 
@@ -92,46 +97,44 @@ class ReferenceWriter:
         """
         self._path = losses_path(prefix, name)
         self._json = self._path.with_suffix(".json")
-        stored = None if overwrite else _read_meta(self._json)
-        if stored is not None and (differences := stored.differences(meta)):
-            raise ConfigError(
-                f"{self._path} holds losses of something else ({'; '.join(differences)}). Choose "
-                "another --name, or replace them with --overwrite."
-            )
-        self._meta = dataclasses.replace(meta, scored=stored.scored if stored else 0)
-        try:
-            self._file = self._open()
-        except OSError as error:
-            raise _disk_error(self._path, error) from error
+        with contextlib.ExitStack() as stack:
+            try:
+                self._lock = stack.enter_context(FileLock(self._path.with_suffix(".lock")))
+                self._lock.take(f"--name {name}: {self._path}", "Wait, or choose another --name.")
+                self._meta = self._begin(meta, overwrite)
+                self._file = self._open()
+            except OSError as error:
+                raise _disk_error(self._path, error) from error
+            stack.pop_all()  # all is well: the lock is kept
 
     @property
     def scored(self) -> int:
         """Tokens that are done."""
         return self._meta.scored
 
-    def _open(self) -> BinaryIO:
-        file = self._path.open("r+b" if self._path.exists() else "w+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
+    def _begin(self, meta: ReferenceMeta, overwrite: bool) -> ReferenceMeta:
+        """Where to go on: what is counted and found as it was written, or nothing."""
+        stored = None if overwrite else _read_meta(self._json)
+        if stored is not None and (differences := stored.differences(meta)):
             raise ConfigError(
-                f"{self._path} is being written by another process; wait for it, or choose another "
-                "--name."
-            ) from error
+                f"{self._path} holds losses of something else ({'; '.join(differences)}). Choose "
+                "another --name, or replace them with --overwrite."
+            )
+        if stored is not None and stored.scored:
+            _check_losses(self._path, stored)
+            return stored
+        # Removed, not emptied: a run may have the old file mapped.
+        self._json.unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
+        return dataclasses.replace(meta, scored=0, crc32=0)
+
+    def _open(self) -> BinaryIO:
+        file = self._path.open("r+b" if self._meta.scored else "w+b")
         header = {"descr": "<f2", "fortran_order": False, "shape": (self._meta.tokens,)}
         np.lib.format.write_array_header_1_0(file, header)
-        begin, end = file.tell(), file.seek(0, os.SEEK_END)
-        counted = begin + 2 * self._meta.scored
-        if end < counted:
-            file.close()
-            raise ConfigError(
-                f"{self._path} is damaged: it ends before the {self._meta.scored} losses that its "
-                ".json counts. Begin anew with --overwrite."
-            )
         # What was written after it was last counted is written again.
-        file.truncate(counted)
-        file.seek(counted)
+        file.truncate(file.tell() + 2 * self._meta.scored)
+        file.seek(0, os.SEEK_END)
         self._write_meta()
         return file
 
@@ -146,27 +149,28 @@ class ReferenceWriter:
             raise ValueError(f"{self.scored} + {len(losses)} of {self._meta.tokens} losses")
         largest = np.finfo(np.float16).max
         try:
-            self._file.write(np.minimum(losses, largest).astype("<f2").tobytes())
+            data = np.minimum(losses, largest).astype("<f2").tobytes()
+            self._file.write(data)
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._meta = dataclasses.replace(self._meta, scored=self.scored + len(losses))
+            crc = None if self._meta.crc32 is None else zlib.crc32(data, self._meta.crc32)
+            self._meta = dataclasses.replace(
+                self._meta, scored=self.scored + len(losses), crc32=crc
+            )
             self._write_meta()
         except OSError as error:
             raise _disk_error(self._path, error) from error
 
     def _write_meta(self) -> None:
-        temporary = self._json.with_suffix(".json.tmp")
-        with temporary.open("w") as file:
-            file.write(json.dumps(dataclasses.asdict(self._meta), indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._json)
+        text = json.dumps(dataclasses.asdict(self._meta), indent=1) + "\n"
+        write_whole(self._json, text.encode())
 
     def __enter__(self) -> ReferenceWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        self._lock.release()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,36 +220,89 @@ def open_reference_losses(source: DataSource, name: str) -> ReferenceLosses:
 
 
 def _open_domain(prefix: str, name: str) -> tuple[ReferenceMeta, np.ndarray]:
-    path, index = losses_path(prefix, name), read_index(prefix)
+    path, index = losses_path(prefix, name), read_index(prefix, trust=True)
     command = f"tools/score_reference.py --data-path {prefix} --name {name}"
     meta = _read_meta(path.with_suffix(".json"))
-    if meta is None or not path.is_file():
+    if meta is None or not path.exists():
         raise ConfigError(
             f"--reference-losses {name}: there is no {path} with its .json. Score the text with "
             f"{command} --load and a reference model, or use --reference."
         )
-    if meta.data != data_fingerprint(index) or meta.tokens != index.tokens:
-        raise ConfigError(
-            f"--reference-losses {name}: {path} was made of other text than {prefix}.bin. Score it "
-            f"again: {command} --overwrite."
-        )
-    if not meta.complete:
+    _check_text(path, meta, index)
+    if meta.scored < meta.tokens:
         raise ConfigError(
             f"--reference-losses {name}: {path} has {meta.scored} of {meta.tokens} tokens. Run the "
             "tools/score_reference.py command that began it again; it goes on from there."
         )
+    return meta, _map_losses(path, meta)
+
+
+def verify_losses(index: IndexFile) -> Iterator[str]:
+    """Compare all losses beside a pair with its text and their checksums.
+
+    Yields:
+        The name of each that is complete.
+
+    Raises:
+        ConfigError: one is damaged, or of other text.
+    """
+    folder, before = Path(index.prefix).parent, f"{Path(index.prefix).name}.reference-"
+    for path in sorted(folder.iterdir()):
+        if not (path.name.startswith(before) and path.name.endswith(".json")):
+            continue
+        meta = _read_meta(path)
+        if meta is not None and meta.scored:
+            _check_text(path.with_suffix(".npy"), meta, index)
+            _check_losses(path.with_suffix(".npy"), meta)
+            if meta.scored == meta.tokens:
+                yield path.name.removeprefix(before).removesuffix(".json")
+
+
+def _check_text(path: Path, meta: ReferenceMeta, index: IndexFile) -> None:
+    """ConfigError where the losses are not of this pair."""
+    if meta.data != data_fingerprint(index) or meta.tokens != index.tokens:
+        raise ConfigError(
+            f"{path} was made of other text than {index.prefix}.bin. Score it again with "
+            "tools/score_reference.py --overwrite."
+        )
+
+
+def _map_losses(path: Path, meta: ReferenceMeta) -> np.ndarray:
+    """The losses of a file, a memory map; ConfigError where it is not as long as it should be."""
     try:
+        open_regular(path).close()
         losses = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as error:
-        raise _damaged(path, str(error), command) from error
-    if losses.dtype != np.float16 or losses.shape != (index.tokens,):
-        found = f"it holds {losses.dtype} {list(losses.shape)}"
-        raise _damaged(path, found, command)
-    return meta, losses
+        raise _damaged(path, str(error).removesuffix(".")) from error
+    if losses.dtype != np.float16 or losses.shape != (meta.tokens,):
+        raise _damaged(path, f"it holds {losses.dtype} {list(losses.shape)}")
+    return losses
 
 
-def _damaged(path: Path, what: str, command: str) -> ConfigError:
-    return ConfigError(f"{path} is damaged ({what}). Write it anew: {command} --overwrite.")
+def _check_losses(path: Path, meta: ReferenceMeta) -> None:
+    """Compare the counted losses with their checksum; ConfigError where they are damaged."""
+    counted = 2 * meta.scored
+    try:
+        with open_regular(path) as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            if shape != (meta.tokens,) or dtype != np.float16:
+                raise _damaged(path, f"it holds {dtype} {list(shape)}")
+            if os.fstat(file.fileno()).st_size - file.tell() < counted:
+                raise _damaged(path, f"it ends before the {meta.scored} losses that are counted")
+            if meta.crc32 is not None and crc32_of(file, counted) != meta.crc32:
+                raise _damaged(path, "its contents have changed")
+    except ConfigError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"{path} is damaged ({what}). Score the text again with tools/score_reference.py "
+        "--overwrite."
+    )
 
 
 def _disk_error(path: Path, error: OSError) -> ConfigError:
@@ -257,14 +314,16 @@ def _disk_error(path: Path, error: OSError) -> ConfigError:
 
 def _read_meta(path: Path) -> ReferenceMeta | None:
     try:
-        return ReferenceMeta(**json.loads(path.read_text()))
+        meta = read_as(ReferenceMeta, path)
+        if meta.scored > meta.tokens:
+            raise ConfigError(f"{path} counts {meta.scored} of {meta.tokens} losses.")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except ConfigError as error:
         raise ConfigError(
-            f"{path} cannot be read ({error}). Remove it and the .npy beside it, and score the "
-            "text again."
+            f"{error} Remove it and the .npy beside it, and score the text again."
         ) from error
+    return meta
 
 
 def positions_of(part: Any, index: int) -> np.ndarray:

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
-
+from megatron_eslm.data.contents import check_ends, check_ids, check_meta, check_sum, fingerprint
 from megatron_eslm.data.document_ends import check_document_ends
 from megatron_eslm.data.index_file import IndexFile, read_index
+from megatron_eslm.data.limits import check_domains
 from megatron_eslm.data.meta import DataMeta, read_meta
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.parallel.ranks import first_on_machine, has_group, rank_zero_first
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-_SCAN_IDS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,34 +48,44 @@ class DataSource:
 def open_data(options: DataOptions) -> DataSource:
     """Check everything that can be checked before training and return what it is.
 
-    Where torch.distributed is initialized every rank has to call this: the scan of files that come
-    without facts runs on rank 0 only, and its error stops all.
+    Where torch.distributed is initialized every rank has to call this. Whole files are read by rank
+    0 and by the first rank of each other machine; the others trust them. An error on any rank is
+    raised on all, other data on another machine being one.
 
     Raises:
         ConfigError: anything about `--data-path`, its files or the tokenizer flags is wrong.
     """
+    source = rank_zero_first(lambda: _open(options, trust=not first_on_machine()))
+    if has_group():
+        from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
+
+        expected = on_rank_zero(lambda: source.fingerprint)
+        on_every_rank(lambda: _check_same(source, expected))
+    return source
+
+
+def _check_same(source: DataSource, expected: str) -> None:
+    if source.fingerprint != expected:
+        raise ConfigError(
+            f"--data-path {' '.join(domain.prefix for domain in source.domains)} is other data "
+            "here than on the machine of rank 0. Copy the same files to all machines, or name a "
+            "folder that they share."
+        )
+
+
+def _open(options: DataOptions, *, trust: bool) -> DataSource:
     pairs = parse_data_path(options.data_path)
     parse_split(options.split)
-    indexes = [read_index(prefix) for _, prefix in pairs]
+    check_domains(len(pairs))
+    indexes = [read_index(prefix, trust=trust) for _, prefix in pairs]
     metas = [read_meta(prefix) for _, prefix in pairs]
     for index, meta in zip(indexes, metas, strict=True):
         if meta is not None:
             check_meta(index, meta)
     tokenizer = _common_tokenizer(options, [prefix for _, prefix in pairs], metas)
     for index, meta in zip(indexes, metas, strict=True):
-        if meta is None:
-            logger.warning(
-                "%s has no %s.meta.json: that its tokenizer is the given %s cannot be verified",
-                index.prefix,
-                os.path.basename(index.prefix),
-                tokenizer.name,
-            )
-            _share_rank_zero(lambda index=index: check_ids(index, tokenizer))  # type: ignore[misc]
-        elif meta.max_token_id >= tokenizer.vocab_size:
-            raise ConfigError(
-                f"--data-path {index.prefix} holds the id {meta.max_token_id}, beyond the "
-                f"vocabulary of {tokenizer.vocab_size}; preprocess it again."
-            )
+        if not trust:
+            _check_contents(index, meta, tokenizer)
     check_document_ends(
         zip(indexes, metas, strict=True), tokenizer.eod, eod_mask_loss=options.eod_mask_loss
     )
@@ -101,6 +105,25 @@ def open_data(options: DataOptions) -> DataSource:
     for index, meta in zip(indexes, metas, strict=True):
         digest.update(fingerprint(index, meta).encode())
     return DataSource(tokenizer=tokenizer, domains=domains, fingerprint=digest.hexdigest())
+
+
+def _check_contents(index: IndexFile, meta: DataMeta | None, tokenizer: Tokenizer) -> None:
+    if meta is None:
+        logger.warning(
+            "%s has no %s.meta.json: that its tokenizer is the given %s cannot be verified",
+            index.prefix,
+            os.path.basename(index.prefix),
+            tokenizer.name,
+        )
+        check_ids(index, tokenizer)
+        return
+    if meta.max_token_id >= tokenizer.vocab_size:
+        raise ConfigError(
+            f"--data-path {index.prefix} holds the id {meta.max_token_id}, beyond the "
+            f"vocabulary of {tokenizer.vocab_size}; preprocess it again."
+        )
+    check_sum(index.prefix, ".idx", meta.idx_sha256)
+    check_ends(index, meta, tokenizer.eod, every=False)
 
 
 def parse_data_path(words: Sequence[str]) -> list[tuple[float, str]]:
@@ -168,45 +191,6 @@ def parse_split(split: str) -> tuple[float, float, float]:
     return (shares[0] / total, shares[1] / total, shares[2] / total)
 
 
-def check_ids(index: IndexFile, tokenizer: Tokenizer) -> None:
-    """Read all ids once and compare them with the vocabulary.
-
-    Raises:
-        ConfigError: names the file, the first id outside [0, vocab_size) and its position.
-    """
-    ids = index.ids()
-    for begin in range(0, len(ids), _SCAN_IDS):
-        part = ids[begin : begin + _SCAN_IDS]
-        if int(part.max()) < tokenizer.vocab_size and int(part.min()) >= 0:
-            continue
-        where = int(np.argmax((part >= tokenizer.vocab_size) | (part < 0)))
-        raise ConfigError(
-            f"{index.prefix}.bin holds the id {int(part[where])} at position {begin + where}, "
-            f"outside the vocabulary of {tokenizer.vocab_size} of the {tokenizer.name} in use. "
-            "Name the tokenizer that the data was made with (--tokenizer-type and its files)."
-        )
-
-
-def check_meta(index: IndexFile, meta: DataMeta) -> None:
-    """Compare the counts stored beside a pair with the pair.
-
-    Raises:
-        ConfigError: they differ.
-    """
-    for what, stored, found in (
-        ("bytes in .bin", meta.bin_bytes, index.bin_bytes),
-        ("bytes in .idx", meta.idx_bytes, index.idx_bytes),
-        ("documents", meta.documents, index.documents),
-        ("tokens", meta.tokens, index.tokens),
-    ):
-        if stored != found:
-            raise ConfigError(
-                f"--data-path {index.prefix}: {index.prefix}.meta.json says {stored} {what}, the "
-                f"files have {found}. They are not of one run; copy all of them again or "
-                "preprocess with --overwrite."
-            )
-
-
 def _common_tokenizer(
     options: DataOptions, prefixes: list[str], metas: list[DataMeta | None]
 ) -> Tokenizer:
@@ -262,24 +246,3 @@ def _show(meta: DataMeta) -> str:
 def _names(prefixes: list[str]) -> list[str]:
     short = [os.path.basename(prefix) for prefix in prefixes]
     return short if len(set(short)) == len(short) else list(prefixes)
-
-
-def fingerprint(index: IndexFile, meta: DataMeta | None) -> str:
-    """Changes with the contents of one pair."""
-    if meta is not None:
-        return json.dumps([meta.bin_sha256, meta.idx_sha256])
-    # Without stored sums: the whole index and both ends of the ids; reading all of a large .bin
-    # at every start would be too slow.
-    digest = hashlib.sha256(Path(f"{index.prefix}.idx").read_bytes())
-    ids = index.ids()
-    digest.update(ids[:_SCAN_IDS].tobytes())
-    digest.update(ids[-_SCAN_IDS:].tobytes())
-    return digest.hexdigest()
-
-
-def _share_rank_zero(do: Callable[[], T]) -> T:
-    import torch.distributed as dist
-
-    from megatron_eslm.parallel.collectives import on_rank_zero
-
-    return on_rank_zero(do) if dist.is_available() and dist.is_initialized() else do()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from megatron_eslm.data.index_file import IndexFile, check_tables, read_index
-from megatron_eslm.data.meta import DataMeta, read_meta
-from megatron_eslm.data.source import check_ids, check_meta
+from megatron_eslm.data.contents import check_ends, check_ids, check_meta, check_sum
+from megatron_eslm.data.index_file import read_index
+from megatron_eslm.data.meta import read_meta
+from megatron_eslm.data.reference_losses import verify_losses
 from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_eslm.errors import ConfigError
-
-_CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +26,8 @@ class VerifiedData:
     """None where no facts lie beside the pair: then ids and sums could not be compared."""
     sample: str
     """The first 200 characters."""
+    losses: tuple[str, ...]
+    """Names of the reference losses beside it, which are whole, too."""
 
 
 def verify_data(prefix: str) -> VerifiedData:
@@ -37,26 +36,25 @@ def verify_data(prefix: str) -> VerifiedData:
     Raises:
         ConfigError: the first thing that is wrong.
     """
-    index = read_index(prefix)
-    check_tables(prefix)
-    meta = read_meta(prefix)
+    index, meta = read_index(prefix), read_meta(prefix)
     tokenizer, sample = None, ""
     if meta is not None:
         check_meta(index, meta)
-        for suffix, stored in ((".bin", meta.bin_sha256), (".idx", meta.idx_sha256)):
-            if _sha256(Path(f"{prefix}{suffix}")) != stored:
-                raise ConfigError(
-                    f"{prefix}{suffix} is damaged: its checksum is not the one in "
-                    f"{prefix}.meta.json. Copy it again or preprocess with --overwrite."
-                )
+        check_sum(prefix, ".idx", meta.idx_sha256)
+        check_sum(prefix, ".bin", meta.bin_sha256)
         tokenizer = load_tokenizer(f"{prefix}.tokenizer")
         if tokenizer.identity != meta.tokenizer["identity"]:
             raise ConfigError(
                 f"{prefix}.tokenizer is not the tokenizer that the data was made with; put the "
                 "original folder back."
             )
-        check_ids(index, tokenizer)
-        _check_ends(index, meta, tokenizer)
+        largest = check_ids(index, tokenizer)
+        if largest != meta.max_token_id:
+            raise ConfigError(
+                f"{prefix}.meta.json says that the largest id is {meta.max_token_id}, and it is "
+                f"{largest}. The file was changed; copy it again or preprocess with --overwrite."
+            )
+        check_ends(index, meta, tokenizer.eod, every=True)
         sample = tokenizer.decode(index.ids()[:1000].tolist())[:200]
     return VerifiedData(
         prefix=prefix,
@@ -65,25 +63,5 @@ def verify_data(prefix: str) -> VerifiedData:
         dtype=np.dtype(index.dtype).name,
         tokenizer=tokenizer,
         sample=sample,
+        losses=tuple(verify_losses(index)),
     )
-
-
-def _check_ends(index: IndexFile, meta: DataMeta, tokenizer: Tokenizer) -> None:
-    """Data written with --append-eod has the end-of-document id last in each document."""
-    if not meta.append_eod:
-        return
-    last = np.cumsum(index.lengths, dtype=np.int64) - 1
-    wrong = np.flatnonzero(index.ids()[last] != tokenizer.eod)
-    if len(wrong):
-        raise ConfigError(
-            f"{index.prefix}: document {int(wrong[0])} does not end in the end-of-document id "
-            f"{tokenizer.eod}, though {index.prefix}.meta.json says that all do."
-        )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

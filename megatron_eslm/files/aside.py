@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,7 +15,11 @@ from megatron_eslm.files.lock import FileLock
 
 logger = logging.getLogger(__name__)
 
+BUILDER_LOCK = ".building.lock"
+"""Ending of a lock beside a folder that only one process builds at a time."""
+
 _LOCK = ".lock"
+_OURS = re.compile(r"\..+\.building(-[0-9a-f]{12})?\.lock")
 
 
 @contextmanager
@@ -21,7 +27,7 @@ def aside_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside `target`, on the same file system, gone when the block ends.
 
     Move what was built out of it (or the folder itself) to publish it. Folders that killed
-    processes left beside the same target are removed; those of living ones are not.
+    processes left beside it are removed; those of living ones are not.
 
     Raises:
         OSError: the folder cannot be made.
@@ -38,15 +44,17 @@ def aside_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_stale(target: Path) -> None:
-    """Remove folders that `aside_folder(target)` made in processes that are gone."""
-    prefix = _prefix(target)
+    """Remove what processes that are gone left of `aside_folder`, for any target beside this one.
+
+    For any: the same target may never be built again.
+    """
     for path in list(target.parent.iterdir()):
-        if not (path.name.startswith(prefix) and path.name.endswith(_LOCK)):
+        if not _OURS.fullmatch(path.name):
             continue
-        lock = FileLock(path)
-        if not lock.acquire():
-            continue
-        with lock:
+        with contextlib.suppress(PermissionError), FileLock(path) as lock:
+            if not lock.acquire():
+                continue
+            # Releasing the lock removes its file.
             folder = path.with_name(path.name.removesuffix(_LOCK))
             if lock.excludes and folder.exists():
                 logger.info("removing %s, which a killed process left", folder)
@@ -56,11 +64,7 @@ def remove_stale(target: Path) -> None:
 def _own_name(target: Path) -> tuple[Path, FileLock]:
     # The lock comes before the folder, so that no folder is ever seen without its lock.
     while True:
-        folder = target.with_name(_prefix(target) + uuid.uuid4().hex[:12])
+        folder = target.with_name(f".{target.name}.building-{uuid.uuid4().hex[:12]}")
         lock = FileLock(folder.with_name(folder.name + _LOCK))
         if lock.acquire():
             return folder, lock
-
-
-def _prefix(target: Path) -> str:
-    return f".{target.name}.building-"

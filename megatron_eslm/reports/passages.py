@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
@@ -14,6 +15,7 @@ from megatron_eslm.data.meta import read_meta
 from megatron_eslm.data.plan import document_ranges
 from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.regular import open_regular
 
 END_OF_DOCUMENT = "⟨end⟩"
 """What stands for the end-of-document id."""
@@ -53,7 +55,10 @@ def read_text(path: str) -> str:
         ConfigError: it cannot be read.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            return io.TextIOWrapper(file, encoding="utf-8").read()
+    except ConfigError as error:
+        raise ConfigError(f"--text: {error} Give a UTF-8 file.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--text {path} cannot be read: {error}. Give a UTF-8 file.") from error
 

@@ -25,6 +25,7 @@ from megatron_eslm.ops.head_kernel import resolve_head_kernel
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.parallel.phases import Phases
+from megatron_eslm.parallel.ranks import rank_zero_first
 from megatron_eslm.selection.objective import Objective
 from megatron_eslm.selection.policy import SelectionPolicy, build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
@@ -67,7 +68,7 @@ DEMO_FOLDER = "demo/corpus"
 
 
 def open_run_data(run: RunConfig) -> tuple[DataSource, DataOptions]:
-    """The data of a run; without --data-path the demo corpus, made on first use by rank 0."""
+    """The data of a run; without --data-path the demo corpus, made on first use."""
     options = run.data
     if run.demo:
         logger.info(
@@ -75,9 +76,9 @@ def open_run_data(run: RunConfig) -> tuple[DataSource, DataOptions]:
             "documentation)",
             DEMO_FOLDER,
         )
-        words = on_rank_zero(lambda: prepare_demo_corpus(DEMO_FOLDER))
+        words = rank_zero_first(lambda: prepare_demo_corpus(DEMO_FOLDER))
         options = dataclasses.replace(options, data_path=tuple(words))
-    return on_every_rank(lambda: open_data(options)), options
+    return open_data(options), options
 
 
 def plan_run(run: RunConfig, source: DataSource, options: DataOptions) -> MixtureReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import json
+import multiprocessing
 import os
 
 import pytest
@@ -12,6 +12,7 @@ from megatron_eslm.data import demo_corpus
 from megatron_eslm.data.demo_corpus import prepare_demo_corpus, split_docstrings
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.source import open_data
+from megatron_eslm.data.verify import verify_data
 from megatron_eslm.errors import ConfigError
 
 SOURCE = '''"""Module é text."""
@@ -78,7 +79,7 @@ def test_prepare(tmp_path, small, monkeypatch):
     assert prepare_demo_corpus(str(tmp_path / "demo"), 500) != words
 
 
-def test_a_killed_call_is_made_up_for(tmp_path, small, monkeypatch):
+def test_a_failed_call_is_made_up_for(tmp_path, small, monkeypatch, caplog):
     folder = tmp_path / "demo"
     preprocess = demo_corpus.preprocess
     calls = []
@@ -93,13 +94,38 @@ def test_a_killed_call_is_made_up_for(tmp_path, small, monkeypatch):
         patch.setattr(demo_corpus, "preprocess", dies_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             prepare_demo_corpus(str(folder), 600)
-    assert not (folder / "complete.json").exists()
+    assert os.listdir(tmp_path) == []
+    folder.mkdir()
+    (folder / "complete.json").write_text("{}")  # as an earlier version left it
     words = prepare_demo_corpus(str(folder), 600)
-    open_data(DataOptions(data_path=tuple(words)))
-    (folder / "python_docs.idx").unlink()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    text = folder / "python_docs.bin"
+    text.write_bytes(bytes(text.stat().st_size))
     assert prepare_demo_corpus(str(folder), 600) == words
-    assert json.loads((folder / "complete.json").read_text())["vocab_size"] == 600
-    assert not [name for name in os.listdir(folder) if "building" in name or "tmp" in name]
+    assert "python_docs.bin is damaged: its contents have changed: building it" in caplog.text
+    assert verify_data(words[3]).documents > 1
+    assert sorted(os.listdir(tmp_path)) == ["demo", "demo.replaced"]
+
+
+def test_two_demos_at_once(tmp_path, small):
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+
+    def job() -> None:
+        try:
+            words = prepare_demo_corpus(str(tmp_path / "demo"), 600)
+            results.put([verify_data(prefix).tokens for prefix in words[1::2]])
+        except BaseException as error:
+            results.put(repr(error))
+
+    jobs = [fork.Process(target=job) for _ in range(2)]
+    for process in jobs:
+        process.start()
+    first, second = (results.get(timeout=60) for _ in jobs)
+    for process in jobs:
+        process.join()
+    assert first == second and len(first) == 2
+    assert os.listdir(tmp_path) == ["demo"]
 
 
 def test_no_library_and_no_room(tmp_path, monkeypatch, small):

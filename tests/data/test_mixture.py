@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_eslm.data import shared_folder
 from megatron_eslm.data.index_file import read_index
 from megatron_eslm.data.mixture import Datasets, build_datasets
 from megatron_eslm.data.options import DataOptions
@@ -18,6 +21,8 @@ from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.source import open_data
 from megatron_eslm.data.tokenizers import ByteTokenizer
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.built_once import RECORD, _seal
+from tests.harness import run_ranks
 
 T = 32
 
@@ -224,61 +229,130 @@ def test_split_too_small(two, domains):
         build(two, train=0)
 
 
-def test_cache_that_cannot_be_used(two, tmp_path):
+# --- the index cache
+
+
+def test_cache_that_cannot_be_written(two, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--data-cache-path"):
+    with pytest.raises(ConfigError, match=r"index cache .*file/alpha.* --data-cache-path"):
         build(two, data_cache_path=str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"--data-cache-path 'a.x00b' holds a NUL"):
+        build(two, data_cache_path="a\0b")
+
+
+def _behind_the_header(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:128] + bytes(len(data) - 128))
+
+
+def _an_object(path: Path) -> None:
+    np.save(path, np.array([_Print()], dtype=object))
+
+
+class _Print:
+    """What unpickling this would show."""
+
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_a_damaged_cache_is_built_again(two, tmp_path, caplog):
+    """Among them one that reads as the same sequence again and again."""
+    expected = rows(build(two).train)
+    caches = sorted((tmp_path / "cache").iterdir())
+    assert [cache.name.rpartition("-")[0] for cache in caches] == [
+        "alpha-train", "alpha-valid", "beta-train", "beta-valid", "blend-train", "blend-valid",
+    ]  # fmt: skip
+    shuffle = next(caches[0].glob("*shuffle_index.npy"))
+    for damage in (
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        _behind_the_header,
+        lambda path: path.write_bytes(path.read_bytes()[:-50]),
+        lambda path: path.unlink(),
+        _an_object,
+    ):
+        for path in (shuffle, caches[4] / "index.npy"):
+            damage(path)
+            caplog.clear()
+            with caplog.at_level("INFO", logger="megatron_eslm"):
+                assert rows(build(two).train) == expected
+            (line,) = caplog.messages
+            assert path.name in line and "building it again" in line
+
+
+def test_a_cache_that_would_run_code_is_refused(two, tmp_path, capfd):
+    """Whatever its record says: a record can be written, too."""
     build(two)
-    for path in (tmp_path / "cache").glob("alpha-train-*/*shuffle_index.npy"):
-        path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ConfigError, match=r"is damaged .*Delete it"):
+    cache = next((tmp_path / "cache").glob("blend-train-*"))
+    _an_object(cache / "domain.npy")
+    (cache / RECORD).unlink()
+    _seal(cache, "")
+    with pytest.raises(ConfigError, match=r"blend-train-.* is not as it was written"):
         build(two)
+    assert "executed" not in capfd.readouterr().out
+
+
+def test_domains_of_one_name_share_the_cache_folder(tmp_path, domains):
+    (tmp_path / "b").mkdir()
+    other = str(tmp_path / "b" / "alpha")
+    preprocess(["x"], other, ByteTokenizer(), documents=[f"{n} " * 20 for n in range(90)])
+    build(["1", domains[0], "1", other], data_cache_path=str(tmp_path / "cache"))
+    assert len([p for p in os.listdir(tmp_path / "cache") if p.startswith("alpha-train-")]) == 2
+    assert len(os.listdir(tmp_path / "b")) == 4
+
+
+def test_jobs_that_share_a_cache_start_at_once(two, tmp_path):
+    """Each builds or finds what another has built; all read the same."""
+    expected = rows(build(two, data_cache_path=str(tmp_path / "alone")).train)
+    fork = multiprocessing.get_context("fork")
+    for cache in ("a", "b", "c"):
+        start, results = fork.Barrier(4), fork.Queue()
+
+        def job(cache=cache, start=start, results=results) -> None:
+            start.wait()
+            try:
+                results.put(rows(build(two, data_cache_path=str(tmp_path / cache)).train))
+            except BaseException as error:
+                results.put(repr(error))
+
+        jobs = [fork.Process(target=job) for _ in range(4)]
+        for process in jobs:
+            process.start()
+        for _ in jobs:
+            assert results.get(timeout=60) == expected
+        for process in jobs:
+            process.join()
+        assert len(os.listdir(tmp_path / cache)) == 6
 
 
 # --- several processes
 
 
-def _rank(rank: int, world: int, store: str, words: list[str], out: str, cache: str | None) -> None:
-    import torch.distributed as dist
+def test_ranks_share_the_cache(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_folder, "WAIT_SECONDS", 0.5)
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    try:
-        data = build(words, data_cache_path=cache)
-        torch.save((rows(data.train), rows(data.valid)), f"{out}{rank}")
-    except ConfigError as error:
-        torch.save(str(error), f"{out}{rank}")
-    finally:
-        dist.destroy_process_group()
+    def attempt(cache: str):
+        try:
+            data = build(two, data_cache_path=str(tmp_path / cache))
+        except ConfigError as error:
+            return str(error)
+        return rows(data.train), rows(data.valid)
 
+    def on_rank(rank: int):
+        (tmp_path / "file").touch()
+        read = [attempt("shared")]
+        os.environ["LOCAL_RANK"] = "0"  # of another machine
+        read.append(attempt("shared"))
+        return read, attempt("file"), attempt(f"of rank {rank}")
 
-def _run_ranks(tmp_path: Path, words: list[str], cache: str | None) -> list:
-    import torch.multiprocessing as mp
-
-    name = f"{len(list(tmp_path.iterdir()))}"
-    mp.start_processes(
-        _rank,
-        args=(2, str(tmp_path / f"store{name}"), words, str(tmp_path / f"out{name}-"), cache),
-        nprocs=2,
-        start_method="fork",
-    )
-    return [torch.load(tmp_path / f"out{name}-{r}") for r in range(2)]
-
-
-@pytest.mark.timeout(120)
-def test_two_ranks(two, tmp_path):
-    first, second = _run_ranks(tmp_path, two, None)
-    assert first == second
+    first, second = run_ranks(2, on_rank)
     alone = build(two, data_cache_path=str(tmp_path / "alone"))
-    assert first == (rows(alone.train), rows(alone.valid))
-
-
-@pytest.mark.timeout(120)
-def test_error_of_rank_zero_stops_all(two, tmp_path):
-    (tmp_path / "file").write_text("")
-    first, second = _run_ranks(tmp_path, two, str(tmp_path / "file"))
-    assert "--data-cache-path" in first
-    assert first == second
+    assert first == second  # errors, too
+    assert first[0] == [(rows(alone.train), rows(alone.valid))] * 2
+    assert "--data-cache-path" in first[1]
+    for part in ("of rank 1/alpha-train-", "is not there", "All machines have to share", "rank 1)"):
+        assert part in first[2]
 
 
 def test_documents_may_span_sequences(tmp_path):

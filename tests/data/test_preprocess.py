@@ -380,10 +380,9 @@ def test_tools(tmp_path, corpus, run_here):
 def test_verify_finds_what_open_data_does_not_read(tmp_path, corpus, gpt2):
     prefix = str(tmp_path / "out")
     preprocess([corpus], prefix, gpt2)
-    idx = bytearray((tmp_path / "out.idx").read_bytes())
-    offset = 34 + 4 * 120 + 8 * 5
-    idx[offset] ^= 1
-    (tmp_path / "out.idx").write_bytes(idx)
+    ids = bytearray((tmp_path / "out.bin").read_bytes())
+    ids[20] ^= 1
+    (tmp_path / "out.bin").write_bytes(ids)
     open_data(DataOptions(data_path=(prefix,)))
-    with pytest.raises(ConfigError, match="sequence 5 does not begin where"):
+    with pytest.raises(ConfigError, match=r"out\.bin is damaged or of another run: its checksum"):
         verify_data(prefix)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 from pathlib import Path
 
 import pytest
 
+from megatron_eslm.data import index_file, source
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.source import open_data, parse_data_path, parse_split
 from megatron_eslm.data.tokenizers import ByteTokenizer
 from megatron_eslm.errors import ConfigError
+from tests.harness import run_ranks
 
 
 def opened(*words: str, **options):
@@ -79,60 +80,10 @@ def test_good_split():
     assert parse_split("1") == (1, 0, 0)
 
 
-def test_missing_files(tmp_path, domains):
-    with pytest.raises(ConfigError, match=r"there is no file .*absent\.bin .*preprocess_data"):
-        opened(str(tmp_path / "absent"))
-    with pytest.raises(ConfigError, match=r"Give the prefix without its ending: .*alpha\."):
-        opened(domains[0] + ".bin")
-    os.unlink(domains[0] + ".idx")
-    with pytest.raises(ConfigError, match=r"there is no file .*alpha\.idx"):
-        opened(domains[0])
-
-
-def test_damaged_bin(domains):
-    data = Path(domains[0] + ".bin").read_bytes()
-    Path(domains[0] + ".bin").write_bytes(data[:-100])
-    with pytest.raises(ConfigError, match=r"alpha\.bin is truncated: it has"):
-        opened(domains[0])
-    Path(domains[0] + ".bin").write_bytes(data + b"xx")
-    with pytest.raises(ConfigError, match="longer than its index says"):
-        opened(domains[0])
-    Path(domains[0] + ".bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match="the data set is empty"):
-        opened(domains[0])
-
-
-def test_damaged_idx(domains):
-    idx = Path(domains[0] + ".idx")
-    good = idx.read_bytes()
-
-    def refused(data: bytes, message: str) -> None:
-        idx.write_bytes(data)
-        with pytest.raises(ConfigError, match=message):
-            opened(domains[0])
-
-    refused(good[:-8], "is damaged: .* bytes, its header asks for")
-    refused(good[:20], "ends inside its header")
-    refused(b"", "is not a Megatron index")
-    refused(b"PK" + good[2:], "is not a Megatron index")
-    refused(good[:9] + struct.pack("<Q", 2) + good[17:], "index version 2")
-    refused(good[:17] + b"\x07" + good[18:], "type code 7")
-    refused(good[:34] + struct.pack("<i", 1) + good[38:], "contradict each other")
-    idx.write_bytes(good)
-    opened(domains[0])
-
-
-def test_facts_of_another_run(tmp_path, domains):
+def test_facts_of_another_run(domains):
     shutil.copy(domains[1] + ".meta.json", domains[0] + ".meta.json")
     with pytest.raises(ConfigError, match="They are not of one run"):
         opened(domains[0])
-    Path(domains[0] + ".meta.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"alpha\.meta\.json is damaged"):
-        opened(domains[0])
-    meta = json.loads(Path(domains[1] + ".meta.json").read_text())
-    Path(domains[1] + ".meta.json").write_text(json.dumps({**meta, "format_version": 99}))
-    with pytest.raises(ConfigError, match="format version 99"):
-        opened(domains[1])
 
 
 def test_tokenizer_of_the_data(tmp_path, domains, gpt2, hf, documents, bpe_files):
@@ -159,6 +110,71 @@ def test_tokenizer_of_the_data(tmp_path, domains, gpt2, hf, documents, bpe_files
     hf.save(f"{other}.tokenizer")
     with pytest.raises(ConfigError, match="but the data was made with GPT2BPETokenizer"):
         opened(other)
+
+
+def test_too_many_domains(domains):
+    with pytest.raises(ConfigError, match="names 32,769 domains"):
+        opened(*(word for n in range(2**15 + 1) for word in ("1", f"d{n}")))
+
+
+def test_an_index_is_compared_with_its_checksum(domains):
+    """A type code that only turns ids of 32768 and more negative, which this text has not."""
+    idx = Path(domains[0] + ".idx")
+    data = bytearray(idx.read_bytes())
+    assert data[17] == 8
+    data[17] = 3
+    idx.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"alpha\.idx is damaged or of another run: its checksum"):
+        opened(domains[0])
+    os.unlink(domains[0] + ".meta.json")
+    opened(domains[0], tokenizer_type="ByteTokenizer")  # the ids themselves are what they were
+
+
+def test_text_of_another_run_under_an_index(tmp_path, domains):
+    """Of the same size, so that only the ends of documents tell."""
+    for name, lengths in (("a", (9, 11, 10)), ("b", (9, 10, 11))):
+        texts = ["z" * n for n in lengths for _ in range(400)]
+        preprocess(["x"], str(tmp_path / name), ByteTokenizer(), documents=texts)
+    assert (tmp_path / "a.bin").stat().st_size == (tmp_path / "b.bin").stat().st_size
+    shutil.copy(tmp_path / "b.bin", tmp_path / "a.bin")
+    # Of 1200 documents every fourth is looked at.
+    with pytest.raises(ConfigError, match=r"a: document 400 does not end in the .* id 256"):
+        opened(str(tmp_path / "a"))
+
+
+def test_ranks_trust_what_rank_zero_has_checked(domains, monkeypatch):
+    """Whole files are read once on a machine; what is wrong there is said by all ranks alike."""
+    checked = []
+    for name in ("check_sum", "check_ends"):
+        monkeypatch.setattr(source, name, lambda *args, name=name, **_: checked.append(name))
+    offsets = index_file._check_offsets
+    monkeypatch.setattr(
+        index_file, "_check_offsets", lambda *args: (checked.append("offsets"), offsets(*args))
+    )
+
+    def on_rank(rank: int):
+        fingerprint = opened(*domains[:1]).fingerprint
+        first = list(checked)
+        checked.clear()
+        with pytest.raises(ConfigError, match=r"is other data here than on .* \(on rank 1\)$"):
+            opened(domains[rank])
+        checked.clear()
+        os.environ["LOCAL_RANK"] = "0"  # of another machine
+        opened(*domains[:1])
+        if rank == 0:
+            with open(domains[0] + ".idx", "r+b") as file:
+                file.seek(34 + 4 * 150 + 8 * 7)
+                file.write(b"\0" * 8)
+        with pytest.raises(ConfigError) as caught:
+            opened(*domains[:1])
+        return fingerprint, first, sorted(checked)[:3], str(caught.value)
+
+    (fingerprint, first, second, message), other = run_ranks(2, on_rank)
+    assert first == ["offsets", "check_sum", "check_ends"]
+    assert other == (fingerprint, [], second, message)
+    assert (
+        second == ["check_ends", "check_sum", "offsets"] and "has sequence 7 at byte 0" in message
+    )
 
 
 def test_ids_beyond_the_vocabulary_by_the_facts(domains):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -70,8 +72,14 @@ def test_data_of_another_tokenizer(prefixes, bpe):
 
 def test_a_text_that_cannot_be_read(tmp_path):
     (tmp_path / "x").write_bytes(b"\xff\xfe\xff")
-    for path in (tmp_path / "x", tmp_path / "gone"):
-        with pytest.raises(ConfigError, match="cannot be read"):
+    os.mkfifo(tmp_path / "pipe")
+    for name, says in (
+        ("x", "cannot be read"),
+        ("gone", "cannot be read"),
+        ("pipe", "a named pipe"),
+    ):
+        path = tmp_path / name
+        with pytest.raises(ConfigError, match=rf"--text.*{name}.*{says}.*Give a UTF-8 file"):
             read_text(str(path))
 
 
