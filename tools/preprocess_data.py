@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--vocab-file", help="GPT2BPETokenizer: vocab.json")
     add("--merge-file", help="GPT2BPETokenizer: merges.txt")
     add("--tokenizer-model", help="SentencePieceTokenizer: the .model file; HuggingFaceTokenizer: "
-        "a tokenizer.json or a folder with one")  # fmt: skip
+        "a tokenizer.json, a folder with one, or the name of a model on the hub")  # fmt: skip
     add("--workers", type=int, default=1, help="processes that tokenize")
     add("--append-eod", action="store_true", help="end each document with the end-of-document id")
     add("--text-key", "--json-keys", default="text", help="field or column that holds the text")

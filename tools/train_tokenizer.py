@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from megatron_eslm.data.readers import read_documents
@@ -31,18 +32,27 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     output = Path(args.output)
     try:
-        if output.exists() and not args.overwrite:
-            raise ConfigError(f"--output {output} exists; choose another or give --overwrite.")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        train_bpe(read_documents(args.input, args.text_key), args.vocab_size, output)
+        _check_output(output, args.overwrite)
+        ids = train_bpe(read_documents(args.input, args.text_key), args.vocab_size, output)
     except OSError as error:
         print(f"error: --output {output} cannot be written: {error}", file=sys.stderr)
         return 2
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {output}")
+    few = f", for the text has no more pairs to merge (--vocab-size {args.vocab_size})"
+    print(f"wrote {output}: {ids} ids{few if ids < args.vocab_size else ''}")
     return 0
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Find out before the training what would fail behind it."""
+    if output.is_dir() or (output.exists() and not output.is_file()):
+        raise ConfigError(f"--output {output} is not a file; name a file, as in bpe.json.")
+    if output.exists() and not overwrite:
+        raise ConfigError(f"--output {output} exists; choose another or give --overwrite.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=output.parent).close()
 
 
 if __name__ == "__main__":

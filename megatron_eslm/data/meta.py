@@ -29,7 +29,7 @@ class TokenizerFacts:
     identity: Sha256
     vocab_size: Size
     eod: Count
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,8 +37,8 @@ class DataOptions:
     """GPT2BPETokenizer: merges (merges.txt)."""
 
     tokenizer_model: str | None = None
-    """SentencePieceTokenizer: the .model file. HuggingFaceTokenizer: a tokenizer.json or a folder
-    that holds one."""
+    """SentencePieceTokenizer: the .model file. HuggingFaceTokenizer: a tokenizer.json, a folder
+    that holds one, or the name of a model on the Hugging Face hub."""
 
     eod_mask_loss: bool = False
     """Leave out of scores and loss what follows an end-of-document token directly."""

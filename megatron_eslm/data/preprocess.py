@@ -24,6 +24,7 @@ from megatron_eslm.data.meta import DataMeta
 from megatron_eslm.data.quiet import indexed_dataset
 from megatron_eslm.data.readers import read_documents
 from megatron_eslm.data.tokenizer_base import Tokenizer
+from megatron_eslm.data.tokenizer_samples import warn_of_changes
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.aside import aside_folder
 from megatron_eslm.files.durable import sync_file, sync_folder
@@ -85,6 +86,7 @@ def preprocess(
             "%s: without --append-eod, nothing marks where a document ends and the next begins",
             prefix,
         )
+    warn_of_changes(tokenizer)
     bad = BadLines(on_bad_line)
     texts = read_documents(inputs, text_key, bad) if documents is None else documents
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_eslm.data.bad_lines import BadLines, text_of
+from megatron_eslm.data.hub import check_data_set, is_hub_name
 from megatron_eslm.data.input_files import find_files
 from megatron_eslm.data.json_lines import COMPRESSIONS, decompressed, read_json_lines
 from megatron_eslm.errors import ConfigError
@@ -70,7 +71,7 @@ def _read_input(name: str, text_key: str, bad: BadLines) -> Iterator[str]:
     path = Path(name).expanduser()
     mode = _mode(path)
     if mode is None:
-        if _reader_of(path) or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        if _reader_of(path) or not is_hub_name(name.partition(":")[0]):
             # Never ask a server for what was evidently meant as a path.
             raise ConfigError(f"There is no file or folder {name}.")
         yield from _read_hub_dataset(name, text_key, bad)
@@ -228,6 +229,7 @@ def _read_hub_dataset(name: str, text_key: str, bad: BadLines) -> Iterator[str]:
 
     repository, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
+    check_data_set("--input", repository)
     logger.info("%s is no file here; asking for the Hugging Face data set of that name", name)
     try:
         dataset = datasets.load_dataset(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_eslm.data.tokenizer_base import Tokenizer, byte_characters, clean_text
+from megatron_eslm.data.tokenizer_base import (
+    Tokenizer,
+    byte_characters,
+    check_vocab_size,
+    clean_text,
+)
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.json_file import read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -62,6 +67,7 @@ class GPT2BPETokenizer(Tokenizer):
             vocab_size=max(self.vocab.values()) + 1,
             eod=self.vocab[END_OF_TEXT],
         )
+        self._check_eod(END_OF_TEXT)
 
     def _split_vocab(
         self, vocab_file: Path, merge_file: Path
@@ -117,12 +123,12 @@ class GPT2BPETokenizer(Tokenizer):
                     "tokenizer.json instead."
                 )
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if any(_has_long_space(text) for text in texts):
-            return [ids.tolist() for ids in self.encode_arrays(texts)]
+            return [ids.tolist() for ids in self._encode_arrays(texts)]
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=4)
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode_array(text) for text in texts]
 
     def _encode_array(self, text: str) -> np.ndarray:
@@ -155,30 +161,25 @@ def _split_long_space(text: str) -> list[str]:
 
 
 def _read_vocab(path: Path) -> dict[str, int]:
-    vocab: Any
-    try:
-        vocab = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--vocab-file {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ConfigError(f"--vocab-file {path} is not valid JSON: {error}.") from error
-    if not isinstance(vocab, dict) or not all(isinstance(i, int) for i in vocab.values()):
+    vocab = _read("--vocab-file", path, read_json)
+    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
         raise ConfigError(
             f"--vocab-file {path} is not a vocabulary: expected a JSON object of token to id. (A "
             "tokenizer.json goes with --tokenizer-type HuggingFaceTokenizer --tokenizer-model.)"
         )
+    ids = set(vocab.values())
+    if len(ids) < len(vocab) or min(ids, default=0) < 0 or len(vocab) == 0:
+        raise ConfigError(
+            f"--vocab-file {path} is not a vocabulary: every token needs an id of its own, 0 or "
+            "more. The file is damaged; get it again."
+        )
+    check_vocab_size(f"--vocab-file {path}", max(ids) + 1)
     return vocab
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ConfigError(f"--merge-file {path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--merge-file {path} is not UTF-8 text: {error}.") from error
     merges = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_read("--merge-file", path, read_text).split("\n"), start=1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
             continue
         pair = line.rstrip("\r").split(" ")
@@ -186,3 +187,13 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
             raise ConfigError(f"--merge-file {path}, line {number} is not a pair of tokens.")
         merges.append((pair[0], pair[1]))
     return merges
+
+
+def _read(flag: str, path: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a file; its errors name the flag."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{flag} {path} cannot be read: there is no such file.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{flag} {error}") from error

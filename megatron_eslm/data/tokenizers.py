@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from megatron_eslm.data.hub import TOKENIZER_FILES, model_folder
+from megatron_eslm.data.meta import TokenizerFacts
 from megatron_eslm.data.tokenizer_base import META_FILE, Tokenizer
 from megatron_eslm.data.tokenizer_gpt2 import GPT2BPETokenizer
-from megatron_eslm.data.tokenizer_kinds import (
-    ByteTokenizer,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-)
+from megatron_eslm.data.tokenizer_json import HuggingFaceTokenizer
+from megatron_eslm.data.tokenizer_kinds import ByteTokenizer, SentencePieceTokenizer
+from megatron_eslm.data.tokenizer_samples import SAMPLES
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.schema import read_as
 
 __all__ = [
     "ByteTokenizer",
@@ -24,14 +24,6 @@ __all__ = [
     "load_tokenizer",
     "same_ids",
 ]
-
-# Words, digits, spaces, code, accents, another script, an emoji: where tokenizers differ, they
-# differ here.
-_SAMPLES = (
-    "The riskiest tokens of a sequence aren't always the rarest: 3.14159, 2048 and 007 are not.",
-    "def f(x: int) -> str:\n    return f'{x:>8}'  # \t tabs\n\n",
-    "Überraschend naïve façade — 東京 привет \u00a0 \U0001f642 \\frac{a}{b} <|endoftext|>",
-)
 
 _NEEDS: dict[str, tuple[str, ...]] = {
     "GPT2BPETokenizer": ("--vocab-file", "--merge-file"),
@@ -80,7 +72,8 @@ def build_tokenizer(
     assert tokenizer_model is not None
     if tokenizer_type == "SentencePieceTokenizer":
         return SentencePieceTokenizer(tokenizer_model)
-    return HuggingFaceTokenizer(tokenizer_model)
+    folder = model_folder("--tokenizer-model", tokenizer_model, TOKENIZER_FILES)
+    return HuggingFaceTokenizer(folder)
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -90,19 +83,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         ConfigError: there is none, or its files are not those that were stored.
     """
     directory = Path(directory)
-    try:
-        meta = json.loads((directory / META_FILE).read_text())
-        kind, identity, extra = meta["type"], meta["identity"], meta.get("extra", {})
-    except OSError as error:
-        raise ConfigError(
-            f"{directory} holds no stored tokenizer: {META_FILE} cannot be read "
-            f"({error.strerror}). Name the tokenizer with --tokenizer-type and its files."
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{directory / META_FILE} is damaged ({error!r}). Preprocess the data again, or name "
-            "the tokenizer with --tokenizer-type and its files."
-        ) from error
+    stored = _read_facts(directory / META_FILE)
+    kind = stored.type
     tokenizer: Tokenizer
     if kind == "GPT2BPETokenizer":
         tokenizer = GPT2BPETokenizer(
@@ -112,7 +94,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         tokenizer = SentencePieceTokenizer(directory / "tokenizer.model")
     elif kind == "HuggingFaceTokenizer":
         tokenizer = HuggingFaceTokenizer(
-            directory / "tokenizer.json", eod_token=extra.get("eod_token")
+            directory / "tokenizer.json", eod_token=stored.extra.get("eod_token")
         )
     elif kind == "ByteTokenizer":
         tokenizer = ByteTokenizer()
@@ -120,12 +102,26 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         raise ConfigError(
             f"{directory / META_FILE} names the tokenizer type {kind!r}, which is unknown here."
         )
-    if tokenizer.identity != identity:
+    if tokenizer.identity != stored.identity:
         raise ConfigError(
             f"The tokenizer files in {directory} are not those that were stored (identity "
-            f"{tokenizer.identity[:12]}, stored {identity[:12]}). Put the original files back."
+            f"{tokenizer.identity[:12]}, stored {stored.identity[:12]}). Put the original "
+            "files back."
         )
     return tokenizer
+
+
+def _read_facts(path: Path) -> TokenizerFacts:
+    otherwise = "name the tokenizer with --tokenizer-type and its files."
+    try:
+        return read_as(TokenizerFacts, path)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path.parent} holds no stored tokenizer: {path.name} is not there. Preprocess the "
+            f"data again, or {otherwise}"
+        ) from None
+    except ConfigError as error:
+        raise ConfigError(f"{error} Preprocess the data again, or {otherwise}") from error
 
 
 def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
@@ -137,5 +133,5 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
     if a.identity == b.identity:
         return True
     return (a.vocab_size, a.eod) == (b.vocab_size, b.eod) and all(
-        a.encode(text) == b.encode(text) for text in _SAMPLES
+        a.encode(text) == b.encode(text) for text in (*SAMPLES, "<|endoftext|>")
     )

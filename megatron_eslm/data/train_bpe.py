@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from megatron_eslm.data.tokenizer_base import LARGEST_VOCABULARY, clean_text
 from megatron_eslm.data.tokenizer_gpt2 import END_OF_TEXT
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.durable import write_whole
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
+def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> int:
     """Write a byte-level BPE `tokenizer.json` with `<|endoftext|>` (id 0) to `path`.
 
     The same texts give the same file.
 
+    Returns:
+        How many ids it has: `vocab_size`, or fewer where the texts have no more pairs to merge.
+
     Raises:
-        ConfigError: `vocab_size` leaves no room for the 256 bytes and `<|endoftext|>`.
+        ConfigError: `vocab_size` leaves no room for the 256 bytes and `<|endoftext|>`, or is more
+            than is supported; no text.
+        OSError: `path` cannot be written.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
         raise ConfigError(
-            f"A byte-level vocabulary of {vocab_size} is too small: 256 bytes and {END_OF_TEXT} "
-            "need 257."
+            f"--vocab-size {vocab_size} is too small for a byte-level vocabulary: 256 bytes and "
+            f"{END_OF_TEXT} need 257."
+        )
+    if vocab_size > LARGEST_VOCABULARY:
+        raise ConfigError(
+            f"--vocab-size {vocab_size} is too large: at most {LARGEST_VOCABULARY} ids are "
+            "supported, and the vocabularies in use have 8000 to 300000."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,7 +45,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    temporary = Path(f"{path}.tmp")
-    tokenizer.save(str(temporary))
-    os.replace(temporary, path)
+    tokenizer.train_from_iterator(_some_text(texts), trainer)
+    write_whole(Path(path), tokenizer.to_str(pretty=True).encode())
+    return tokenizer.get_vocab_size()
+
+
+def _some_text(texts: Iterable[str]) -> Iterator[str]:
+    """The texts in UTF-8; ConfigError at the end if there was nothing in them."""
+    found = False
+    for text in texts:
+        found = found or bool(text.strip())
+        yield clean_text(text)
+    if not found:
+        raise ConfigError("There is no text to train a tokenizer on; name other input.")

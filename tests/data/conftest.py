@@ -60,6 +60,43 @@ def hf(bpe_files: Path) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(bpe_files / "tokenizer.json")
 
 
+@pytest.fixture(scope="session")
+def train_pieces(tmp_path_factory, documents):
+    """A function that trains a SentencePiece model on the documents with the given options."""
+    import sentencepiece
+
+    def train(**options) -> str:
+        prefix = tmp_path_factory.mktemp("pieces") / "pieces"
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(documents),
+            model_prefix=str(prefix),
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **options,
+        )
+        return f"{prefix}.model"
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(train_pieces) -> str:
+    """A SentencePiece model that keeps text as it is."""
+    return train_pieces(
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def normalizing_model(train_pieces) -> str:
+    """A SentencePiece model as its trainer makes it by default, but for the bytes."""
+    return train_pieces(vocab_size=350, byte_fallback=True)
+
+
 @pytest.fixture
 def domains(tmp_path: Path) -> list[str]:
     """Two preprocessed domains of different text, in bytes; returns their prefixes."""

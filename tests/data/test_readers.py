@@ -78,7 +78,33 @@ def test_saved_dataset(tmp_path, documents, in_dict):
         list(read_documents([str(tmp_path / "d")]))
 
 
-def test_hub_dataset_is_streamed(monkeypatch, documents):
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that has every data set."""
+    monkeypatch.setattr("megatron_eslm.data.readers.check_data_set", lambda flag, name: None)
+
+
+def test_evident_paths_ask_no_hub(monkeypatch, tmp_path):
+    """A mistyped relative path used to wait for the hub for half a minute."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    monkeypatch.setattr("megatron_eslm.data.readers.check_data_set", None)
+    for name in ("corpus/trian", "./train", "a/b/c", "train.jsonl", "~/train"):
+        with pytest.raises(ConfigError, match=f"no file or folder {name}"):
+            list(read_documents([name]))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    def unreachable(self, name, *, repo_type, timeout):
+        assert (name, repo_type) == ("owner/name", "dataset")
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", unreachable)
+    with pytest.raises(ConfigError, match=r"--input owner/name .* \(no route to host\)"):
+        list(read_documents(["owner/name:en"]))
+
+
+def test_hub_dataset_is_streamed(hub, monkeypatch, documents):
     datasets = pytest.importorskip("datasets")
     asked = {}
 
@@ -96,7 +122,7 @@ def test_hub_dataset_is_streamed(monkeypatch, documents):
     }
 
 
-def test_unknown_hub_dataset(monkeypatch):
+def test_unknown_hub_dataset(hub, monkeypatch):
     datasets = pytest.importorskip("datasets")
 
     def fail(*args, **kwargs):
@@ -107,7 +133,7 @@ def test_unknown_hub_dataset(monkeypatch):
         list(read_documents(["owner/nothing"]))
 
 
-def test_hub_dataset_that_breaks_off(monkeypatch):
+def test_hub_dataset_that_breaks_off(hub, monkeypatch):
     datasets = pytest.importorskip("datasets")
 
     def rows():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer as RustTokenizer
 
-from megatron_eslm.data.hf_tokenizer import hf_tokenizer
 from megatron_eslm.data.tokenizers import (
     ByteTokenizer,
     GPT2BPETokenizer,
@@ -83,6 +83,37 @@ def test_half_surrogates_become_replacement_characters(gpt2):
     assert gpt2.decode(gpt2.encode_arrays(["a\ud800b"])[0]) == "a\ufffdb"
 
 
+def test_no_kind_makes_its_end_of_document_of_text(gpt2, hf, sentencepiece_model):
+    """Text that spells the token that ends documents is ordinary text, and comes back."""
+    pieces = SentencePieceTokenizer(sentencepiece_model)
+    for tokenizer, spelling in (
+        (gpt2, "<|endoftext|>"),
+        (hf, "<|endoftext|>"),
+        (ByteTokenizer(), "<|endoftext|>"),
+        (pieces, "</s>"),
+    ):
+        texts = [spelling, f"a{spelling}b", f"one {spelling} two {spelling}"]
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            assert tokenizer.eod not in ids
+            assert tokenizer.decode(ids) == text
+        assert all(tokenizer.eod not in ids for ids in tokenizer.encode_arrays(texts))
+
+
+def test_a_tokenizer_that_ends_documents_within_text_is_refused():
+    class Broken(ByteTokenizer):
+        def _encode_batch(self, texts):
+            return [[65, self.eod] if "\0" in text else [65] for text in texts]
+
+        def _encode_arrays(self, texts):
+            return [np.array(ids) for ids in self._encode_batch(texts)]
+
+    tokenizer = Broken()
+    assert tokenizer.encode("a") == [65]
+    for encode in (tokenizer.encode_batch, tokenizer.encode_arrays):
+        with pytest.raises(ConfigError, match=r"The ByteTokenizer gives .* id 256 for text \('b"):
+            encode(["a", "b\0"])
+
+
 def test_identity_follows_contents_not_paths(bpe_files, gpt2, tmp_path):
     shutil.copytree(bpe_files, tmp_path / "copy")
     same = GPT2BPETokenizer(tmp_path / "copy/vocab.json", tmp_path / "copy/merges.txt")
@@ -107,28 +138,55 @@ def test_save_and_load(bpe_files, gpt2, hf, tmp_path, sentencepiece_model):
     with pytest.raises(ConfigError, match="not those that were stored"):
         load_tokenizer(tmp_path / "0")
     (tmp_path / "1" / "tokenizer_meta.json").write_text("{")
-    with pytest.raises(ConfigError, match="is damaged"):
+    with pytest.raises(ConfigError, match=r"is not JSON.*Preprocess the data again"):
         load_tokenizer(tmp_path / "1")
     with pytest.raises(ConfigError, match="holds no stored tokenizer"):
         load_tokenizer(tmp_path / "absent")
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_model(tmp_path_factory, documents):
-    import sentencepiece
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"extra": None}, "extra: input should be an object"),
+        ({"identity": 5}, "identity: input should be a valid string"),
+        ({"vocab_size": "257"}, "vocab_size: input should be a valid integer"),
+        ({"eod": -1}, "eod: input should be greater than or equal to 0"),
+        ({"surprise": 1}, "surprise: "),
+        ({"type": "NoSuchTokenizer"}, "'NoSuchTokenizer', which is unknown here"),
+    ],
+)
+def test_stored_facts_that_do_not_fit(tmp_path, facts, message):
+    ByteTokenizer().save(tmp_path)
+    path = tmp_path / "tokenizer_meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+    with pytest.raises(ConfigError, match=rf"tokenizer_meta\.json.*{message}"):
+        load_tokenizer(tmp_path)
 
-    prefix = tmp_path_factory.mktemp("pieces") / "pieces"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents),
-        model_prefix=str(prefix),
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return f"{prefix}.model"
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "nested too deep"),
+        ('{"a": 0, "a": 1}', "given twice"),
+        ('{"a": 0, "b": 0}', "an id of its own"),
+        ('{"a": -1}', "an id of its own"),
+        ("{}", "an id of its own"),
+        ('{"a": true}', "JSON object of token to id"),
+        ('{"a": 1.5}', "JSON object of token to id"),
+    ],
+)
+def test_vocabularies_that_are_none(bpe_files, tmp_path, text, message):
+    (tmp_path / "vocab.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"--vocab-file .*vocab\.json.*{message}"):
+        GPT2BPETokenizer(tmp_path / "vocab.json", bpe_files / "merges.txt")
+
+
+def test_an_absurd_vocabulary_is_refused(bpe_files, tmp_path):
+    """Nothing of that size is made: a model would need a row for every id."""
+    vocab = json.loads((bpe_files / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps({**vocab, "x" * 99: 10**12}))
+    with pytest.raises(ConfigError, match=r"vocab\.json .*ids up to 1000000000000"):
+        GPT2BPETokenizer(tmp_path / "vocab.json", bpe_files / "merges.txt")
 
 
 def test_sentencepiece(sentencepiece_model, documents):
@@ -139,44 +197,6 @@ def test_sentencepiece(sentencepiece_model, documents):
         assert tokenizer.eod not in ids
         assert max(ids) < 400
         assert tokenizer.decode(ids) == document
-
-
-def test_hf_export(tmp_path, gpt2, hf, documents, sentencepiece_model):
-    from transformers import AutoTokenizer
-
-    pieces = SentencePieceTokenizer(sentencepiece_model)
-    for n, tokenizer in enumerate((gpt2, hf, ByteTokenizer(), pieces)):
-        hf_tokenizer(tokenizer).save_pretrained(tmp_path / str(n))
-        loaded = AutoTokenizer.from_pretrained(tmp_path / str(n))
-        assert loaded.eos_token_id == tokenizer.eod
-        for text in documents[:30]:
-            ids = tokenizer.encode(text)
-            assert loaded.encode(text, add_special_tokens=False) == ids
-            assert loaded.decode(ids) == text
-
-
-def test_hf_export_refuses_what_it_cannot_express(tmp_path, documents):
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents),
-        model_prefix=str(tmp_path / "odd"),
-        vocab_size=60,
-        model_type="unigram",
-        normalization_rule_name="nmt_nfkc_cf",
-        minloglevel=2,
-    )
-    with pytest.raises(ConfigError, match="do not reproduce"):
-        hf_tokenizer(SentencePieceTokenizer(tmp_path / "odd.model"))
-
-
-def test_train_bpe_is_deterministic(tmp_path, documents):
-    for name in "ab":
-        train_bpe(iter(documents), 350, tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert HuggingFaceTokenizer(tmp_path / "a").vocab_size == 350
-    with pytest.raises(ConfigError, match="too small"):
-        train_bpe(documents, 100, tmp_path / "c")
 
 
 def test_build_tokenizer_messages(bpe_files, tmp_path):
@@ -191,11 +211,11 @@ def test_build_tokenizer_messages(bpe_files, tmp_path):
         (("SentencePieceTokenizer",), "needs --tokenizer-model"),
         (("ByteTokenizer", vocab), "--vocab-file .* has no meaning with"),
         (("GPT2BPETokenizer", absent, merges), "--vocab-file .*absent cannot be read"),
-        (("GPT2BPETokenizer", text, merges), "--vocab-file .*text is not valid JSON"),
+        (("GPT2BPETokenizer", text, merges), "--vocab-file .*text is not JSON"),
         (("GPT2BPETokenizer", str(tmp_path / "list.json"), merges), "is not a vocabulary"),
         (("GPT2BPETokenizer", vocab, absent), "--merge-file .*absent cannot be read"),
         (("HuggingFaceTokenizer", None, None, absent), "there is no tokenizer file"),
-        (("HuggingFaceTokenizer", None, None, text), "is not a tokenizer.json"),
+        (("HuggingFaceTokenizer", None, None, text), "--tokenizer-model .*text is not JSON"),
         (("SentencePieceTokenizer", None, None, absent), "is not a file"),
         (("SentencePieceTokenizer", None, None, text), "is not a SentencePiece model"),
     ]:
@@ -229,22 +249,6 @@ def test_gpt2_files_that_tiktoken_could_not_reproduce(bpe_files, tmp_path):
     odd = {**base, "xy": n + 1, "yz": n + 2, "xyz": n + 3}
     with pytest.raises(ConfigError, match="never arrive at 'xyz'"):
         build(odd, ["x y", "y z", "x yz"])
-
-
-def test_end_of_document_token_is_found(bpe_files, tmp_path):
-    data = json.loads((bpe_files / "tokenizer.json").read_text())
-    data["added_tokens"] = []
-    data["model"]["vocab"] = {
-        t.replace("<|endoftext|>", "[STOP]"): i for t, i in data["model"]["vocab"].items()
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(ConfigError, match="no token that ends documents"):
-        HuggingFaceTokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "[STOP]"}}')
-    tokenizer = HuggingFaceTokenizer(tmp_path)
-    assert tokenizer.eod == 0
-    tokenizer.save(tmp_path / "saved")
-    assert load_tokenizer(tmp_path / "saved").identity == tokenizer.identity
 
 
 def test_same_ids_whatever_the_files(gpt2, hf, documents, tmp_path):
