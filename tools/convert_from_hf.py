@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make a checkpoint that `--load` starts from out of a Hugging Face GPT-2 folder.
+"""Make a checkpoint that `--load` starts from out of a Hugging Face GPT-2.
 
     python tools/convert_from_hf.py --input gpt2 --save runs/gpt2
 
@@ -9,6 +9,7 @@ The checkpoint appears only if it computes the same logits as transformers does 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
 from megatron_eslm.errors import ConfigError
@@ -20,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", required=True, help="local Hugging Face folder")
+    parser.add_argument(
+        "--input", required=True, help="folder of a Hugging Face GPT-2, or its name on the hub"
+    )
     parser.add_argument("--save", required=True, help="folder of checkpoints to make")
     parser.add_argument(
         "--make-vocab-size-divisible-by",
@@ -30,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         help="pad the vocabulary to a multiple of this (default: 128)",
     )
     args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("megatron_eslm").setLevel(logging.INFO)
     try:
         difference = folder_to_checkpoint(args.input, args.save, args.make_vocab_size_divisible_by)
     except ConfigError as error:

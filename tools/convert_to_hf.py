@@ -9,6 +9,7 @@ The folder appears only if transformers, loading it from disk, computes the same
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
 from megatron_eslm.errors import ConfigError
@@ -26,9 +27,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export at --output"
     )
+    parser.add_argument(
+        "--without-tokenizer", action="store_true", help="export config and weights alone"
+    )
     args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("megatron_eslm").setLevel(logging.INFO)
     try:
-        difference = checkpoint_to_folder(args.load, args.output, args.tag, args.overwrite)
+        difference = checkpoint_to_folder(
+            args.load,
+            args.output,
+            args.tag,
+            overwrite=args.overwrite,
+            with_tokenizer=not args.without_tokenizer,
+        )
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,68 +2,135 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_eslm.data.folder_tokenizer import STORED
+from megatron_eslm.data.hf_sentencepiece import rust_of_sentencepiece
 from megatron_eslm.data.tokenizer_base import Tokenizer, byte_characters
 from megatron_eslm.data.tokenizer_gpt2 import END_OF_TEXT, GPT2BPETokenizer
-from megatron_eslm.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
+from megatron_eslm.data.tokenizer_json import HuggingFaceTokenizer, load_rust, make_special
+from megatron_eslm.data.tokenizer_kinds import ByteTokenizer, SentencePieceTokenizer
+from megatron_eslm.data.tokenizer_samples import RARE, SAMPLES
 from megatron_eslm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RustTokenizer
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
-# Texts on which a converted SentencePiece model must agree with the original.
-_PROBES = (
-    "Hello world",
-    " leading and  double   spaces ",
-    "def f(x):\n    return x  # tab\there\n\n",
-    "naïve café, 漢字, ½ and 🙂",
-    "1234567890 1,000.5 -3",
-    "",
-)
 
+def export_tokenizer(tokenizer: Tokenizer, directory: str | Path, max_length: int) -> None:
+    """Write what `AutoTokenizer.from_pretrained(directory)` loads, and prove that it does.
 
-def hf_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer for `save_pretrained` that gives the same ids for ordinary text.
+    A SentencePiece model that `transformers` cannot express is stored as it is in the folder
+    `tokenizer/`, from where this package reads it, and a warning says so. AutoTokenizer then fails
+    rather than giving other ids.
 
-    Unlike ours it reads the characters of a special token in a text as that token, as users of
-    `transformers` expect.
+    Args:
+        tokenizer: of the model.
+        directory: holds config.json.
+        max_length: positions of the model.
 
     Raises:
-        ConfigError: a SentencePiece model that `transformers` cannot express exactly.
+        ConfigError: the written tokenizer gives other ids for ordinary text than `tokenizer`.
+    """
+    from transformers import AutoTokenizer
+
+    directory = Path(directory)
+    spelling = hf_tokenizer(tokenizer, max_length)
+    if spelling is None:
+        tokenizer.save(directory / STORED)
+        export_no_tokenizer(directory)
+        logger.warning(
+            "%s reads text in a way that transformers cannot express, so AutoTokenizer does not "
+            "load this export's tokenizer. It is in the folder %s of the export: tools/generate.py "
+            "and tools/convert_from_hf.py read it there, sentencepiece reads its tokenizer.model.",
+            tokenizer.where,
+            STORED,
+        )
+        return
+    spelling.save_pretrained(directory)
+    loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+    def read(text: str) -> list[int]:
+        return loaded(text, verbose=False)["input_ids"]  # longer than the model may be, and quiet
+
+    for text in SAMPLES:
+        ours, theirs = tokenizer.encode(text), read(text)
+        if ours != theirs:
+            raise ConfigError(
+                f"{tokenizer.where}: the tokenizer that transformers makes of it gives other ids "
+                f"for {text!r} ({theirs[:8]}... in place of {ours[:8]}...), so an exported model "
+                "would read text that it was not trained on. Export the model alone with "
+                "--without-tokenizer."
+            )
+    if any(tokenizer.encode(text) != read(text) for text in RARE):
+        logger.warning(
+            "%s: the exported tokenizer gives the same ids for common text, and other ids for rare "
+            "combining characters, which transformers normalizes otherwise (%s)",
+            tokenizer.where,
+            tokenizer.normalization,
+        )
+
+
+def export_no_tokenizer(directory: str | Path) -> None:
+    """Let AutoTokenizer fail there: without any file it would give every text no ids at all."""
+    config = {"tokenizer_class": "NoTokenizerWasExported"}
+    (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+
+
+def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast | None:
+    """A tokenizer for `save_pretrained` that gives the ids of training for ordinary text.
+
+    It adds no token of its own. The end-of-document token is the only special one that a model has
+    seen, so it begins, ends and fills up texts, too. Unlike ours it reads the characters of a
+    special token in a text as that token, as users of `transformers` expect.
+
+    Args:
+        tokenizer: of the model.
+        max_length: longest text for the model.
+
+    Returns:
+        None for a SentencePiece model that `transformers` cannot express.
     """
     from transformers import PreTrainedTokenizerFast
 
+    end = END_OF_TEXT
+    rust: RustTokenizer | None
     if isinstance(tokenizer, GPT2BPETokenizer):
         rust = _byte_level(tokenizer.vocab, tokenizer.merges, split=True)
-        end = END_OF_TEXT
     elif isinstance(tokenizer, ByteTokenizer):
         vocab = {character: byte for byte, character in enumerate(byte_characters())}
         rust = _byte_level({**vocab, END_OF_TEXT: tokenizer.eod}, [], split=False)
-        end = END_OF_TEXT
     elif isinstance(tokenizer, HuggingFaceTokenizer):
-        from tokenizers import Tokenizer as RustTokenizer
-
-        rust = RustTokenizer.from_file(str(tokenizer.files["tokenizer.json"]))
         end = tokenizer.eod_token
+        rust = load_rust(tokenizer.files["tokenizer.json"])
+        make_special(rust, end)
+        _add_nothing(rust)
     else:
-        return _from_sentencepiece(tokenizer)
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        end = tokenizer.eod_token
+        rust = rust_of_sentencepiece(tokenizer)
+        if rust is None:
+            return None
     return PreTrainedTokenizerFast(
         tokenizer_object=rust,
         bos_token=end,
         eos_token=end,
         unk_token=end,
+        pad_token=end,
+        model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
 
 
-def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], *, split: bool):
+def _byte_level(
+    vocab: dict[str, int], merges: list[tuple[str, str]], *, split: bool
+) -> RustTokenizer:
     """A byte-level BPE; `split` cuts the text into GPT-2's pieces first."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as RustTokenizer
@@ -75,51 +142,11 @@ def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], *, split: 
     return rust
 
 
-def _from_sentencepiece(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The first conversion that gives the ids of the model itself on all probes."""
-    model_file = tokenizer.files["tokenizer.model"]
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copyfile(model_file, Path(folder) / "tokenizer.model")
-        for convert in (_spm_without_prefix, _spm_with_prefix):
-            try:
-                # The file is read whole; nothing refers to the folder afterwards.
-                converted = convert(folder)
-                if all(
-                    converted.encode(text, add_special_tokens=False) == tokenizer.encode(text)
-                    for text in _PROBES
-                ):
-                    return converted
-            except Exception as error:  # a conversion that fails is one that does not fit
-                logger.debug("%s: %s", convert.__name__, error)
-    raise ConfigError(
-        f"The SentencePiece model {model_file} normalizes text in a way that transformers' "
-        "tokenizers do not reproduce (they gave other ids for the same text), so no tokenizer can "
-        "be exported with the model. Export without one, or train with a tokenizer.json."
-    )
+def _add_nothing(rust: RustTokenizer) -> None:
+    """Take out what puts begin or end tokens around a text: none were there in training."""
+    from tokenizers import processors
 
-
-def _spm_without_prefix(folder: str) -> PreTrainedTokenizerFast:
-    """transformers' own reading of the file: right for models that add no space in front."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def _spm_with_prefix(folder: str) -> PreTrainedTokenizerFast:
-    """With a space in front of every text, also of one that begins with a space."""
-    from tokenizers import normalizers, pre_tokenizers
-    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
-
-    llama = LlamaTokenizer.from_pretrained(folder)
-    rust = llama.backend_tokenizer
-    rust.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    rust.pre_tokenizer = pre_tokenizers.Sequence([])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=rust,
-        bos_token=llama.bos_token,
-        eos_token=llama.eos_token,
-        unk_token=llama.unk_token,
-        clean_up_tokenization_spaces=False,
-    )
+    if rust.num_special_tokens_to_add(False):
+        rust.post_processor = processors.ByteLevel(trim_offsets=False)  # changes no ids
+    rust.no_truncation()
+    rust.no_padding()

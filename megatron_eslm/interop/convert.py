@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from megatron_eslm.data.folder_tokenizer import folder_tokenizer
+from megatron_eslm.data.hub import TOKENIZER_FILES, model_folder
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.interop import huggingface
 from megatron_eslm.interop.prompts import prompts_ids
 from megatron_eslm.interop.publish import published
 from megatron_eslm.model.gpt2_folder import from_gpt2, load_gpt2
-
-logger = logging.getLogger(__name__)
 
 
 class LogitMismatch(RuntimeError):
@@ -29,7 +27,12 @@ class LogitMismatch(RuntimeError):
 
 
 def checkpoint_to_folder(
-    load: str, output: str, tag: str | None = None, overwrite: bool = False
+    load: str,
+    output: str,
+    tag: str | None = None,
+    *,
+    overwrite: bool = False,
+    with_tokenizer: bool = True,
 ) -> float:
     """Export a checkpoint to a Hugging Face folder.
 
@@ -38,6 +41,7 @@ def checkpoint_to_folder(
         output: the folder to make (`--output`).
         tag: which checkpoint; default: the newest complete one.
         overwrite: replace an earlier export at `output`.
+        with_tokenizer: export the tokenizer, too.
 
     Returns:
         Largest difference of any logit between the checkpoint and the exported folder.
@@ -51,7 +55,9 @@ def checkpoint_to_folder(
     with published(output, "--output", "config.json" if overwrite else None) as aside:
         source = read_weights(load, tag)
         tokenizer = checkpoint_tokenizer(source.tokenizer_dir, load)
-        huggingface.export(aside, source.weights, source.shape, tokenizer)
+        huggingface.export(
+            aside, source.weights, source.shape, tokenizer, with_tokenizer=with_tokenizer
+        )
         return _checked(source.weights, source.shape, aside, tokenizer)
 
 
@@ -59,7 +65,7 @@ def folder_to_checkpoint(source: str, save: str, multiple: int = 128) -> float:
     """Make a weights-only checkpoint, tokenizer included, from a Hugging Face folder.
 
     Args:
-        source: the folder (`--input`).
+        source: the folder (`--input`), or the model's name on the Hugging Face hub.
         save: the folder of checkpoints to make (`--save`); an existing one is not touched.
         multiple: the vocabulary is padded to a multiple of this.
 
@@ -70,17 +76,26 @@ def folder_to_checkpoint(source: str, save: str, multiple: int = 128) -> float:
         ConfigError: unusable folder, unsupported model, or `save` is taken.
         LogitMismatch: the difference is above `LOGIT_TOLERANCE`.
     """
-    from megatron_eslm.training.checkpoint import read_weights, write_weights
+    folder = _hub_or_local(source)
+    model, tokenizer = load_gpt2(folder), folder_tokenizer(folder)
+    weights, shape = from_gpt2(model, model.config, multiple, tokenizer.vocab_size)
+    from megatron_eslm.training.checkpoint import read_weights, write_weights  # slow to import
 
-    model = load_gpt2(source)
-    weights, shape = from_gpt2(model, model.config, multiple)
-    tokenizer = folder_tokenizer(source)
-    huggingface.check_tokenizer(tokenizer, shape)
     with published(save, "--save") as aside, tempfile.TemporaryDirectory() as tokenizer_dir:
         tokenizer.save(tokenizer_dir)
         write_weights(str(aside), weights, shape, Path(tokenizer_dir), source=str(source))
         written = read_weights(str(aside))
-        return _checked(written.weights, written.shape, Path(source), tokenizer)
+        return _checked(written.weights, written.shape, folder, tokenizer)
+
+
+def _hub_or_local(source: str) -> Path:
+    """The folder of `--input`, fetched where it is a name on the hub."""
+    safe = ("config.json", *TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
+    folder = model_folder("--input", source, safe)
+    if folder != Path(source) and not any(folder.glob("*.safetensors")):
+        older = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+        folder = model_folder("--input", source, (*safe, *older))
+    return folder
 
 
 def checkpoint_tokenizer(directory: Path | None, load: str) -> Any:
@@ -101,5 +116,4 @@ def _checked(weights: dict, shape: Any, folder: Path, tokenizer: Any) -> float:
     )
     if not difference <= huggingface.LOGIT_TOLERANCE:
         raise LogitMismatch(difference)
-    logger.info("largest logit difference %.3g", difference)
     return difference

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_eslm.data.tokenizer_base import clean_text
 from megatron_eslm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,12 +66,15 @@ def open_model(load: str, tag: str | None = None) -> tuple[GPT2LMHeadModel, Any]
     """
     from megatron_eslm.data.folder_tokenizer import folder_tokenizer
     from megatron_eslm.interop import convert, huggingface
+    from megatron_eslm.model.gpt2_config import gpt2_shape, read_fields
     from megatron_eslm.model.gpt2_folder import load_gpt2
 
     if (Path(load) / "config.json").is_file():
         if tag is not None:
             raise ConfigError(f"--tag {tag}: {load} is a Hugging Face folder and has no tags.")
-        return load_gpt2(load), folder_tokenizer(load)
+        model, tokenizer = load_gpt2(load), folder_tokenizer(load)
+        gpt2_shape(read_fields(model.config), 1, tokenizer.vocab_size)  # a row for every id
+        return model, tokenizer
 
     from megatron_eslm.training.checkpoint import read_weights
 
@@ -88,7 +92,7 @@ def generate(model: GPT2LMHeadModel, tokenizer: Any, prompt: str, sampling: Samp
     Raises:
         ConfigError: prompt and new tokens together exceed the model's positions.
     """
-    prompt_ids = list(tokenizer.encode(prompt)) if prompt else []
+    prompt_ids = tokenizer.encode(clean_text(prompt))
     start = prompt_ids or [tokenizer.eod]
     _check_context(len(start), sampling.max_new_tokens, model.config.n_positions)
     return [

@@ -79,22 +79,29 @@ def to_gpt2(weights: Mapping[str, Tensor], shape: ModelShape, eod: int) -> GPT2L
 
 
 def export(
-    directory: str | Path, weights: Mapping[str, Tensor], shape: ModelShape, tokenizer: Any
+    directory: str | Path,
+    weights: Mapping[str, Tensor],
+    shape: ModelShape,
+    tokenizer: Any,
+    *,
+    with_tokenizer: bool = True,
 ) -> None:
     """Write a folder that `transformers.from_pretrained` loads.
 
-    config.json, model.safetensors (float32), generation_config.json and the tokenizer's files. The
-    same input gives the same bytes.
+    config.json, model.safetensors (float32), generation_config.json and the tokenizer's files
+    (`export_tokenizer`). The same input gives the same bytes.
 
     Args:
         directory: created if missing; files of these names in it are replaced.
         weights, shape: as for `to_gpt2`.
         tokenizer: of `megatron_eslm.data.tokenizers`.
+        with_tokenizer: else its files are left out.
 
     Raises:
-        ConfigError: weights or tokenizer do not fit the shape, or the folder cannot be written.
+        ConfigError: weights or tokenizer do not fit the shape, `transformers` reads text otherwise
+            than the tokenizer, or the folder cannot be written.
     """
-    from megatron_eslm.data.hf_tokenizer import hf_tokenizer
+    from megatron_eslm.data.hf_tokenizer import export_no_tokenizer, export_tokenizer
     from megatron_eslm.training.tensor_files import write_file
 
     directory = Path(directory)
@@ -106,11 +113,10 @@ def export(
         write_file(directory / "model.safetensors", state, metadata={"format": "pt"})
         gpt2_config(shape, tokenizer.eod).save_pretrained(directory)
         _generation_config(tokenizer.eod).save_pretrained(directory)
-        spelling = hf_tokenizer(tokenizer)
-        # As in config.json: a text begins after an end of document, whatever other begin token the
-        # tokenizer's file may define; our models have never seen one.
-        spelling.bos_token = spelling.unk_token = spelling.eos_token
-        spelling.save_pretrained(directory)
+        if with_tokenizer:
+            export_tokenizer(tokenizer, directory, shape.max_position_embeddings)
+        else:
+            export_no_tokenizer(directory)
     except OSError as error:
         raise ConfigError(
             f"The folder {directory} cannot be written: {error}. Choose another place or make room."
@@ -144,6 +150,7 @@ def compare_logits(
             ours_BTV = reference_logits(dict(weights), shape, tokens_BT)
             with torch.no_grad():
                 theirs_BTV = hf_model(tokens_BT.to(hf_model.device), use_cache=False).logits
+            theirs_BTV = theirs_BTV[..., : shape.vocab_size]  # the rest is a folder's padding
             difference = (ours_BTV - theirs_BTV.to(ours_BTV)).abs().max().item()
             worst = max(worst, difference if math.isfinite(difference) else math.inf)
     return worst

@@ -96,10 +96,10 @@ def open_scoring_model(load: str, tag: str | None = None, flag: str = "--load") 
     if (Path(load) / "config.json").is_file():
         if tag is not None:
             raise ConfigError(f"{flag} {load} is a Hugging Face folder and has no tag {tag}.")
-        gpt2 = load_gpt2(load)
-        state, shape = from_gpt2(gpt2, gpt2.config, 1)
+        gpt2, tokenizer = load_gpt2(load), folder_tokenizer(load)
+        state, shape = from_gpt2(gpt2, gpt2.config, 1, tokenizer.vocab_size)
         weights = Weights(dict(state), shape, None, 0)
-        return ScoringModel(Path(load).name, weights, folder_tokenizer(load))
+        return ScoringModel(Path(load).name, weights, tokenizer)
     try:
         weights = read_weights(load, tag)
     except ConfigError as error:

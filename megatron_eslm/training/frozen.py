@@ -21,12 +21,8 @@ from megatron_eslm.data.folder_tokenizer import folder_tokenizer
 from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT, bare_gpt
-from megatron_eslm.model.gpt2_folder import (
-    from_gpt2,
-    gpt2_shape,
-    load_gpt2,
-    read_gpt2_config,
-)
+from megatron_eslm.model.gpt2_config import gpt2_shape
+from megatron_eslm.model.gpt2_folder import from_gpt2, load_gpt2, read_gpt2_config
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.batch import Batch
@@ -171,7 +167,7 @@ def load_frozen(
         parts = {name: reader.read("weight", name, shard) for name, shard in shards.items()}
     else:
         gpt2 = load_gpt2(source.folder)
-        weights, _ = from_gpt2(gpt2, gpt2.config, multiple=1)
+        weights, _ = from_gpt2(gpt2, gpt2.config, 1, source.shape.vocab_size)
         parts = {name: _cut(weights[name], shard) for name, shard in shards.items()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -186,8 +182,9 @@ def _open(folder: Path, tag: str | None) -> tuple[FrozenSource, Tokenizer]:
     if (folder / "config.json").is_file():
         if tag is not None:
             raise ConfigError(f"--tag {tag}: a Hugging Face folder has no tags.")
-        shape = gpt2_shape(read_gpt2_config(folder), multiple=1)
-        return FrozenSource(folder, shape, False), folder_tokenizer(folder)
+        tokenizer = folder_tokenizer(folder)
+        shape = gpt2_shape(read_gpt2_config(folder), 1, tokenizer.vocab_size)
+        return FrozenSource(folder, shape, False), tokenizer
     if not (folder / MANIFEST).is_file() and not list_checkpoints(folder):
         raise ConfigError(
             "it holds neither checkpoints (folders iter_0000100 and the like) nor a Hugging Face "

@@ -9,10 +9,17 @@ import pytest
 import torch
 
 from megatron_eslm.data.folder_tokenizer import folder_tokenizer
+from megatron_eslm.data.hf_tokenizer import export_tokenizer
+from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.errors import ConfigError
 from megatron_eslm.interop import huggingface
 from megatron_eslm.interop.huggingface import export
+from megatron_eslm.model.gpt import reference_logits
 from megatron_eslm.model.gpt2_folder import from_gpt2, load_gpt2
+from megatron_eslm.parallel.mesh import build_mesh
+from megatron_eslm.reports.token_scores import open_scoring_model
 from megatron_eslm.training.checkpoint import read_weights
+from megatron_eslm.training.frozen import find_frozen, load_frozen
 
 from .conftest import edit_json, files_of, load_tool, random_gpt2
 
@@ -81,6 +88,82 @@ def test_vocab_and_merges_alone_are_enough(tmp_path, bpe_folder, from_hf):
         shutil.copy(bpe_folder / name, tmp_path / "hf")
     assert folder_tokenizer(tmp_path / "hf").name == "GPT2BPETokenizer"
     assert from_hf.main(["--input", str(tmp_path / "hf"), "--save", str(tmp_path / "run")]) == 0
+
+
+@pytest.fixture
+def padded_folder(tmp_path, byte_tokenizer):
+    """A Hugging Face folder whose embeddings have more rows (300) than its tokenizer ids (257)."""
+    random_gpt2(vocab_size=300).save_pretrained(tmp_path / "padded")
+    export_tokenizer(byte_tokenizer, tmp_path / "padded", 40)
+    return tmp_path / "padded"
+
+
+def test_a_padded_vocabulary_is_cut_to_the_tokenizer(
+    tmp_path, padded_folder, from_hf, to_hf, generate, capsys, process_group
+):
+    """Everything that takes a model takes it then; the logits of real ids are transformers'."""
+    run = tmp_path / "run"
+    assert from_hf.main(["--input", str(padded_folder), "--save", str(run)]) == 0
+    written = read_weights(run)
+    assert (written.shape.vocab_size, written.shape.padded_vocab_size) == (257, 384)
+    tokenizer = folder_tokenizer(padded_folder)
+    theirs = load_gpt2(padded_folder)
+    tokens_BT = torch.tensor([tokenizer.encode("a cat on a mat")])
+    with torch.no_grad():
+        expected_BTV = theirs(tokens_BT).logits[..., :257]
+        got_BTV = reference_logits(dict(written.weights), written.shape, tokens_BT)
+    torch.testing.assert_close(got_BTV, expected_BTV)
+    for source in (run, padded_folder):
+        frozen = find_frozen("--distill-teacher", str(source), ByteTokenizer(), "teacher")
+        assert frozen.shape.vocab_size == 257
+        model = load_frozen(frozen, build_mesh(1, 1), torch.float32, torch.device("cpu"))
+        torch.testing.assert_close(model.weight_VE[:257], theirs.transformer.wte.weight[:257])
+        scoring = open_scoring_model(str(source))
+        assert scoring.weights.shape.vocab_size == 257
+    assert to_hf.main(["--load", str(run), "--output", str(tmp_path / "again")]) == 0
+    assert load_gpt2(tmp_path / "again").config.vocab_size == 257
+    capsys.readouterr()
+    texts = []
+    for load in (run, padded_folder, tmp_path / "again"):
+        arguments = ["--load", str(load), "--prompt", "cat", "--max-new-tokens", "8"]
+        assert generate.main([*arguments, "--temperature", "0"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows(
+    tmp_path, padded_folder, from_hf, generate, capsys
+):
+    random_gpt2(vocab_size=256, bos_token_id=0, eos_token_id=0).save_pretrained(padded_folder)
+    message = "tokenizer has 257 ids, but the model only 256 rows"
+    assert from_hf.main(["--input", str(padded_folder), "--save", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert generate.main(["--load", str(padded_folder), "--prompt", "a"]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=f"--reference .*{message}"):
+        find_frozen("--reference", str(padded_folder), ByteTokenizer(), "reference model")
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_without_a_tokenizer(tmp_path, byte_folder, to_hf, from_hf, capsys):
+    run, out = str(tmp_path / "run"), tmp_path / "out"
+    assert from_hf.main(["--input", str(byte_folder), "--save", run]) == 0
+    assert to_hf.main(["--load", run, "--output", str(out), "--without-tokenizer"]) == 0
+    assert "largest logit difference" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer_config.json",
+    ]
+    assert (out / "model.safetensors").read_bytes() == (
+        byte_folder / "model.safetensors"
+    ).read_bytes()
+    assert from_hf.main(["--input", str(out), "--save", str(tmp_path / "back")]) == 2
+    assert "holds no tokenizer" in capsys.readouterr().err
+    # With a tokenizer beside it, it is a whole model again.
+    shutil.copy(byte_folder / "tokenizer.json", out)
+    assert from_hf.main(["--input", str(out), "--save", str(tmp_path / "back")]) == 0
 
 
 def test_import_errors(tmp_path, byte_folder, from_hf, capsys):
