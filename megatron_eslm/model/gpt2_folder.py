@@ -118,7 +118,11 @@ def load_gpt2(directory: str | Path) -> GPT2LMHeadModel:
     try:
         with _quiet_libraries():
             model, report = loader(
-                directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                directory,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report
             )
     except Exception as error:  # many libraries read here, each with errors of its own
         if _is_code(error):

@@ -89,7 +89,7 @@ def test_evident_paths_ask_no_hub(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus").mkdir()
     monkeypatch.setattr("megatron_eslm.data.readers.check_data_set", None)
-    for name in ("corpus/trian", "./train", "a/b/c", "train.jsonl", "~/train"):
+    for name in ("corpus/missing", "./train", "a/b/c", "train.jsonl", "~/train"):
         with pytest.raises(ConfigError, match=f"no file or folder {name}"):
             list(read_documents([name]))
 

@@ -72,6 +72,21 @@ def test_files_that_are_none(folder, name, content, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": 258}, r"transformer\.wte\.weight.*in another size"),
+        ({"n_positions": 41}, r"transformer\.wpe\.weight.*in another size"),
+        ({"n_layer": 3}, r"lacks transformer\.h\.2\."),
+    ],
+)
+def test_tensors_of_another_size(folder, fields, message, capfd):
+    edit_json(folder / "config.json", **fields)
+    with pytest.raises(ConfigError, match=message):
+        load_gpt2(folder)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"neither model\.safetensors nor pytorch_model\.bin"):

@@ -370,6 +370,10 @@ def unusable_teachers(teacher: Path, folder: Path) -> dict[str, Path]:
     config = json.loads((teacher / "hf" / "config.json").read_text())
     (folder / "vocabulary" / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
     spelling = json.loads((teacher / "hf" / "tokenizer.json").read_text())
+    more = {**spelling["added_tokens"][0], "id": 257, "content": "<|sep|>"}
+    (folder / "vocabulary" / "tokenizer.json").write_text(
+        json.dumps({**spelling, "added_tokens": [*spelling["added_tokens"], more]})
+    )
     vocab = spelling["model"]["vocab"]
     vocab["e"], vocab["t"] = vocab["t"], vocab["e"]
     (folder / "ids" / "tokenizer.json").write_text(json.dumps(spelling))
@@ -400,7 +404,7 @@ def test_teachers_that_are_refused(data: list[str], teacher: Path, tmp_path: Pat
     messages = run_ranks(2, fn)[0]
     folders |= {name: tmp_path / name for name in ("positions", "heads")}
     for name, wanted in {
-        "vocabulary": "has a vocabulary of 300 and the data one of 257",
+        "vocabulary": "has a vocabulary of 258 and the data one of 257",
         "ids": "was trained with another tokenizer .*: the same text has other ids",
         "no tokenizer": "holds no tokenizer",
         "empty": "holds neither checkpoints .* nor a Hugging Face model",
