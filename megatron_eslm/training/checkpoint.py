@@ -25,7 +25,7 @@ from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.training import manifest as manifests
 from megatron_eslm.training import tensor_files, tensor_index
-from megatron_eslm.training.finding import Found, find_checkpoint
+from megatron_eslm.training.finding import Found, find_checkpoint, read_contents
 from megatron_eslm.training.manifest import Stamp, new_run_id
 from megatron_eslm.training.optimizer_state import OptimizerState
 from megatron_eslm.training.parameter_shard import shards_of, whole
@@ -71,41 +71,61 @@ def save_checkpoint(
 
     def begin() -> Path:
         with disk_errors(folder):
-            draft = saves.begin(state.iteration)
+            return saves.begin(state.iteration)
+
+    def write_facts() -> None:
+        with disk_errors(folder):
             _write_json(draft / manifests.RUN, {**asdict(stamp), **run})
             _write_json(draft / manifests.STATE, state.to_dict())
             tokenizer.save(draft / manifests.TOKENIZER)
-            return draft
+
+    def finish() -> None:
+        _publish(saves, draft, "training", stamp, files)
+        saves.prune(folder, keep_last)
+
+    draft = on_rank_zero(begin)
+    try:
+        on_rank_zero(write_facts)
+        _save_tensors(engine, draft, folder, stamp, run["shape"]["vocab_size"])
+        files = _describe(draft, folder)
+        on_rank_zero(finish)
+    except ConfigError:  # on every rank: nobody writes there any more
+        if dist.get_rank() == 0:
+            saves.discard(draft)
+        raise
+    return folder
+
+
+def _describe(draft: Path, folder: Path) -> dict[str, manifests.Entry]:
+    """Sizes and sums of all files of a draft, which are then on disk. Collective."""
 
     def describe_share() -> dict[str, manifests.Entry]:
         with disk_errors(folder):
             mine = manifests.files_of(draft)[dist.get_rank() :: dist.get_world_size()]
             return {name: manifests.describe(draft / name, sync=True) for name in mine}
 
-    draft = on_rank_zero(begin)
-    _save_tensors(engine, draft, folder, stamp, run["shape"]["vocab_size"])
     shares: list = [None] * dist.get_world_size()
     dist.all_gather_object(shares, on_every_rank(describe_share))
-
-    def finish() -> None:
-        files = {name: facts for share in shares for name, facts in share.items()}
-        with disk_errors(folder):
-            saves.publish(draft, _manifest("training", stamp, files))
-        saves.prune(folder, keep_last)
-
-    on_rank_zero(finish)
-    return folder
+    return {name: entry for share in shares for name, entry in share.items()}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _manifest(
-    kind: Literal["training", "weights"], stamp: Stamp, files: dict[str, manifests.Entry]
-) -> manifests.Manifest:
+def _publish(
+    saves: SaveFolder,
+    draft: Path,
+    kind: Literal["training", "weights"],
+    stamp: Stamp,
+    files: dict[str, manifests.Entry],
+) -> Path:
+    """Publish a draft that can be read back: older ones are removed once it is there."""
     files = dict(sorted(files.items()))
-    return manifests.Manifest(kind=kind, files=files, **asdict(stamp))
+    manifest = manifests.Manifest(kind=kind, files=files, **asdict(stamp))
+    read_contents(draft, manifest)
+    with disk_errors(saves.path / manifests.checkpoint_name(stamp.iteration)):
+        return saves.publish(draft, manifest)
 
 
 def _save_tensors(engine: Engine, draft: Path, folder: Path, stamp: Stamp, vocab_size: int) -> None:
@@ -247,21 +267,26 @@ def write_weights(
     tensors = {f"weight/{n}": t.contiguous() for n, t in weights.items()}
     if odd := tensor_files.not_finite(tensors):
         raise ConfigError(f"{source}: {odd} holds numbers that are not finite; it is damaged.")
+    folder = Path(save) / manifests.checkpoint_name(iteration)
     saves = SaveFolder(save)
     saves.take(load=None)
     try:
-        with disk_errors(saves.path / manifests.checkpoint_name(iteration)):
+        with disk_errors(folder):
             draft = saves.begin(iteration)
-            tensor_files.write_file(draft / file, tensors, tensor_files.metadata_of(stamp))
-            tensor_index.write_index(draft, index)
-            run = {**asdict(stamp), "source": source, "shape": shape.to_dict()}
-            _write_json(draft / manifests.RUN, run)
-            if tokenizer_dir is not None:
-                shutil.copytree(tokenizer_dir, draft / manifests.TOKENIZER)
-            files = {
-                name: manifests.describe(draft / name, sync=True)
-                for name in manifests.files_of(draft)
-            }
-            return saves.publish(draft, _manifest("weights", stamp, files))
+            try:
+                tensor_files.write_file(draft / file, tensors, tensor_files.metadata_of(stamp))
+                tensor_index.write_index(draft, index)
+                run = {**asdict(stamp), "source": source, "shape": shape.to_dict()}
+                _write_json(draft / manifests.RUN, run)
+                if tokenizer_dir is not None:
+                    shutil.copytree(tokenizer_dir, draft / manifests.TOKENIZER)
+                files = {
+                    name: manifests.describe(draft / name, sync=True)
+                    for name in manifests.files_of(draft)
+                }
+                return _publish(saves, draft, "weights", stamp, files)
+            except BaseException:
+                saves.discard(draft)
+                raise
     finally:
         saves.release()

@@ -111,12 +111,24 @@ class Found:
 
 
 def open_checkpoint(folder: Path) -> Found:
-    """A checkpoint, with everything in it that is not a tensor's contents read and compared.
+    """A checkpoint whose files are as they were written and belong together.
 
     Raises:
         ConfigError: foreign, incomplete, damaged, or put together from several checkpoints.
     """
-    manifest = manifests.verify(folder)
+    return read_contents(folder, manifests.verify(folder))
+
+
+def read_contents(folder: Path, manifest: Manifest) -> Found:
+    """Read and compare all that is in a checkpoint, the tensors' numbers aside.
+
+    Args:
+        folder: of a checkpoint, or of one that is about to be published.
+        manifest: of it; the sums in it are not looked at.
+
+    Raises:
+        ConfigError: its files do not fit together.
+    """
     try:
         run, shape, lora = _read_run(folder, manifest)
         state = _read_state(folder, manifest) if manifest.kind == "training" else None

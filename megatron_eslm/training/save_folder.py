@@ -104,6 +104,10 @@ class SaveFolder:
         draft.mkdir()
         return draft
 
+    def discard(self, draft: Path) -> None:
+        """Remove a draft that came to nothing: on a full disk it is most of what fills it."""
+        shutil.rmtree(draft, ignore_errors=True)
+
     def publish(self, draft: Path, manifest: Manifest) -> Path:
         """Give a draft its manifest and its name: from the rename on the checkpoint exists.
 

@@ -308,6 +308,7 @@ def test_a_full_disk_on_one_rank_ends_all_with_the_earlier_checkpoint(
     assert f"--save {save}" in texts[0] and "earlier ones are untouched" in texts[0]
     assert "(on rank 1)" in texts[0]
     assert names(save) == ["iter_0000002"] and find_checkpoint(save)
+    assert not leftovers(save)  # which would keep the disk full
 
 
 def test_what_a_checkpoint_does_not_fit_is_refused(

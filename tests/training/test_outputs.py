@@ -176,6 +176,17 @@ def test_weights_that_are_not_finite_do_not_take_the_place_of_good_ones(
     assert "weight/blocks.2.mlp.up.bias holds numbers that are not finite" in text
     assert "earlier ones are untouched" in text and "(on rank 1)" in text
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["iter_0000002"]
+    assert not [*(tmp_path / "run").glob(".*")]
+
+
+def test_what_could_not_be_read_back_is_not_published(data: list[str], tmp_path: Path) -> None:
+    def spoil(trainer: Trainer) -> None:
+        trainer.state.tokens = -(10**9)
+
+    argv = words(data, "--save", tmp_path / "run", iters=1)
+    (text,) = run_ranks(1, lambda rank: stopped(argv, spoil, None))
+    assert "state.json is not as it was written: tokens: input should be greater than" in text
+    assert [p.name for p in (tmp_path / "run").iterdir()] == []
 
 
 def test_a_validation_loss_that_is_not_finite_is_no_best_one(data: list[str]) -> None:
