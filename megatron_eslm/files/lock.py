@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -67,8 +68,25 @@ class FileLock:
             ConfigError: another process has it; names the process.
             OSError: the file cannot be written.
         """
+        if self.acquire():
+            return
+        if wait_seconds:
+            logger.info(
+                "%s is being written by %s; waiting up to %g seconds for it to end",
+                what,
+                self.owner(),
+                wait_seconds,
+            )
         if not self.acquire(wait_seconds=wait_seconds):
             raise ConfigError(f"{what} is being written by {self.owner()}. {remedy}")
+
+    @property
+    def held(self) -> bool:
+        """Whether this process has it. It is lost when the lock's file, or its folder, is removed.
+
+        Then others can take it, and so can this process, after `release`.
+        """
+        return self._file is not None and self._is_current(self._file)
 
     def owner(self) -> str:
         """Who holds the lock, for messages."""
@@ -82,7 +100,11 @@ class FileLock:
         """Give it up."""
         if self._file is None:
             return
-        self.path.unlink(missing_ok=True)  # before the lock goes: nobody else can hold it yet
+        # A file that cannot be removed keeps nobody out.
+        with contextlib.suppress(OSError):
+            if self._is_current(self._file):  # else it may be another's
+                # Before the lock goes: nobody else can hold it yet.
+                self.path.unlink(missing_ok=True)
         os.close(self._file)
         self._file = None
         _held.discard(self)

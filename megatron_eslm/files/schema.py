@@ -60,6 +60,8 @@ def parse_as(cls: type[T], value: Any, where: str) -> T:
         return _adapter(annotation).validate_json(json.dumps(value))
     except pydantic.ValidationError as error:
         raise ConfigError(f"{where} is not as it was written: {_reasons(error)}.") from error
+    except RecursionError:
+        raise ConfigError(f"{where} is not as it was written: nested too deep.") from None
 
 
 @functools.cache
@@ -71,8 +73,14 @@ def _reasons(error: pydantic.ValidationError, most: int = 3) -> str:
     """`key: what is wrong` of the first errors."""
     found = error.errors(include_url=False, include_input=False, include_context=False)
     texts = [
-        f"{'.'.join(map(str, one['loc'])) or 'the whole'}: {one['msg'][:1].lower()}{one['msg'][1:]}"
+        f"{'.'.join(map(str, one['loc'])) or 'the whole'}: {_reason(one['msg'])}"
         for one in found[:most]
     ]
     more = f" and {len(found) - most} more" if len(found) > most else ""
     return "; ".join(texts) + more
+
+
+def _reason(message: str) -> str:
+    # "Value error" is what pydantic calls the errors that a dataclass raises about itself.
+    own = message.removeprefix("Value error, ").rstrip(".")
+    return own if own != message else message[:1].lower() + message[1:]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.aside import aside_folder
 
 
 @contextmanager
@@ -26,22 +27,17 @@ def published(target: str | Path, flag: str, replace_if_holds: str | None = None
         ConfigError: `target` is taken, or its place cannot be written.
     """
     target = Path(target).absolute()
-    taken = _is_taken(target, flag, replace_if_holds)
-    aside = target.with_name(f"{target.name}.partial")
-    try:
-        if aside.exists():
-            shutil.rmtree(aside)  # left by a killed run
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{flag} {target} cannot be written: {error}. Choose another place or make room."
-        ) from error
-    try:
+    _is_taken(target, flag, replace_if_holds)
+    with ExitStack() as stack:
+        try:
+            aside = stack.enter_context(aside_folder(target))
+        except OSError as error:
+            raise ConfigError(
+                f"{flag} {target} cannot be written: {error}. Choose another place or make room."
+            ) from error
         yield aside
-        _put_in_place(aside, target, taken)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        # Asked again: another process may have been there meanwhile.
+        _put_in_place(aside, target, _is_taken(target, flag, replace_if_holds))
 
 
 def _is_taken(target: Path, flag: str, replace_if_holds: str | None) -> bool:

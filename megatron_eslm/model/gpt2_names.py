@@ -150,6 +150,11 @@ def _pairs(shape: ModelShape) -> Iterator[_Pair]:
             )
 
 
+def num_weights(shape: ModelShape) -> int:
+    """Number of tensors in our state dict."""
+    return len(_OUTSIDE_BLOCKS) + shape.num_layers * len(_IN_A_BLOCK)
+
+
 def weight_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name -> size of every tensor in our state dict."""
     return {pair.ours: pair.size(shape) for pair in _pairs(shape)}

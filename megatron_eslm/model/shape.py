@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.schema import STRICT, Size
+
+MOST_PADDING = 2**16
+"""Rows that the padding of a vocabulary may have beyond as many as there are ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """A GPT-2 decoder: pre-norm, learned positions, GELU-tanh, tied head, biases."""
 
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    ffn_hidden_size: int
-    max_position_embeddings: int
-    vocab_size: int
+    __pydantic_config__ = STRICT
+
+    num_layers: Size
+    hidden_size: Size
+    num_attention_heads: Size
+    ffn_hidden_size: Size
+    max_position_embeddings: Size
+    vocab_size: Size
     """Token ids that exist."""
-    padded_vocab_size: int
+    padded_vocab_size: Size
     """Rows of the embedding; the ones from `vocab_size` on take no probability."""
-    layernorm_epsilon: float = 1e-5
+    layernorm_epsilon: Annotated[float, pydantic.Field(ge=0)] = 1e-5
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -33,6 +41,12 @@ class ModelShape:
             raise ConfigError(
                 f"The padded vocabulary ({self.padded_vocab_size}) is smaller than the "
                 f"vocabulary ({self.vocab_size})."
+            )
+        if self.padded_vocab_size > 2 * self.vocab_size + MOST_PADDING:
+            raise ConfigError(
+                f"The vocabulary of {self.vocab_size} ids would be padded to "
+                f"{self.padded_vocab_size} rows. Lower --make-vocab-size-divisible-by, of which "
+                "the rows are a multiple."
             )
 
     @property

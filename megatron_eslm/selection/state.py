@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Annotated
 
+import pydantic
 import torch
 import torch.distributed as dist
 
+from megatron_eslm.files.schema import STRICT, Count
 from megatron_eslm.parallel.phases import Phases
 
 
@@ -14,21 +17,23 @@ from megatron_eslm.parallel.phases import Phases
 class SelectionState:
     """The part of a run's state that policies read and a controller may move; checkpointed."""
 
-    alpha: float
+    __pydantic_config__ = STRICT
+
+    alpha: Annotated[float, pydantic.Field(ge=0, le=1)]
     """Share to drop now; 0 where nothing is selected."""
-    iteration: int = 0
+    iteration: Count = 0
     """Optimizer step under way, from 0."""
-    micro_step: int = 0
+    micro_step: Count = 0
     """Micro-step of it under way, from 0."""
-    level: float | None = None
+    level: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
     """What alpha is after its warm-up: --eslm-alpha, or where the controller has moved it."""
     delta: float | None = None
     """Relative change of CVaR at the last update of the controller (Algorithm 2)."""
     cvar_history: list[float] = field(default_factory=list)
     """CVaR of each of the controller's intervals."""
     interval_cvar_sum: float = 0.0
-    interval_finite_steps: int = 0
-    interval_steps: int = 0
+    interval_finite_steps: Count = 0
+    interval_steps: Count = 0
     """Of the controller's interval under way."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.options import Lora, ModelOptions
+from megatron_eslm.model.options import Lora
 from megatron_eslm.training.finding import Found
 
 _TO_WEIGHTS = (
@@ -33,7 +33,7 @@ def check_adapters(run: RunConfig, found: Found | None) -> None:
         return
     if found.kind == "weights":  # they never hold any
         return
-    theirs = _of_checkpoint(found)
+    theirs = found.lora
     if ours == theirs:
         return
     if theirs is None:
@@ -48,13 +48,6 @@ def check_adapters(run: RunConfig, found: Found | None) -> None:
         f"{_flags(theirs)}; or, to train what they made of the model further, {_TO_WEIGHTS}, which "
         "merges them."
     )
-
-
-def _of_checkpoint(found: Found) -> Lora | None:
-    model = found.run["options"]["model"]
-    # Checkpoints from before there could be adapters have no such options.
-    known = {name: model[name] for name in ("lora_rank", "lora_alpha") if name in model}
-    return ModelOptions(**known).lora
 
 
 def _flags(lora: Lora) -> str:

@@ -7,7 +7,6 @@ import logging
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_eslm import __version__
 from megatron_eslm.config.run import RunConfig
@@ -30,7 +29,7 @@ from megatron_eslm.selection.objective import Objective
 from megatron_eslm.selection.policy import SelectionPolicy, build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from megatron_eslm.training.adapters import check_adapters
-from megatron_eslm.training.checkpoint import load_model, prepare_save_folder
+from megatron_eslm.training.checkpoint import load_model
 from megatron_eslm.training.compile import check_compiler, compile_blocks
 from megatron_eslm.training.continuation import (
     check_continues,
@@ -38,7 +37,6 @@ from megatron_eslm.training.continuation import (
     find_start,
     resume,
 )
-from megatron_eslm.training.dump import prepare_dump_folder
 from megatron_eslm.training.engine import Engine
 from megatron_eslm.training.estimate import dry_run_text, step_work
 from megatron_eslm.training.flops import FlopsModel, TeacherCost
@@ -50,14 +48,15 @@ from megatron_eslm.training.gradient_alignment import (
 )
 from megatron_eslm.training.last_mlp import last_mlp_kept
 from megatron_eslm.training.loop import Trainer
+from megatron_eslm.training.manifest import new_run_id
 from megatron_eslm.training.objectives import (
     build_objective,
     find_run_teacher,
     teacher_shape,
 )
 from megatron_eslm.training.optimizer_state import OptimizerState
+from megatron_eslm.training.outputs import Outputs
 from megatron_eslm.training.reference import find_run_reference, load_reference
-from megatron_eslm.training.report import MetricsFile, run_summary
 from megatron_eslm.training.stages import plan_stages, plan_text
 from megatron_eslm.training.state import TrainState
 from megatron_eslm.training.teacher import find_teacher
@@ -202,7 +201,15 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
     Args:
         phases: where this rank says what it is doing, for a watchdog.
     """
-    phases = phases or Phases()
+    outputs = Outputs(run)
+    try:
+        return _build_trainer(run, phases or Phases(), outputs)
+    except BaseException:
+        outputs.close()
+        raise
+
+
+def _build_trainer(run: RunConfig, phases: Phases, outputs: Outputs) -> Trainer:
     on_every_rank(lambda: check_kernels(run))
     mesh = build_mesh(
         run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
@@ -214,10 +221,7 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
     shape = run.shape(source.tokenizer.vocab_size)
     stored = open_stored_losses(run, source)
     data = data_record(run, source, stored, report)
-    if save := run.checkpoint.save:
-        on_rank_zero(lambda: prepare_save_folder(save, run.checkpoint.load))
-    if folder := run.report.dump_selection:
-        on_rank_zero(lambda: prepare_dump_folder(folder))
+    outputs.take_folders()
     found = on_rank_zero(lambda: find_start(run))
     check_adapters(run, found)
     if found is not None:
@@ -236,7 +240,8 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
         aligns=alignment_rows(run) is not None,
         reference=stored,
     )
-    state = TrainState(SelectionState(alpha=run.selection.initial_alpha))
+    selection = SelectionState(alpha=run.selection.initial_alpha)
+    state = TrainState(selection, run_id=on_rank_zero(new_run_id))
     recorder = Recorder()
     peers = Peers(mesh.dp_rank, mesh.dp_size, mesh.dp_group, phases)
     policy = build_policy(run.selection, state.selection, peers, run.training.seed)
@@ -255,11 +260,12 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
         policy.reference = load_reference(
             reference, mesh, engine.device, run.dtype, run.model.head_kernel
         )
-    if save:
+    if outputs.save is not None:
         OptimizerState(engine)  # refuses now what could not be saved later
     if found is not None and found.kind == "training":
         state = resume(run, engine, found)
         policy.state = state.selection
+    outputs.open_metrics(resumed=state.iteration > 0, restarts=continues_itself(run))
     return Trainer(
         run=run,
         mesh=mesh,
@@ -276,7 +282,7 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
             "data": data,
             "domains": [{"name": d.name, "epochs": d.epochs} for d in report.domains],
         },
-        metrics=open_metrics(run, resumed=state.iteration > 0),
+        outputs=outputs,
         phases=phases,
     )
 
@@ -338,15 +344,3 @@ def build_engine(run: RunConfig, model: GPT, mesh: Mesh, phases: Phases) -> Engi
     from megatron_eslm.training.pipeline import PipelinedEngine
 
     return PipelinedEngine(run, model, mesh, phases)
-
-
-def open_metrics(run: RunConfig, *, resumed: bool) -> MetricsFile | None:
-    """The metrics file, on rank 0 only; if it cannot be written every rank stops. Collective."""
-    path = run.report.metrics_file
-
-    def make() -> MetricsFile | None:
-        if path is None or dist.get_rank() != 0:
-            return None
-        return MetricsFile(path, run_summary(run), resumed=resumed, restarts=continues_itself(run))
-
-    return on_every_rank(make)

@@ -2,20 +2,17 @@
 
 A folder `iter_0000100` holds master weights and Adam's moments (tensor_files.py), run.json (the
 resolved options and the model's shape), state.json (TrainState), the tokenizer, and the manifest
-that makes it complete. A weights-only checkpoint, as tools/convert_from_hf.py writes, has neither
-moments nor state.
+that makes it complete (manifest.py). All but the tokenizer say which run and iteration they are of.
+A weights-only checkpoint, as tools/convert_from_hf.py writes, has neither moments nor state.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,17 +24,17 @@ from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.training import manifest as manifests
-from megatron_eslm.training import tensor_files
-from megatron_eslm.training.finding import Found, find_checkpoint
+from megatron_eslm.training import tensor_files, tensor_index
+from megatron_eslm.training.finding import Found, find_checkpoint, read_contents
+from megatron_eslm.training.manifest import Stamp, new_run_id
 from megatron_eslm.training.optimizer_state import OptimizerState
 from megatron_eslm.training.parameter_shard import shards_of, whole
+from megatron_eslm.training.save_folder import SaveFolder, disk_errors
 from megatron_eslm.training.state import TrainState
 from megatron_eslm.training.tensor_shares import gather_share
 
 if TYPE_CHECKING:
     from megatron_eslm.training.engine import Engine
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,44 +48,9 @@ class Weights:
     iteration: int
 
 
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"--save {folder}: {error.strerror or error}. The checkpoint was not written; earlier "
-            "ones are untouched."
-        ) from error
-
-
-def prepare_save_folder(save: str, load: str | None) -> None:
-    """Check, before anything is trained, that checkpoints can be written to `save`.
-
-    Raises:
-        ConfigError: no permission, or another run's checkpoints are there.
-    """
-    folder = Path(save)
-    with _disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-probe"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-    continues = load is not None and Path(load).resolve() in (
-        folder.resolve(),
-        *(p.resolve() for p in manifests.list_checkpoints(folder)),
-    )
-    if manifests.list_checkpoints(folder) and not continues:
-        raise ConfigError(
-            f"--save {folder} already holds checkpoints of a run. Continue that run with --load "
-            f"{folder}, or save to another folder."
-        )
-    manifests.clean(folder)
-
-
 def save_checkpoint(
     engine: Engine,
-    save: str,
+    saves: SaveFolder,
     *,
     state: TrainState,
     run: dict[str, Any],
@@ -99,53 +61,76 @@ def save_checkpoint(
 
     Args:
         engine: what trains.
-        save: folder of checkpoints.
+        saves: folder of checkpoints, taken by rank 0.
         state, run: what state.json and run.json hold.
         tokenizer: saved with it, so that export and generation need no flags.
         keep_last: complete checkpoints to keep; 0 keeps all.
     """
-    folder = Path(save) / manifests.checkpoint_name(state.iteration)
-    temporary = manifests.aside(folder)
+    stamp = Stamp(run_id=state.run_id, iteration=state.iteration)
+    folder = saves.path / manifests.checkpoint_name(state.iteration)
 
-    def begin() -> None:
-        with _disk_errors(folder):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            (temporary / "run.json").write_text(json.dumps(run, indent=1) + "\n")
-            (temporary / "state.json").write_text(json.dumps(state.to_dict(), indent=1) + "\n")
-            tokenizer.save(temporary / "tokenizer")
+    def begin() -> Path:
+        with disk_errors(folder):
+            return saves.begin(state.iteration)
 
-    def describe_share() -> dict[str, dict[str, int]]:
-        with _disk_errors(folder):
-            mine = manifests.files_of(temporary)[dist.get_rank() :: dist.get_world_size()]
-            return {name: manifests.describe(temporary / name, sync=True) for name in mine}
-
-    on_rank_zero(begin)
-    _save_tensors(engine, folder, run["shape"]["vocab_size"])
-    shares: list = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, on_every_rank(describe_share))
+    def write_facts() -> None:
+        with disk_errors(folder):
+            _write_json(draft / manifests.RUN, {**asdict(stamp), **run})
+            _write_json(draft / manifests.STATE, state.to_dict())
+            tokenizer.save(draft / manifests.TOKENIZER)
 
     def finish() -> None:
-        with _disk_errors(folder):
-            if folder.exists():  # the same step saved again, after going back to an earlier one
-                manifests.remove(folder)
-            head = {"kind": "training", "iteration": state.iteration}
-            files = {name: facts for share in shares for name, facts in share.items()}
-            manifests.publish(folder, head, dict(sorted(files.items())))
-            if keep_last:
-                # Never this one, although a run that went back to an earlier step has newer ones
-                # beside it, or damaged ones.
-                saved = manifests.list_checkpoints(Path(save))
-                for old in saved[saved.index(folder) + 1 :][keep_last - 1 :]:
-                    manifests.remove(old)
+        _publish(saves, draft, "training", stamp, files)
+        saves.prune(folder, keep_last)
 
-    on_rank_zero(finish)
+    draft = on_rank_zero(begin)
+    try:
+        on_rank_zero(write_facts)
+        _save_tensors(engine, draft, folder, stamp, run["shape"]["vocab_size"])
+        files = _describe(draft, folder)
+        on_rank_zero(finish)
+    except ConfigError:  # on every rank: nobody writes there any more
+        if dist.get_rank() == 0:
+            saves.discard(draft)
+        raise
     return folder
 
 
-def _save_tensors(engine: Engine, folder: Path, vocab_size: int) -> None:
+def _describe(draft: Path, folder: Path) -> dict[str, manifests.Entry]:
+    """Sizes and sums of all files of a draft, which are then on disk. Collective."""
+
+    def describe_share() -> dict[str, manifests.Entry]:
+        with disk_errors(folder):
+            mine = manifests.files_of(draft)[dist.get_rank() :: dist.get_world_size()]
+            return {name: manifests.describe(draft / name, sync=True) for name in mine}
+
+    shares: list = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, on_every_rank(describe_share))
+    return {name: entry for share in shares for name, entry in share.items()}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _publish(
+    saves: SaveFolder,
+    draft: Path,
+    kind: Literal["training", "weights"],
+    stamp: Stamp,
+    files: dict[str, manifests.Entry],
+) -> Path:
+    """Publish a draft that can be read back: older ones are removed once it is there."""
+    files = dict(sorted(files.items()))
+    manifest = manifests.Manifest(kind=kind, files=files, **asdict(stamp))
+    read_contents(draft, manifest)
+    with disk_errors(saves.path / manifests.checkpoint_name(stamp.iteration)):
+        return saves.publish(draft, manifest)
+
+
+def _save_tensors(engine: Engine, draft: Path, folder: Path, stamp: Stamp, vocab_size: int) -> None:
     """Write every rank's share of the tensors, and their index, aside. Collective."""
-    temporary, rank = manifests.aside(folder), dist.get_rank()
+    rank = dist.get_rank()
     lora = engine.model.settings.lora
     scale = None if lora is None else lora.scale
     state = OptimizerState(engine)
@@ -153,9 +138,17 @@ def _save_tensors(engine: Engine, folder: Path, vocab_size: int) -> None:
     shards, tensors = gather_share(engine, state, vocab_size)
 
     def write() -> None:
-        with _disk_errors(folder):
+        with disk_errors(folder):
+            if odd := tensor_files.not_finite(tensors):
+                # It must not take the place of earlier ones, which are still good.
+                raise ConfigError(
+                    f"--save {folder}: {odd} holds numbers that are not finite. The checkpoint was "
+                    "not written; earlier ones are untouched. Continue from one of them with a "
+                    "lower --lr, or look at what the run read since."
+                )
             if tensors:
-                tensor_files.write_file(temporary / tensor_files.file_name(rank), tensors)
+                path = draft / tensor_files.file_name(rank)
+                tensor_files.write_file(path, tensors, tensor_files.metadata_of(stamp))
 
     on_every_rank(write)
     shares: list = [None] * dist.get_world_size()
@@ -163,9 +156,9 @@ def _save_tensors(engine: Engine, folder: Path, vocab_size: int) -> None:
     assert all(share[2] == scalars for share in shares), "ranks differ in Adam's step or loss scale"
 
     def write_index() -> None:
-        with _disk_errors(folder):
+        with disk_errors(folder):
             parts = ((file, part) for file, part, _ in shares)
-            tensor_files.write_index(temporary, parts, scalars, scale)
+            tensor_index.write_index(draft, tensor_index.index_of(stamp, parts, scalars, scale))
 
     on_rank_zero(write_index)
 
@@ -240,8 +233,7 @@ def read_weights(load: str | Path, tag: str | None = None) -> Weights:
     word = weights[WORD_EMBEDDING]
     padding = word.new_zeros(shape.padded_vocab_size - shape.vocab_size, word.shape[1])
     weights[WORD_EMBEDDING] = torch.cat([word, padding])
-    iteration = found.state().iteration if found.kind == "training" else 0
-    return Weights(weights, shape, found.tokenizer_dir, iteration)
+    return Weights(weights, shape, found.tokenizer_dir, found.manifest.iteration)
 
 
 def write_weights(
@@ -250,37 +242,51 @@ def write_weights(
     shape: ModelShape,
     tokenizer_dir: Path | None,
     source: str,
+    iteration: int = 0,
 ) -> Path:
     """Write a weights-only checkpoint that `--load` starts a run from.
 
     Args:
-        save: folder to hold it, as iter_0000000; must hold no checkpoint.
+        save: folder to hold it; must hold no checkpoint.
         weights: float32, by parameter name; the vocabulary's padding rows are left out.
+        shape: of the model.
+        tokenizer_dir: what its ids mean; a folder that `Tokenizer.save` made.
         source: where they come from, for run.json.
+        iteration: which gives the checkpoint its name.
 
     Raises:
-        ConfigError: checkpoints are there already, or it cannot be written.
+        ConfigError: checkpoints are there already, it cannot be written, or the weights are not
+            finite or not of that shape.
     """
-    folder = Path(save) / manifests.checkpoint_name(0)
-    if manifests.list_checkpoints(Path(save)):
-        raise ConfigError(f"--save {save} already holds checkpoints; choose another folder.")
-    temporary = manifests.aside(folder)
-    with _disk_errors(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        weights = {**weights, WORD_EMBEDDING: weights[WORD_EMBEDDING][: shape.vocab_size]}
-        file = tensor_files.file_name(0)
-        tensors = {f"weight/{n}": t.contiguous() for n, t in weights.items()}
-        tensor_files.write_file(temporary / file, tensors)
-        shards = {name: whole(tuple(tensor.shape)) for name, tensor in weights.items()}
-        tensor_files.write_index(temporary, [(file, shards)], tensor_files.Scalars())
-        run = {"source": source, "shape": shape.to_dict()}
-        (temporary / "run.json").write_text(json.dumps(run, indent=1) + "\n")
-        if tokenizer_dir is not None:
-            shutil.copytree(tokenizer_dir, temporary / "tokenizer")
-        files = {
-            name: manifests.describe(temporary / name, sync=True)
-            for name in manifests.files_of(temporary)
-        }
-        manifests.publish(folder, {"kind": "weights", "iteration": 0}, files)
-    return folder
+    stamp = Stamp(run_id=new_run_id(), iteration=iteration)
+    weights = {**weights, WORD_EMBEDDING: weights[WORD_EMBEDDING][: shape.vocab_size]}
+    file = tensor_files.file_name(0)
+    shards = {name: whole(tuple(tensor.shape)) for name, tensor in weights.items()}
+    index = tensor_index.index_of(stamp, [(file, shards)], tensor_index.Scalars())
+    tensor_index.check_holds_model(Path(source), index, shape, lora=None)
+    tensors = {f"weight/{n}": t.contiguous() for n, t in weights.items()}
+    if odd := tensor_files.not_finite(tensors):
+        raise ConfigError(f"{source}: {odd} holds numbers that are not finite; it is damaged.")
+    folder = Path(save) / manifests.checkpoint_name(iteration)
+    saves = SaveFolder(save)
+    saves.take(load=None)
+    try:
+        with disk_errors(folder):
+            draft = saves.begin(iteration)
+            try:
+                tensor_files.write_file(draft / file, tensors, tensor_files.metadata_of(stamp))
+                tensor_index.write_index(draft, index)
+                run = {**asdict(stamp), "source": source, "shape": shape.to_dict()}
+                _write_json(draft / manifests.RUN, run)
+                if tokenizer_dir is not None:
+                    shutil.copytree(tokenizer_dir, draft / manifests.TOKENIZER)
+                files = {
+                    name: manifests.describe(draft / name, sync=True)
+                    for name in manifests.files_of(draft)
+                }
+                return _publish(saves, draft, "weights", stamp, files)
+            except BaseException:
+                saves.discard(draft)
+                raise
+    finally:
+        saves.release()

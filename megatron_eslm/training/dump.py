@@ -11,25 +11,26 @@ import torch
 import torch.distributed as dist
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.lock import FileLock
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.state import MicroStepRecord
 
 
-def prepare_dump_folder(path: str) -> None:
-    """Make the folder of `--dump-selection` before anything is trained.
+def take_dump_folder(path: str) -> FileLock:
+    """Make the folder of `--dump-selection` before anything is trained, for this run alone.
 
     Raises:
-        ConfigError: it cannot be made or written to.
+        ConfigError: it cannot be made or written to, or another run writes there.
     """
+    lock = FileLock(Path(path) / ".dump.lock")
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        probe = Path(path) / ".write-probe"
-        probe.write_bytes(b"")
-        probe.unlink()
+        lock.take(f"--dump-selection {path}", "Name another folder.")
     except OSError as error:
         raise ConfigError(
             f"--dump-selection {path} cannot be written: {error.strerror}. Name another folder."
         ) from error
+    return lock
 
 
 def dump_selection(
@@ -47,6 +48,9 @@ def dump_selection(
     [B, T+1], instance_scores f32 [B], instance_kept bool [B], tau_instance, token_scores f32 [B, T]
     (nan where nothing was scored), token_kept bool [B, T], tau_token, loss. With scope `local` the
     thresholds are rank 0's.
+
+    Raises:
+        OSError: on rank 0; the disk does not take it, and nothing is left of it.
     """
     if mesh.tp_rank:
         return  # tensor-parallel ranks hold the same
@@ -76,14 +80,26 @@ def dump_selection(
     arrays: dict[str, Any] = {
         key: np.concatenate([part[key] for part in everyone]) for key in mine if key != "loss"
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        folder / f"iter{iteration:07d}_micro{micro_step:04d}.npz",
-        **arrays,
-        tau_instance=np.float32(np.nan if record.tau_instance is None else record.tau_instance),
-        tau_token=np.float32(np.nan if record.tau_token is None else record.tau_token),
-        loss=np.float32(sum(part["loss"] for part in everyone)),
-    )
+    arrays["tau_instance"] = _number(record.tau_instance)
+    arrays["tau_token"] = _number(record.tau_token)
+    arrays["loss"] = np.float32(sum(part["loss"] for part in everyone))
+    _write(folder / f"iter{iteration:07d}_micro{micro_step:04d}.npz", arrays)
+
+
+def _number(value: float | None) -> np.float32:
+    return np.float32(np.nan if value is None else value)
+
+
+def _write(path: Path, arrays: dict[str, Any]) -> None:
+    """A file that is whole or not there, unless the machine fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}")
+    try:
+        with draft.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _over_pipeline(record: MicroStepRecord, mesh: Mesh) -> MicroStepRecord:

@@ -2,50 +2,183 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.json_file import read_json
+from megatron_eslm.files.schema import STRICT, Size, parse_as
+from megatron_eslm.model.options import Lora, ModelOptions
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.training import manifest as manifests
+from megatron_eslm.training.manifest import RUN, STATE, TENSORS, Manifest, Stamp, damaged
 from megatron_eslm.training.state import TrainState
+from megatron_eslm.training.tensor_files import check_file
+from megatron_eslm.training.tensor_index import check_holds_model, read_index
 
 logger = logging.getLogger(__name__)
 
+# run.json tells people more than programs use, and later versions may tell more still.
+_USED = pydantic.ConfigDict(**{**STRICT, "extra": "ignore"})
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    __pydantic_config__ = _USED
+    lora_rank: Annotated[int, pydantic.Field(ge=0, lt=2**31)] = 0
+    lora_alpha: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    __pydantic_config__ = _USED
+    train_iters: Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    __pydantic_config__ = _USED
+    model: _Model
+    training: _Training
+    selection: dict[str, Any]
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Domain:
+    __pydantic_config__ = _USED
+    name: str
+    epochs: Annotated[float, pydantic.Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run(Stamp):
+    """What is used of run.json."""
+
+    __pydantic_config__ = _USED
+    shape: ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainingRun(_Run):
+    """What is used of run.json where a run saved it."""
+
+    __pydantic_config__ = _USED
+    options: _Options
+    data: dict[str, Any]
+    domains: Annotated[list[_Domain], pydantic.Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Found:
-    """A complete checkpoint."""
+    """A complete checkpoint, whose files agree with each other."""
 
     folder: Path
-    kind: str
-    """"training", or "weights" for one without optimizer and state."""
+    manifest: Manifest
     run: dict[str, Any]
-    """run.json: "options", "shape", "data" (fingerprint) and more."""
+    """run.json: "options", "data" (fingerprint), "domains" and more. A checkpoint of kind
+    "weights" has no options and no data."""
+    shape: ModelShape
+    """Of the model in it."""
+    lora: Lora | None = None
+    """Adapters in it."""
+    train_state: TrainState | None = None
 
     @property
-    def shape(self) -> ModelShape:
-        """Shape of the model in it."""
-        return ModelShape(**self.run["shape"])
+    def kind(self) -> str:
+        """ "training", or "weights" for one without optimizer and state."""
+        return self.manifest.kind
 
     @property
     def tokenizer_dir(self) -> Path | None:
         """The tokenizer it carries."""
-        folder = self.folder / "tokenizer"
-        return folder if folder.is_dir() else None
+        inside = f"{manifests.TOKENIZER}/"
+        if any(name.startswith(inside) for name in self.manifest.files):
+            return self.folder / manifests.TOKENIZER
+        return None
 
     def state(self) -> TrainState:
-        """The TrainState it holds."""
-        return TrainState.from_dict(json.loads((self.folder / "state.json").read_text()))
+        """The TrainState it holds, for the caller to change."""
+        assert self.train_state is not None, "a checkpoint of weights has no state"
+        return copy.deepcopy(self.train_state)
 
 
-def _open(folder: Path) -> Found:
-    manifest = manifests.verify(folder)
-    run = json.loads((folder / "run.json").read_text())
-    return Found(folder, manifest["kind"], run)
+def open_checkpoint(folder: Path) -> Found:
+    """A checkpoint whose files are as they were written and belong together.
+
+    Raises:
+        ConfigError: foreign, incomplete, damaged, or put together from several checkpoints.
+    """
+    return read_contents(folder, manifests.verify(folder))
+
+
+def read_contents(folder: Path, manifest: Manifest) -> Found:
+    """Read and compare all that is in a checkpoint, the tensors' numbers aside.
+
+    Args:
+        folder: of a checkpoint, or of one that is about to be published.
+        manifest: of it; the sums in it are not looked at.
+
+    Raises:
+        ConfigError: its files do not fit together.
+    """
+    try:
+        run, shape, lora = _read_run(folder, manifest)
+        state = _read_state(folder, manifest) if manifest.kind == "training" else None
+        _check_tensors(folder, manifest, shape, lora)
+    except FileNotFoundError as error:  # removed since it was verified
+        raise damaged(folder, f"{error.filename} is missing") from error
+    return Found(
+        folder=folder, manifest=manifest, run=run, shape=shape, lora=lora, train_state=state
+    )
+
+
+def _read_run(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], ModelShape, Lora | None]:
+    try:
+        values = read_json(folder / RUN)
+        if manifest.kind == "weights":
+            run, lora = parse_as(_Run, values, RUN), None
+        else:
+            run = trained = parse_as(_TrainingRun, values, RUN)
+            model = trained.options.model
+            lora = ModelOptions(lora_rank=model.lora_rank, lora_alpha=model.lora_alpha).lora
+    except ConfigError as error:
+        raise damaged(folder, error) from error
+    manifests.check_stamp(folder, RUN, run, manifest)
+    return values, run.shape, lora
+
+
+def _read_state(folder: Path, manifest: Manifest) -> TrainState:
+    try:
+        state = TrainState.from_dict(read_json(folder / STATE), STATE)
+    except ConfigError as error:
+        raise damaged(folder, error) from error
+    manifests.check_stamp(folder, STATE, state, manifest)
+    return state
+
+
+def _check_tensors(folder: Path, manifest: Manifest, shape: ModelShape, lora: Lora | None) -> None:
+    index = read_index(folder)
+    manifests.check_stamp(folder, TENSORS, index, manifest)
+    check_holds_model(folder, index, shape, lora)
+    if index.adam_step > (manifest.iteration if manifest.kind == "training" else 0):
+        raise damaged(
+            folder,
+            f"{TENSORS} counts {index.adam_step} steps of Adam, more than there have been",
+        )
+    if unlisted := index.files - manifest.files.keys():
+        raise damaged(
+            folder, f"{TENSORS} names {min(unlisted)}, which {manifests.MANIFEST} does not"
+        )
+    for file in sorted(index.files):
+        check_file(folder, file, index, moments=manifest.kind == "training")
 
 
 def find_checkpoint(load: str | Path, tag: str | None = None) -> Found:
@@ -57,11 +190,14 @@ def find_checkpoint(load: str | Path, tag: str | None = None) -> Found:
     path = Path(load)
     if tag is not None:
         path = path / tag
-    if (path / manifests.MANIFEST).exists() or tag is not None:
-        return _open(path)
-    if not path.is_dir():
-        raise ConfigError(f"--load {path}: there is no such folder.")
-    candidates = manifests.list_checkpoints(path)
+    try:
+        if (path / manifests.MANIFEST).exists() or tag is not None:
+            return open_checkpoint(path)
+        if not path.is_dir():
+            raise ConfigError(f"--load {path}: there is no such folder.")
+        candidates = manifests.list_checkpoints(path)
+    except OSError as error:
+        raise ConfigError(f"--load {path} cannot be read: {error.strerror}.") from error
     if not candidates:
         raise ConfigError(
             f"--load {path} holds no checkpoint (folders iter_0000100 and the like). A folder "
@@ -70,7 +206,7 @@ def find_checkpoint(load: str | Path, tag: str | None = None) -> Found:
     reasons = []
     for folder in candidates:
         try:
-            return _open(folder)
+            return open_checkpoint(folder)
         except ConfigError as error:
             logger.warning("%s Trying the one before it.", error)
             reasons.append(str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -26,12 +27,8 @@ from megatron_eslm.training.engine import Engine
 from megatron_eslm.training.evaluate import Evaluation, evaluate
 from megatron_eslm.training.flops import FlopsModel, device_peak_flops
 from megatron_eslm.training.nonfinite import NonfiniteGuard
-from megatron_eslm.training.report import (
-    MetricsFile,
-    metrics_line,
-    progress_line,
-    write_monitors,
-)
+from megatron_eslm.training.outputs import Outputs
+from megatron_eslm.training.report import metrics_line, progress_line, write_monitors
 from megatron_eslm.training.schedule import learning_rate
 from megatron_eslm.training.signals import StopSignal
 from megatron_eslm.training.state import TrainState
@@ -53,7 +50,8 @@ class Trainer:
     flops: FlopsModel
     run_record: dict[str, Any]
     """run.json of the checkpoints."""
-    metrics: MetricsFile | None
+    outputs: Outputs
+    """What it writes to; closed at the end of training."""
     phases: Phases
     """Where this rank is, for the watchdog."""
 
@@ -62,13 +60,31 @@ class Trainer:
         self.alpha = AlphaController(self.run.selection, self.state.selection)
         self._saved_iteration = -1
         self._last_seconds: list[float] = []
+        self.outputs.guard(self.engine.monitor)
 
     def train(self) -> signal.Signals | None:
         """Train from the state's iteration to `--train-iters`.
 
         Returns:
             The signal that ended the run early, if one did.
+
+        Raises:
+            ConfigError: a disk took no checkpoint; or no metrics or dumps, for which a checkpoint
+                has been saved first.
         """
+        try:
+            stopped = self._train()
+            with self.phases("end of training", waits=self.mesh.world_size > 1):
+                self.outputs.check_written(
+                    self.state.iteration, saved=self._saved_iteration == self.state.iteration
+                )
+        finally:
+            self.outputs.close()
+        if stopped is not None:
+            logger.warning("%s: stopped after iteration %d", stopped.name, self.state.iteration)
+        return stopped
+
+    def _train(self) -> signal.Signals | None:
         t, state = self.run.training, self.state
         assert t.train_iters and t.eval_interval
         stopped = None
@@ -101,8 +117,6 @@ class Trainer:
                 if leaves and not last:
                     logger.info("stopped at --exit-interval, iteration %d", state.iteration)
                     break
-        if stopped is not None:
-            logger.warning("%s: stopped after iteration %d", stopped.name, state.iteration)
         return stopped
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -140,7 +154,10 @@ class Trainer:
                 self.nonfinite.note(record, batch["samples"])
             if folder := self.run.report.dump_selection:
                 tokens = None if batch is None else batch["tokens"]
-                with self.phases("dump of the selection", waits=True):
+                with (
+                    self.phases("dump of the selection", waits=True),
+                    self.outputs.recording(f"--dump-selection {folder}"),
+                ):
                     dump_selection(
                         Path(folder), state.iteration + 1, micro, tokens, record, self.mesh
                     )
@@ -150,7 +167,7 @@ class Trainer:
                 self.mesh,
                 self.run.model.seq_length,
                 self.engine.device,
-                stop=stop.received is not None,
+                stop=stop.received is not None or self.outputs.unwritten is not None,
             )
 
         self.alpha.end_step(state.iteration, stats.cvar)
@@ -195,7 +212,7 @@ class Trainer:
                 self.engine, self.datasets.valid, self.mesh, self.run.training.micro_batch_size
             )
         best = self.state.best_valid_loss
-        if best is None or evaluation.loss < best:
+        if math.isfinite(evaluation.loss) and (best is None or evaluation.loss < best):
             self.state.best_valid_loss = evaluation.loss
         return evaluation
 
@@ -222,8 +239,7 @@ class Trainer:
         )
         assert self.run.training.train_iters
         logger.info(progress_line(line, self.run.training.train_iters, tokens_per_second))
-        if self.metrics is not None:
-            self.metrics.write(line)
+        self.outputs.write_metrics(line)
         write_monitors(self.engine.monitor, line)
 
     def _mfu(self, stats: StepStats, step_seconds: float) -> float | None:
@@ -238,13 +254,13 @@ class Trainer:
 
     def _save(self) -> None:
         options = self.run.checkpoint
-        if options.save is None or self._saved_iteration == self.state.iteration:
+        if self.outputs.save is None or self._saved_iteration == self.state.iteration:
             return
         self._saved_iteration = self.state.iteration
         with self.phases("checkpoint", waits=self.mesh.world_size > 1):
             folder = save_checkpoint(
                 self.engine,
-                options.save,
+                self.outputs.save,
                 state=self.state,
                 run=self.run_record,
                 tokenizer=self.datasets.train.source.tokenizer,

@@ -1,24 +1,103 @@
-"""A checkpoint folder, complete or absent: written aside, listed, published by one rename."""
+"""The manifest of a checkpoint: which files it has, what is in them, and whose they are."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
+import uuid
 import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Final, Literal, Protocol
+
+import pydantic
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.json_file import parse_json, read_text
+from megatron_eslm.files.regular import open_regular
+from megatron_eslm.files.schema import STRICT, Count, parse_as
 
-FORMAT = "megatron_eslm/2"
-OLDER = ("megatron_eslm/1",)
+FORMAT: Final = "megatron_eslm/3"
+OLDER = ("megatron_eslm/1", "megatron_eslm/2")
 MANIFEST = "manifest.json"
-KINDS = ("training", "weights")
+RUN, STATE, TENSORS, TOKENIZER = "run.json", "state.json", "tensors.json", "tokenizer"
 _NAME = re.compile(r"iter_(\d{7,})")
-_ASIDE = ".saving-"
-_REMOVED = ".removing-"
+
+RunId = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{32}$")]
+"""Made at the start of a run and kept when it continues."""
+
+
+def new_run_id() -> str:
+    """For a run that begins."""
+    return uuid.uuid4().hex
+
+
+class Stamped(Protocol):
+    """A file, or what was read of it, that says which checkpoint it belongs to.
+
+    Sums do not tell that a whole file, with its entry in the manifest, is another checkpoint's.
+    """
+
+    @property
+    def run_id(self) -> str: ...
+
+    @property
+    def iteration(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stamp:
+    """Which checkpoint something belongs to."""
+
+    __pydantic_config__ = STRICT
+
+    run_id: RunId
+    iteration: Count
+
+
+def _inside(name: str) -> str:
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError("must be a plain relative path")
+    return name
+
+
+Name = Annotated[str, pydantic.AfterValidator(_inside)]
+"""Path of a file inside the checkpoint's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One file."""
+
+    __pydantic_config__ = STRICT
+
+    bytes: Count
+    crc32: Annotated[int, pydantic.Field(ge=0, lt=2**32)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Stamp):
+    """What manifest.json holds, its own sum aside."""
+
+    __pydantic_config__ = STRICT
+
+    format: Literal["megatron_eslm/3"] = FORMAT
+    kind: Literal["training", "weights"]
+    files: dict[Name, Entry]
+    """All files but the manifest, by path."""
+
+    def __post_init__(self) -> None:
+        for name in (RUN, TENSORS):
+            if name not in self.files:
+                raise ConfigError(f"files do not include {name}")
+        if (STATE in self.files) != (self.kind == "training"):
+            raise ConfigError(f"kind is {self.kind} and files say otherwise of {STATE}")
+
+
+def damaged(folder: Path, reason: object) -> ConfigError:
+    """The error for a checkpoint that is not as it was written."""
+    return ConfigError(f"{folder} is damaged: {str(reason).rstrip('.')}.")
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -26,20 +105,18 @@ def checkpoint_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def aside(folder: Path) -> Path:
-    """Where a checkpoint is written before it is published under `folder`."""
-    return folder.with_name(_ASIDE + folder.name)
+def iteration_of(folder: Path) -> int | None:
+    """The iteration that a folder's name says; None where it says none."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
 
 
 def list_checkpoints(save: Path) -> list[Path]:
-    """Published checkpoints under `save`, newest first."""
+    """Published checkpoints under `save`, newest first by name; whether they are whole is open."""
     if not save.is_dir():
         return []
-    return sorted(
-        (p for p in save.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)),
-        key=lambda p: int(p.name[5:]),
-        reverse=True,
-    )
+    named = {p: iteration for p in save.iterdir() if (iteration := iteration_of(p)) is not None}
+    return sorted((p for p in named if p.is_dir()), key=named.__getitem__, reverse=True)
 
 
 def files_of(folder: Path) -> list[str]:
@@ -51,93 +128,142 @@ def files_of(folder: Path) -> list[str]:
     )
 
 
-def describe(path: Path, *, sync: bool = False) -> dict[str, int]:
-    """Size and CRC-32 of a file; with `sync` it is also forced to disk."""
+def describe(path: Path, *, sync: bool = False) -> Entry:
+    """Size and CRC-32 of a file; with `sync` it is also forced to disk.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        OSError: the disk refuses.
+        ConfigError: it is no regular file.
+    """
     crc = 0
-    with path.open("rb") as f:
+    with open_regular(path) as f:
         while block := f.read(2**22):
             crc = zlib.crc32(block, crc)
         if sync:
             os.fsync(f.fileno())
-    return {"bytes": path.stat().st_size, "crc32": crc}
+        return Entry(bytes=f.tell(), crc32=crc)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+_SUM = b',\n "crc32": '
+"""What stands before the manifest's own sum, which is of everything before this."""
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The contents of manifest.json."""
+    return _with_sum(json.dumps(asdict(manifest), indent=1).removesuffix("\n}").encode())
+
+
+def _with_sum(body: bytes) -> bytes:
+    return b"%s%s%d\n}\n" % (body, _SUM, zlib.crc32(body))
+
+
+def decode(data: bytes, folder: Path) -> Manifest:
+    """The manifest in the contents of manifest.json.
+
+    Args:
+        data: its bytes, of which every single one is checked.
+        folder: the checkpoint, for messages.
+
+    Raises:
+        ConfigError: damaged, or of another version.
+    """
+    body, found, _ = data.rpartition(_SUM)
+    if not found or _with_sum(body) != data:
+        _refuse_older(data, folder)
+        raise damaged(folder, f"{MANIFEST} has changed since it was written")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        values = parse_json(data, MANIFEST)
+        form = values.get("format")
+        if form == FORMAT:
+            del values["crc32"]
+            return parse_as(Manifest, values, MANIFEST)
+    except ConfigError as error:
+        raise damaged(folder, error) from error
+    raise ConfigError(f"{folder} has format {form!r}; this version reads {FORMAT!r}.")
 
 
-def publish(folder: Path, head: dict[str, Any], files: dict[str, dict[str, int]]) -> None:
-    """Write the manifest into the aside folder and rename it to `folder`: from here it exists."""
-    temporary = aside(folder)
-    manifest = {"format": FORMAT, **head, "files": files}
-    path = temporary / MANIFEST
-    path.write_text(json.dumps(manifest, indent=1) + "\n")
-    describe(path, sync=True)
-    _sync_folder(temporary)
-    temporary.rename(folder)
-    _sync_folder(folder.parent)
-    latest = folder.parent / "latest"
-    draft = latest.with_name(".latest")
-    draft.write_text(folder.name + "\n")
-    draft.replace(latest)
+def _refuse_older(data: bytes, folder: Path) -> None:
+    """Say so if this is a manifest of the time before they had a sum of themselves."""
+    try:
+        values = parse_json(data, MANIFEST)
+    except ConfigError:
+        return
+    if not isinstance(values, dict) or "crc32" in values or values.get("format") not in OLDER:
+        return
+    raise ConfigError(
+        f"{folder} was saved by an earlier version (format {values['format']!r}; this one reads "
+        f"{FORMAT!r}). Finish the run with that version, or take its weights along: export "
+        "them there with tools/convert_to_hf.py and bring them in with "
+        "tools/convert_from_hf.py."
+    )
 
 
-def remove(folder: Path) -> None:
-    """Remove a checkpoint so that a kill in the middle leaves nothing that looks like one."""
-    # Not aside(folder): there the same step may be waiting to be published in its place.
-    temporary = folder.with_name(_REMOVED + folder.name)
-    shutil.rmtree(temporary, ignore_errors=True)
-    folder.rename(temporary)
-    shutil.rmtree(temporary)
-
-
-def clean(save: Path) -> None:
-    """Remove what a killed save left aside."""
-    for prefix in (_ASIDE, _REMOVED):
-        for leftover in save.glob(prefix + "*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path) -> Manifest:
     """The manifest of a checkpoint whose files are all as they were written.
+
+    Files that it does not list are nobody's business: people put notes there, network file systems
+    their `.nfs` files, and nothing reads them. The exception is `tokenizer/`, which libraries read
+    as a folder: there they count as damage.
 
     Raises:
         ConfigError: foreign, incomplete or damaged, with the file and the reason.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        data = read_text(folder / MANIFEST).encode()
     except FileNotFoundError:
         raise ConfigError(
             f"{folder} is not a checkpoint of this system: it has no {MANIFEST}. Hugging Face "
             "folders come in through tools/convert_from_hf.py."
         ) from None
-    except (OSError, ValueError) as error:  # not JSON, or not even text
-        raise ConfigError(f"{folder / MANIFEST} cannot be read: {error}.") from error
-    form = manifest.get("format") if isinstance(manifest, dict) else None
-    if form in OLDER:
+    except ConfigError as error:
+        raise damaged(folder, error) from error
+    manifest = decode(data, folder)
+    named = iteration_of(folder)
+    if named not in (None, manifest.iteration):
+        right = checkpoint_name(manifest.iteration)
         raise ConfigError(
-            f"{folder} was saved by an earlier version (format {form!r}; this one reads "
-            f"{FORMAT!r}). Finish the run with that version, or take its weights along: export "
-            "them there with tools/convert_to_hf.py and bring them in with "
-            "tools/convert_from_hf.py."
+            f"{folder} is damaged: it has the name of iteration {named} and holds iteration "
+            f"{manifest.iteration}. If it was renamed, its name must be {right}."
         )
-    if form != FORMAT:
-        raise ConfigError(f"{folder} has format {form!r}; this version reads {FORMAT!r}.")
-    if manifest.get("kind") not in KINDS or not isinstance(manifest.get("files"), dict):
-        raise ConfigError(f"{folder} is damaged: {MANIFEST} is not as it was written.")
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ConfigError(f"{folder} is damaged: {name} is missing.")
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise ConfigError(
-                f"{folder} is damaged: {name} has {size} bytes instead of {expected['bytes']}."
-            )
-        if describe(path)["crc32"] != expected["crc32"]:
-            raise ConfigError(f"{folder} is damaged: the contents of {name} have changed.")
+    for name, expected in manifest.files.items():
+        _check_file(folder, name, expected)
+    if (folder / TOKENIZER).is_dir():
+        for name in files_of(folder / TOKENIZER):
+            listed = f"{TOKENIZER}/{name}" in manifest.files
+            if not listed and not name.startswith("."):
+                raise damaged(folder, f"{TOKENIZER}/{name} is not in {MANIFEST}")
     return manifest
+
+
+def _check_file(folder: Path, name: str, expected: Entry) -> None:
+    try:
+        size = (folder / name).stat().st_size
+        found = describe(folder / name) if size == expected.bytes else None
+    except FileNotFoundError:
+        raise damaged(folder, f"{name} is missing") from None
+    except OSError as error:
+        raise damaged(folder, f"{name} cannot be read: {error.strerror}") from error
+    except ConfigError as error:
+        raise damaged(folder, error) from error
+    if found is None:
+        raise damaged(folder, f"{name} has {size} bytes instead of {expected.bytes}")
+    if found != expected:
+        raise damaged(folder, f"the contents of {name} have changed")
+
+
+def check_stamp(folder: Path, name: str, found: Stamped, expected: Stamped) -> None:
+    """ConfigError unless a file of a checkpoint belongs to it.
+
+    Args:
+        folder: the checkpoint.
+        name: the file.
+        found, expected: what the file says, and what the checkpoint is.
+    """
+    if found.run_id != expected.run_id:
+        raise damaged(folder, f"{name} belongs to another run")
+    if found.iteration != expected.iteration:
+        raise damaged(
+            folder,
+            f"{name} belongs to iteration {found.iteration} and not to {expected.iteration}",
+        )

@@ -12,7 +12,7 @@ step, and under ZeRO 3 cannot set a parameter that does not divide by the number
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +20,10 @@ import torch.distributed as dist
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.mesh import Mesh
-from megatron_eslm.training.tensor_files import KINDS, Scalars
+from megatron_eslm.training.tensor_index import KINDS, LossScale, Scalars
 
 if TYPE_CHECKING:
     from megatron_eslm.training.engine import Engine
-
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class OptimizerState:
         steps = {int(self._adam.state[m]["step"]) for m in self._masters() if self._adam.state[m]}
         assert len(steps) <= 1, f"parameters have made different numbers of steps: {steps}"
         scaler = self._scaler()
-        scale = scaler and {name: getattr(scaler, name) for name in _SCALER_FIELDS}
+        scale = scaler and LossScale(**{f.name: getattr(scaler, f.name) for f in fields(LossScale)})
         return Scalars(steps.pop() if steps else 0, scale)
 
     def set_scalars(self, scalars: Scalars) -> None:
@@ -125,8 +123,8 @@ class OptimizerState:
             _replay(self._adam, scalars.adam_step)
         scaler = self._scaler()
         if scaler is not None and scalars.loss_scale is not None:
-            for name in _SCALER_FIELDS:
-                setattr(scaler, name, scalars.loss_scale[name])
+            for name, value in asdict(scalars.loss_scale).items():
+                setattr(scaler, name, value)
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -7,11 +7,13 @@ import json
 import logging
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.lock import FileLock
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, SelectionState
@@ -49,30 +51,53 @@ class MetricsFile:
         resumed: whether the run continues from a checkpoint.
         restarts: whether it would have, had there been one (--load equal to --save).
         """
-        target = Path(path)
+        self._path = Path(path)
+        self._lock = FileLock(self._path.with_name(f".{self._path.name}.lock"))
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.take(f"--metrics-file {path}", "Name another file.")
+            self._file = self._open(resumed=resumed, restarts=restarts)
+            self.write({"run": run})
+        except OSError as error:
+            self._lock.release()
+            raise ConfigError(f"--metrics-file {path}: {error.strerror}.") from error
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, *, resumed: bool, restarts: bool) -> TextIO:
+        target = self._path
+        if target.exists() and not target.is_file():
+            raise ConfigError(f"--metrics-file {target} is there and is no regular file.")
         if target.exists() and not resumed and restarts:
             # A job that was killed before its first checkpoint begins again, and so do its metrics.
             target.replace(target.with_name(f"{target.name}.abandoned"))
-            logger.warning("%s was of a start that saved nothing: moved to *.abandoned", path)
+            logger.warning("%s was of a start that saved nothing: moved to *.abandoned", target)
         if target.exists() and not resumed:
             raise ConfigError(
-                f"--metrics-file {path} exists and this run does not continue one (--load). Name "
+                f"--metrics-file {target} exists and this run does not continue one (--load). Name "
                 "another file or remove it."
             )
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            torn = target.exists() and target.stat().st_size > 0 and _last_byte(target) != b"\n"
-            self._file: TextIO = target.open("a")
-            if torn:  # by a kill in mid-line; the next line must not grow out of it
-                self._file.write("\n")
-        except OSError as error:
-            raise ConfigError(f"--metrics-file {path}: {error.strerror}.") from error
-        self.write({"run": run})
+        torn = target.exists() and target.stat().st_size > 0 and _last_byte(target) != b"\n"
+        file = target.open("a")
+        if torn:  # by a kill in mid-line; the next line must not grow out of it
+            file.write("\n")
+        return file
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append a line and hand it to the operating system at once."""
+        """Append a line and hand it to the operating system at once.
+
+        Raises:
+            OSError: the disk does not take it. The next call tries to write both lines.
+        """
         self._file.write(json.dumps({k: _plain(k, v) for k, v in values.items()}) + "\n")
         self._file.flush()
+
+    def close(self) -> None:
+        """Let others write there."""
+        with suppress(OSError):  # a full disk has been told of before
+            self._file.close()
+        self._lock.release()
 
 
 def run_summary(run: RunConfig) -> dict[str, Any]:

@@ -65,12 +65,14 @@ def reduce_records(
     """
     losses = [x.loss for x in records if x.loss is not None]
     loss = float(torch.stack(losses).sum()) / len(losses) / mesh.dp_size if losses else 0.0
-    over_all = [loss, float(stop), *(float(sum(getattr(x, n) for x in records)) for n in _SUMMED)]
+    stops = torch.tensor([float(stop)], device=device)
+    all_reduce_(stops, mesh.tp_group)  # a signal may have reached one of them only
+    over_all = [loss, float(stops), *(float(sum(getattr(x, n) for x in records)) for n in _SUMMED)]
     averaged = [f for name in _AVERAGED for f in _sum_and_count(records, name)]
     totals = torch.tensor(over_all + averaged, dtype=torch.float64, device=device)
     all_reduce_(totals, mesh.pp_group)
     all_reduce_(totals, mesh.dp_group)
-    loss, stops, *counts = totals[: len(over_all)].tolist()
+    loss, num_stops, *counts = totals[: len(over_all)].tolist()
     rows, rows_kept, tokens, tokens_deep, tokens_kept, scored = map(int, counts)
     averages = dict(
         zip(_AVERAGED, _means(totals[len(over_all) :].view(-1, 2).tolist()), strict=True)
@@ -88,7 +90,7 @@ def reduce_records(
             tokens_scored=scored,
             tokens_trained=tokens_kept,
         ),
-        stop_requested=stops > 0,
+        stop_requested=num_stops > 0,
         **averages,
     )
 

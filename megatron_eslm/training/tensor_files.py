@@ -2,16 +2,16 @@
 
 A file holds `weight/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>` in float32, where <name> is a
 parameter's name in the whole model. Of a tensor-parallel parameter a file holds one shard; the
-index says which files hold its pieces and where in it they lie. Nothing in either depends on the
-layout that saved them. Beside adapters (model/lora.py) the weights are frozen and have no moments;
-whoever reads such weights gets them with the adapters merged, unless they ask for the parts.
+index (tensor_index.py) says which files hold its pieces and where in it they lie. Nothing in either
+depends on the layout that saved them. Beside adapters (model/lora.py) the weights are frozen and
+have no moments; whoever reads such weights gets them with the adapters merged, unless they ask for
+the parts.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,57 +19,19 @@ import torch
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.lora import adapter_names, is_adapter
+from megatron_eslm.training.manifest import Stamp, check_stamp, damaged
 from megatron_eslm.training.parameter_shard import Shard, whole
-
-INDEX = "tensors.json"
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
-"""Master weight and Adam's two moments."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Part of a parameter in one file: `begin` to `end` of the dimension that is cut."""
-
-    file: str
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One parameter."""
-
-    shape: tuple[int, ...]
-    dim: int | None
-    """Dimension along which the pieces follow each other; None: one piece that is all of it."""
-    pieces: tuple[Piece, ...]
-
-    @property
-    def axis(self) -> int:
-        """`dim`, or 0 where nothing is cut."""
-        return self.dim or 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether the pieces make up the parameter, without gap or overlap."""
-        ends = [0, *(piece.end for piece in self.pieces)]
-        begins = [*(piece.begin for piece in self.pieces), self.shape[self.axis]]
-        return ends == begins
-
-
-@dataclass(frozen=True)
-class Scalars:
-    """What the optimizer keeps beside tensors."""
-
-    adam_step: int = 0
-    """Steps that Adam's bias correction counts."""
-    loss_scale: dict[str, float] | None = None
-    """State of fp16's dynamic loss scaler (training/optimizer_state.py)."""
+from megatron_eslm.training.tensor_index import KINDS, Scalars, TensorIndex, read_index
 
 
 def file_name(rank: int) -> str:
     """The file that a rank writes."""
     return f"tensors_{rank:05d}.safetensors"
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of a tensor that holds nan or infinity; None where all are finite."""
+    return next((n for n, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
 def write_file(
@@ -88,40 +50,70 @@ def write_file(
     path.chmod(mode)  # safetensors leaves a file that only its owner may read
 
 
-def write_index(
-    folder: Path,
-    shares: Iterable[tuple[str, dict[str, Shard]]],
-    scalars: Scalars,
-    lora_scale: float | None = None,
-) -> None:
-    """Write the index of a folder.
+def metadata_of(stamp: Stamp) -> dict[str, str]:
+    """What a file of a checkpoint says of it."""
+    return {"run_id": stamp.run_id, "iteration": str(stamp.iteration)}
+
+
+@contextmanager
+def _reading(folder: Path, file: str) -> Iterator[None]:
+    """What goes wrong with a file in the block is told of it as a ConfigError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise damaged(folder, f"{file} cannot be read: {error}") from error
+
+
+def _open(folder: Path, file: str, index: TensorIndex) -> Any:
+    """A safetensors file of this checkpoint; ConfigError if it is another's."""
+    from safetensors import safe_open
+
+    handle = safe_open(folder / file, framework="pt")
+    metadata = handle.metadata() or {}
+    text = metadata.get("iteration", "")
+    iteration = int(text) if text.isdecimal() and len(text) < 20 else -1
+    stamp = Stamp(run_id=metadata.get("run_id", ""), iteration=iteration)
+    check_stamp(folder, file, stamp, index)
+    return handle
+
+
+def check_file(folder: Path, file: str, index: TensorIndex, *, moments: bool) -> None:
+    """Compare a file's header with the index; no tensor is read.
 
     Args:
-        folder: where the files are.
-        shares: each file with the parts that were written to it.
-        scalars: stored with it.
-        lora_scale: what the products of adapters are multiplied by; None without adapters.
+        folder: the checkpoint.
+        file: in it.
+        index: its tensors.json.
+        moments: whether Adam's moments are there.
+
+    Raises:
+        ConfigError: the file is another checkpoint's, or other tensors are in it.
     """
-    pieces: dict[str, list[Piece]] = {}
-    shards: dict[str, Shard] = {}
-    for file, share in shares:
-        for name, shard in share.items():
-            shards[name] = shard
-            pieces.setdefault(name, []).append(Piece(file, shard.begin, shard.end))
-    stored = {
-        name: Stored(
-            shard.full_shape, shard.dim, tuple(sorted(pieces[name], key=lambda piece: piece.begin))
-        )
-        for name, shard in sorted(shards.items())
+    expected = {
+        f"{kind}/{name}": list(shape)
+        for name, shape in index.tensors_of(file).items()
+        for kind in (KINDS if moments and index.has_moments(name) else KINDS[:1])
     }
-    for name, entry in stored.items():
-        assert entry.complete, f"{name}: {entry} was written by other ranks than it should be"
-    index = {
-        **asdict(scalars),
-        **({} if lora_scale is None else {"lora_scale": lora_scale}),
-        "tensors": {name: asdict(entry) for name, entry in stored.items()},
-    }
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    with _reading(folder, file):
+        handle = _open(folder, file, index)
+        there = set(handle.keys())
+        if there != expected.keys():
+            odd = min(there ^ expected.keys())
+            what = "is missing" if odd in expected else "is unknown"
+            raise damaged(folder, f"{odd} {what} in {file}")
+        for name, shape in expected.items():
+            _slice(folder, file, handle, name, shape)
+
+
+def _slice(folder: Path, file: str, handle: Any, name: str, shape: list[int]) -> Any:
+    """A tensor to be read in parts; ConfigError unless it is what the index says."""
+    part = handle.get_slice(name)
+    found, dtype = part.get_shape(), part.get_dtype()
+    if (found, dtype) != (shape, "F32"):
+        raise damaged(folder, f"{name} in {file} is {dtype} {found} and should be F32 {shape}")
+    return part
 
 
 class TensorReader:
@@ -139,26 +131,14 @@ class TensorReader:
     def __init__(self, folder: Path, *, merged: bool = True) -> None:
         self.folder = folder
         self._merged = merged
+        self._index = read_index(folder)
+        self._stored = self._index.tensors
         self._files: dict[str, Any] = {}
-        try:
-            index = json.loads((folder / INDEX).read_text())
-            self.scalars = Scalars(index["adam_step"], index["loss_scale"])
-            self._stored = {
-                name: Stored(
-                    tuple(entry["shape"]),
-                    entry["dim"],
-                    tuple(Piece(**piece) for piece in entry["pieces"]),
-                )
-                for name, entry in index["tensors"].items()
-            }
-            self._lora_scale: float | None = (
-                float(index["lora_scale"]) if any(map(is_adapter, self._stored)) else None
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{folder / INDEX} cannot be read: {error!r}.") from error
-        for name, stored in self._stored.items():
-            if not stored.complete:
-                raise ConfigError(f"{folder} is damaged: {INDEX} lists only parts of {name}.")
+
+    @property
+    def scalars(self) -> Scalars:
+        """What the optimizer keeps beside tensors."""
+        return self._index.scalars
 
     def check_holds(self, shards: dict[str, Shard]) -> None:
         """ConfigError unless these parts can be read from here."""
@@ -206,8 +186,13 @@ class TensorReader:
             if start < stop:
                 source = [slice(*ends) for ends in wanted]
                 source[axis] = slice(start - piece.begin, stop - piece.begin)
-                part = self._open(piece.file).get_slice(f"{kind}/{name}")[tuple(source)]
-                out.narrow(axis, start - low, stop - start).copy_(part)
+                shape = list(stored.piece_shape(piece))
+                with _reading(self.folder, piece.file):
+                    handle = self._open(piece.file)
+                    tensor = _slice(self.folder, piece.file, handle, f"{kind}/{name}", shape)
+                    out.narrow(axis, start - low, stop - start).copy_(tensor[tuple(source)])
+        if odd := not_finite({f"{kind}/{name}": out}):
+            raise damaged(self.folder, f"{odd} holds numbers that are not finite")
         if self._merged and self._is_adapted(name):
             assert kind == "weight"
             out += self._adapter(name, *(slice(*ends) for ends in wanted))
@@ -235,15 +220,10 @@ class TensorReader:
             )
             for part in adapter_names(name)
         )
-        assert self._lora_scale is not None
-        return self._lora_scale * (lora_b[rows] @ lora_a[:, columns])
+        assert self._index.lora_scale is not None
+        return self._index.lora_scale * (lora_b[rows] @ lora_a[:, columns])
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                self._files[file] = safe_open(self.folder / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ConfigError(f"{self.folder / file} cannot be read: {error}.") from error
+            self._files[file] = _open(self.folder, file, self._index)
         return self._files[file]

@@ -2,6 +2,7 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,6 +108,32 @@ def test_a_schema_names_what_does_not_fit(value: object, names: str) -> None:
     with pytest.raises(ConfigError, match=r"a\.json") as caught:
         parse_as(_Outer, value, "a.json")
     assert f"{names}: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Even:
+    __pydantic_config__ = STRICT
+    number: int
+
+    def __post_init__(self) -> None:
+        if self.number % 2:
+            raise ConfigError(f"{self.number} is odd.")
+
+
+def test_a_dataclass_that_checks_itself_says_why() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^a\.json is not as it was written: the whole: 3 is odd\.$"
+    ):
+        parse_as(_Even, {"number": 3}, "a.json")
+
+
+def test_values_that_are_nested_deep_do_not_fit() -> None:
+    for depth in (250, 900, 100_000):
+        value: dict = {}
+        for _ in range(depth):
+            value = {"a": value}
+        with pytest.raises(ConfigError, match=r"a\.json is not as it was written"):
+            parse_as(dict[str, Any], value, "a.json")
 
 
 def test_lines_of_a_file_are_named() -> None:

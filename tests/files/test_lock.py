@@ -67,6 +67,18 @@ def test_a_forked_child_does_not_hold_it(tmp_path: Path) -> None:
         assert lock.acquire(wait_seconds=5)
 
 
+def test_a_lock_whose_file_is_removed_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    first, second = FileLock(path), FileLock(path)
+    assert not first.held and first.acquire() and first.held
+    path.unlink()
+    assert not first.held and second.acquire()
+    first.release()  # and leaves alone what is another's now
+    assert second.held
+    second.release()
+    assert not path.exists()
+
+
 def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, caplog) -> None:
     def refuse(*_) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

@@ -67,13 +67,21 @@ def test_replaces_an_earlier_export_only(tmp_path):
     assert files_of(tmp_path) == {"out/thesis.tex": b"new"}
 
 
-def test_empty_folder_and_left_overs_are_no_obstacle(tmp_path):
+def test_an_empty_folder_is_no_obstacle(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "torn").write_text("")
     with published(tmp_path / "out", "--output") as aside:
         (aside / "a").write_text("new")
     assert files_of(tmp_path) == {"out/a": b"new"}
+
+
+def test_two_exports_to_one_place_never_meet(tmp_path):
+    target = tmp_path / "out"
+    with published(target, "--output", "config.json") as first:
+        with published(target, "--output", "config.json") as second:
+            assert first != second
+            (second / "config.json").write_text("second")
+        (first / "config.json").write_text("first")
+    assert files_of(tmp_path) == {"out/config.json": b"first"}
 
 
 def test_a_file_in_the_way(tmp_path):

@@ -12,7 +12,6 @@ from megatron_eslm.data.tokenizers import ByteTokenizer, Tokenizer
 from megatron_eslm.model.gpt2_folder import from_gpt2
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.training.checkpoint import write_weights
-from megatron_eslm.training.manifest import checkpoint_name
 
 POSITIONS = 24
 
@@ -43,7 +42,8 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save(Path(aside) / "tokenizer")
         tokens = Path(aside) / "tokenizer" if tokenizer is not None else None
-        written = write_weights(str(Path(aside) / "run"), weights, shape, tokens, source="test")
+        run = str(Path(aside) / "run")
+        written = write_weights(run, weights, shape, tokens, "test", iteration)
         folder.mkdir(exist_ok=True)
-        written.rename(folder / checkpoint_name(iteration))
+        written.rename(folder / written.name)
     return weights, shape

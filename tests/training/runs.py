@@ -79,8 +79,6 @@ def train(
     if prepare is not None:
         prepare(trainer)
     stopped = trainer.train()
-    if trainer.metrics is not None:
-        trainer.metrics._file.close()
     outcome = Outcome(None if stopped is None else int(stopped), trainer.state.iteration)
     if metrics is not None and dist.get_rank() == 0:
         outcome.steps = read_metrics(metrics)

@@ -17,7 +17,8 @@ from megatron_eslm.training.checkpoint import read_weights, write_weights
 from megatron_eslm.training.finding import find_checkpoint
 from megatron_eslm.training.loop import Trainer
 from megatron_eslm.training.parameter_shard import shards_of
-from megatron_eslm.training.tensor_files import KINDS, Scalars, TensorReader
+from megatron_eslm.training.tensor_files import TensorReader
+from megatron_eslm.training.tensor_index import KINDS, Scalars
 from tests.harness import run_ranks
 
 from .runs import ROWS, Outcome, build, train, words
@@ -290,7 +291,7 @@ def test_the_loss_scale_survives(data: list[str], tmp_path: Path) -> None:
 
     losses, same, crossed = run_ranks(2, fn)[0]
     saved = content(tmp_path / "cut")[1].loss_scale
-    assert saved is not None and saved["cur_scale"] > 2**6 and saved["cur_iter"] == SAVED
+    assert saved is not None and saved.cur_scale > 2**6 and saved.cur_iter == SAVED
     assert same == losses[SAVED:]
     assert_same_content(tmp_path / "same", tmp_path / "straight")
     np.testing.assert_allclose(crossed, losses[SAVED:], atol=1e-3)

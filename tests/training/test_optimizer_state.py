@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.training.optimizer_state import OptimizerState
-from megatron_eslm.training.tensor_files import Scalars
+from megatron_eslm.training.tensor_index import LossScale, Scalars
 
 
 def engine(optimizer: Any, *, bare: bool = False) -> Any:
@@ -77,12 +78,12 @@ def zero(scale: float | None) -> Any:
     )
 
 
-COUNTS = {"cur_scale": 128.0, "cur_iter": 4, "last_overflow_iter": 2, "cur_hysteresis": 1}
+COUNTS = LossScale(cur_scale=128.0, cur_iter=4, last_overflow_iter=2, cur_hysteresis=1)
 
 
 def test_the_state_of_the_loss_scaler_is_saved_and_restored() -> None:
     here, there = zero(None), zero(None)
-    vars(here.loss_scaler).update(COUNTS)
+    vars(here.loss_scaler).update(asdict(COUNTS))
     scalars = OptimizerState(engine(here)).scalars()
     assert scalars.loss_scale == COUNTS
     OptimizerState(engine(there)).set_scalars(scalars)

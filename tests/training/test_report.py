@@ -221,10 +221,11 @@ def test_metrics_of_a_start_that_saved_nothing_are_set_aside(
 
 def test_a_resumed_run_appends_also_after_a_torn_line(tmp_path: Path) -> None:
     file = tmp_path / "m.jsonl"
-    MetricsFile(str(file), {"a": 1}, resumed=False)
+    MetricsFile(str(file), {"a": 1}, resumed=False).close()
     file.open("a").write('{"iteration": 3, "lo')
     again = MetricsFile(str(file), {"a": 2}, resumed=True)
     again.write({"iteration": 3, "loss": math.inf, "valid_loss": math.nan})
+    again.close()
     first, torn, second, last = file.read_text().splitlines()
     assert (json.loads(first), json.loads(second)) == ({"run": {"a": 1}}, {"run": {"a": 2}})
     assert torn == '{"iteration": 3, "lo'
@@ -287,7 +288,7 @@ def test_nowhere_to_dump(data: list[str], tmp_path: Path) -> None:
 def test_only_rank_zero_writes(data: list[str], tmp_path: Path) -> None:
     def fn(rank: int) -> bool:
         argv = words(data, "--metrics-file", tmp_path / "m.jsonl", micro_batch_size=4, iters=2)
-        return build(argv).metrics is not None
+        return build(argv).outputs.metrics is not None
 
     assert run_ranks(2, fn) == [True, False]
     assert read_metrics(tmp_path / "m.jsonl") == []
