@@ -1,4 +1,9 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and a hint for its texts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
@@ -7,3 +12,16 @@ class ConfigError(ValueError):
     The message is one paragraph that names the flag or file, says what is wrong and what to do.
     Command lines print it without a traceback and exit with code 2.
     """
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """` Did you mean X?` with the known word that is most like `word`; empty if none is.
+
+    Args:
+        word: as it was given.
+        known: what there is.
+        cutoff: how alike the two must be, from 0 to 1.
+    """
+    by_form = {each.casefold(): each for each in known}
+    near = difflib.get_close_matches(word.casefold(), by_form, n=1, cutoff=cutoff)
+    return f" Did you mean {by_form[near[0]]}?" if near else ""
