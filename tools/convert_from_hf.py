@@ -8,18 +8,17 @@ The checkpoint appears only if it computes the same logits as transformers does 
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 
-from megatron_eslm.errors import ConfigError
+from megatron_eslm.command_line import Parser, command
 from megatron_eslm.interop.convert import LogitMismatch, folder_to_checkpoint
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if converted, 1 if the logits differ, 2 if the input cannot be used."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--input", required=True, help="local Hugging Face folder")
     parser.add_argument("--save", required=True, help="folder of checkpoints to make")
     parser.add_argument(
@@ -32,9 +31,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         difference = folder_to_checkpoint(args.input, args.save, args.make_vocab_size_divisible_by)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except LogitMismatch as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
