@@ -6,7 +6,7 @@
 #   SELECTIONS  what to train, one after the other; default "clm eslm random"
 #   LAUNCH      what starts the processes; default 8 GPUs of this machine. The launch_*.sh set it
 #
-# Flags go to every run. Interrupted runs continue when the script is started again.
+# Flags go to every run and win over examples/paper.yaml. Interrupted runs continue when the script is started again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${DATA:?set DATA to the folder of the .bin/.idx files}"
@@ -27,9 +27,8 @@ pretrain() {
     shift
     for selection in "${selections[@]}"; do
         files+=("$runs/$selection.jsonl")
-        "${launch[@]}" pretrain_gpt.py --model-size "$size" --bf16 --deepspeed_config ds_configs/zero1.json \
-            --data-path "${mixture[@]}" --max-epochs 20 \
-            --selection "$selection" --eslm-alpha 0.1 --eslm-proxy-layers 1 \
+        "${launch[@]}" pretrain_gpt.py --model-size "$size" --config examples/paper.yaml \
+            --data-path "${mixture[@]}" --selection "$selection" \
             --save "$runs/$selection" --load "$runs/$selection" --metrics-file "$runs/$selection.jsonl" "$@"
     done
     python tools/compare_runs.py "${files[@]}" --output-prefix "$runs/report"

@@ -23,14 +23,14 @@
 #           same model.
 #
 # Selection chooses among micro-batch x DP sequences: 160, 16 and 16 here. Compare runs of one layout, or set
-# --micro-batch-size so that the product is the same.
+# MICRO_BATCH so that the product is the same.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 : "${LAUNCH:?start this with examples/launch_hostfile.sh, launch_openmpi.sh or slurm_1.5B.sbatch}"
 pipeline=(--pipeline-model-parallel-size 4 --deepspeed_config ds_configs/pipeline_zero1_bf16.json)
 case ${LAYOUT:=1x1x32} in
-    1x1x32) layout=(--micro-batch-size 5) ;;
-    1x4x8) layout=(--micro-batch-size 2 "${pipeline[@]}") ;;
-    2x4x4) layout=(--micro-batch-size 4 "${pipeline[@]}"
+    1x1x32) layout=(--micro-batch-size "${MICRO_BATCH:-5}") ;;
+    1x4x8) layout=(--micro-batch-size "${MICRO_BATCH:-2}" "${pipeline[@]}") ;;
+    2x4x4) layout=(--micro-batch-size "${MICRO_BATCH:-4}" "${pipeline[@]}"
         --tensor-model-parallel-size 2 --sequence-parallel --num-attention-heads 20) ;;
     *) echo "error: LAYOUT=$LAYOUT is not 1x1x32, 1x4x8 or 2x4x4" >&2 && exit 2 ;;
 esac

@@ -1,4 +1,9 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and a hint for its texts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
@@ -13,3 +18,16 @@ def first_line(error: BaseException) -> str:
     """What a library's exception says, short enough to be quoted within a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".:")
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """` Did you mean X?` with the known word that is most like `word`; empty if none is.
+
+    Args:
+        word: as it was given.
+        known: what there is.
+        cutoff: how alike the two must be, from 0 to 1.
+    """
+    by_form = {each.casefold(): each for each in known}
+    near = difflib.get_close_matches(word.casefold(), by_form, n=1, cutoff=cutoff)
+    return f" Did you mean {by_form[near[0]]}?" if near else ""

@@ -74,7 +74,16 @@ class Examples:
         calls = self.folder / "calls"
         calls.write_text("")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER"))}
-        for name in ("LAUNCH", "LAYOUT", "NODES", "RUNS", "SELECTIONS", "WITH", "HOSTFILE"):
+        for name in (
+            "LAUNCH",
+            "LAYOUT",
+            "MICRO_BATCH",
+            "NODES",
+            "RUNS",
+            "SELECTIONS",
+            "WITH",
+            "HOSTFILE",
+        ):
             kept.pop(name, None)
         env = {
             **kept,

@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from megatron_eslm.errors import ConfigError
+from megatron_eslm.command_line import Parser, command
 from megatron_eslm.reports import curves
 from megatron_eslm.reports.compare import compare, markdown
 from megatron_eslm.reports.groups import group_runs
@@ -26,11 +27,10 @@ from megatron_eslm.reports.runs import read_run
 from megatron_eslm.reports.tables import to_console
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Return 0, or 2 if the input cannot be used."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN.jsonl", help="files of --metrics-file")
     parser.add_argument(
         "--labels",
@@ -56,11 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        report(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report(args)
     return 0
 
 

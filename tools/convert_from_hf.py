@@ -8,19 +8,18 @@ The checkpoint appears only if it computes the same logits as transformers does 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
+from collections.abc import Sequence
 
-from megatron_eslm.errors import ConfigError
+from megatron_eslm.command_line import Parser, command
 from megatron_eslm.interop.convert import LogitMismatch, folder_to_checkpoint
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if converted, 1 if the logits differ, 2 if the input cannot be used."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--input", required=True, help="folder of a Hugging Face GPT-2, or its name on the hub"
     )
@@ -37,9 +36,6 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("megatron_eslm").setLevel(logging.INFO)
     try:
         difference = folder_to_checkpoint(args.input, args.save, args.make_vocab_size_divisible_by)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except LogitMismatch as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,19 +8,18 @@ The folder appears only if transformers, loading it from disk, computes the same
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
+from collections.abc import Sequence
 
-from megatron_eslm.errors import ConfigError
+from megatron_eslm.command_line import Parser, command
 from megatron_eslm.interop.convert import LogitMismatch, checkpoint_to_folder
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if exported, 1 if the logits differ, 2 if the input cannot be used."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--load", required=True, help="folder of checkpoints")
     parser.add_argument("--tag", help="which checkpoint; default: the newest complete one")
     parser.add_argument("--output", required=True, help="Hugging Face folder to make")
@@ -41,9 +40,6 @@ def main(argv: list[str] | None = None) -> int:
             overwrite=args.overwrite,
             with_tokenizer=not args.without_tokenizer,
         )
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except LogitMismatch as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

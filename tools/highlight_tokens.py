@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
+from megatron_eslm.command_line import Parser, command
 from megatron_eslm.data.tokenizers import same_ids
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.bootstrap import single_process
@@ -26,16 +28,13 @@ from megatron_eslm.reports.token_scores import ScoringModel, open_scoring_model,
 SCORES = ("loss", "entropy", "excess")
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Return 0, or 2 if the input cannot be used."""
     args = _parser().parse_args(argv)
-    try:
-        with single_process():
-            page = render(args)
-        write_page(args.output, page, "--output")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with single_process():
+        page = render(args)
+    write_page(args.output, page, "--output")
     print(f"wrote {args.output}")
     return 0
 
@@ -102,10 +101,8 @@ def render(args: argparse.Namespace) -> str:
     return highlight_page(passages, columns, model.tokenizer)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument(
         "--load", required=True, help="folder of checkpoints, or a Hugging Face GPT-2 folder"
     )

@@ -14,7 +14,9 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Sequence
 
+from megatron_eslm.command_line import Parser, command
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.planning.hardware import (
     ACCELERATORS,
@@ -47,15 +49,12 @@ OVERRIDDEN = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Return 0, or 2 if the input cannot be used."""
     args = _parser().parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        print(_output(args))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(_output(args))
     return 0
 
 
@@ -87,10 +86,8 @@ def _json(plans: list[dict], machine: Machine) -> dict:
     return {"machine": machine.name, "plans": plans, "assumed": assumptions(machine)}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model-size", default="1.5B", metavar="|".join(SIZES))
     add("--gpus", type=int, default=8, help="how many (%(default)s)")

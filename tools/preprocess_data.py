@@ -10,20 +10,19 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from typing import get_args
 
+from megatron_eslm.command_line import Parser, command
 from megatron_eslm.data.bad_lines import OnBadLine
 from megatron_eslm.data.options import TokenizerType
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.tokenizers import build_tokenizer
-from megatron_eslm.errors import ConfigError
-from megatron_eslm.files.stopped import Stopped, stopped_by_signals
+from megatron_eslm.files.stopped import stopped_by_signals
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="INPUT",
         help=".jsonl/.json (also .gz, .bz2, .xz, .zst), .parquet or .txt files (a .txt file is one "
@@ -42,37 +41,31 @@ def parse_arguments() -> argparse.Namespace:
         "document that cannot be read, or leave it out and count it (%(default)s)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace existing output")
     add("--log-interval", type=float, default=10.0, help="seconds between progress lines")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int:
-    options = parse_arguments()
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    try:
-        with stopped_by_signals():
-            tokenizer = build_tokenizer(
-                options.tokenizer_type,
-                options.vocab_file,
-                options.merge_file,
-                options.tokenizer_model,
-            )
-            preprocess(
-                options.input,
-                options.output_prefix,
-                tokenizer,
-                workers=options.workers,
-                append_eod=options.append_eod,
-                text_key=options.text_key,
-                on_bad_line=options.on_bad_line,
-                overwrite=options.overwrite,
-                log_interval_seconds=options.log_interval,
-            )
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stop:
-        print(f"{stop}; nothing of it is kept, give the command again", file=sys.stderr)
-        return stop.exit_code
+    with stopped_by_signals():
+        tokenizer = build_tokenizer(
+            options.tokenizer_type,
+            options.vocab_file,
+            options.merge_file,
+            options.tokenizer_model,
+        )
+        preprocess(
+            options.input,
+            options.output_prefix,
+            tokenizer,
+            workers=options.workers,
+            append_eod=options.append_eod,
+            text_key=options.text_key,
+            on_bad_line=options.on_bad_line,
+            overwrite=options.overwrite,
+            log_interval_seconds=options.log_interval,
+        )
     return 0
 
 

@@ -14,8 +14,10 @@ import logging
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_eslm.command_line import Parser, command
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.recipes.recipe import Recipe, RecipeRun, read_recipe
 from megatron_eslm.recipes.runner import Runner, StoppedError
@@ -23,15 +25,13 @@ from megatron_eslm.recipes.runner import Runner, StoppedError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if all runs of this process are done, 1 if not, 2 if the input cannot be used."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return _run(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except StoppedError as stop:
         print(f"stopped by {stop}; the same command goes on from here", file=sys.stderr)
         return 1
@@ -93,10 +93,8 @@ def _variable(word: str) -> tuple[str, str]:
     return name, value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="value of a ${NAME} in it"

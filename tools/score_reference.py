@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import torch
 
+from megatron_eslm.command_line import Parser, command
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.reference_losses import losses_path
 from megatron_eslm.data.source import open_data
@@ -27,15 +29,12 @@ from megatron_eslm.selection.reference_options import is_plain_name
 _TOKENIZER = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Return 0, or 2 if the input cannot be used."""
     args = _parser().parse_args(argv)
-    try:
-        with single_process():
-            _score(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with single_process():
+        _score(args)
     return 0
 
 
@@ -86,10 +85,8 @@ def _score(args: argparse.Namespace) -> None:
     print(f"{total:.4g} FLOPs, which no training run counts")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument(
         "--load",
         required=True,

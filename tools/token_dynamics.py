@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
+from megatron_eslm.command_line import Parser, command
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.bootstrap import single_process
 from megatron_eslm.reports import curves, dynamics
@@ -27,15 +29,12 @@ from megatron_eslm.reports.token_scores import open_scoring_model, window_of
 from megatron_eslm.training.manifest import checkpoint_name, list_checkpoints
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Return 0, or 2 if the input cannot be used."""
     args = _parser().parse_args(argv)
-    try:
-        with single_process():
-            report(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with single_process():
+        report(args)
     return 0
 
 
@@ -85,10 +84,8 @@ def score(load: str, iteration: int, passages: list[Passage]) -> np.ndarray:
     return np.concatenate([scores.loss for scores in model.score(passages)])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--load", required=True, help="folder of a run's checkpoints")
     parser.add_argument(
         "--iterations", type=int, nargs="+", help="score these checkpoints only; default: all"

@@ -8,21 +8,21 @@ Then preprocess with --tokenizer-type HuggingFaceTokenizer --tokenizer-model dat
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_eslm.command_line import Parser, command
 from megatron_eslm.data.readers import read_documents
 from megatron_eslm.data.train_bpe import train_bpe
 from megatron_eslm.errors import ConfigError
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Return 0, or 2 if the input cannot be used."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="as tools/preprocess_data.py takes it")
     add("--vocab-size", type=int, required=True, help="with the 256 bytes and <|endoftext|>")
@@ -36,9 +36,6 @@ def main(argv: list[str] | None = None) -> int:
         ids = train_bpe(read_documents(args.input, args.text_key), args.vocab_size, output)
     except OSError as error:
         print(f"error: --output {output} cannot be written: {error}", file=sys.stderr)
-        return 2
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
         return 2
     few = f", for the text has no more pairs to merge (--vocab-size {args.vocab_size})"
     print(f"wrote {output}: {ids} ids{few if ids < args.vocab_size else ''}")

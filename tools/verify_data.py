@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 
+from megatron_eslm.command_line import Parser, command
 from megatron_eslm.data.verify import verify_data
 from megatron_eslm.errors import ConfigError
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(__doc__)
     parser.add_argument("prefix", nargs="+", help="path of a pair without its ending")
     damaged = 0
-    for prefix in parser.parse_args().prefix:
+    for prefix in parser.parse_args(argv).prefix:
         try:
             data = verify_data(prefix)
         except ConfigError as error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files import json_file
+from megatron_eslm.parallel.bootstrap import quiet_imports
 
 Json = dict[str, Any]
 
@@ -20,60 +22,41 @@ _SAME = {
     "fp16": ("fp16", "enabled"),
     "zero_stage": ("zero_optimization", "stage"),
 }
-# Sections that would compete with flags, and those flags.
-_FLAGS_INSTEAD = {
-    "optimizer": "--lr, --adam-beta1, --lr-warmup-iters and the like",
-    "scheduler": "--lr, --adam-beta1, --lr-warmup-iters and the like",
-    "pipeline": "--pipeline-model-parallel-size, --pipeline-split and "
-    "--activation-checkpoint-interval",
-    "tensor_parallel": "--tensor-model-parallel-size",
-}
-_NUMBERS = (int, float)
 
 
 def read_json(path: str) -> Json:
-    """Parse a DeepSpeed JSON file.
+    """Parse and check a DeepSpeed JSON file.
 
     Raises:
-        ConfigError: it is missing, not JSON, or has a section for what flags set.
+        ConfigError: it is missing, not JSON, or says what DeepSpeed would not take or what has no
+            meaning here.
     """
     try:
-        content = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"--deepspeed_config {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:  # not JSON, or not even text
-        raise ConfigError(f"--deepspeed_config {path} is not JSON: {error}.") from error
+        content = json_file.read_json(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{_where(path)} cannot be read: {error.strerror}.") from error
+    except ConfigError as error:
+        raise ConfigError(_where(str(error))) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--deepspeed_config {path} must hold one JSON object.")
-    for section, flags in _FLAGS_INSTEAD.items():
-        if section in content:
-            raise ConfigError(
-                f'--deepspeed_config {path} has a "{section}" section, which would compete with '
-                f"{flags}. Remove it."
-            )
-    _check_types(path, content)
+        raise ConfigError(f"{_where(path)} must hold one JSON object.")
+    _schema().check_file(_without_comments(content), _where(path))
     return content
 
 
-def _check_types(path: str, content: Json) -> None:
-    """ConfigError where a value that we read has a type that DeepSpeed would not take."""
-    for section in ("bf16", "fp16", "zero_optimization"):
-        if not isinstance(content.get(section, {}), dict):
-            raise ConfigError(
-                f"--deepspeed_config {path}: {section} must be an object, as in "
-                f'"{section}": {{...}}.'
-            )
-    for name, keys in {**_SAME, "": ("gradient_accumulation_steps",)}.items():
-        value, key = _get(content, keys), ".".join(keys)
-        if name in ("bf16", "fp16"):
-            if not (value is None or isinstance(value, bool)):
-                raise ConfigError(f"--deepspeed_config {path}: {key} must be true or false.")
-        elif value is not None and (isinstance(value, bool) or not isinstance(value, _NUMBERS)):
-            raise ConfigError(f"--deepspeed_config {path}: {key} must be a number, not {value!r}.")
-        elif isinstance(value, float) and name != "clip_grad":
-            raise ConfigError(f"--deepspeed_config {path}: {key} must be a whole number.")
-        elif value is not None and value < 1 and name not in ("clip_grad", "zero_stage"):
-            raise ConfigError(f"--deepspeed_config {path}: {key} {value} must be 1 or more.")
+def _where(path: str) -> str:
+    return f"--deepspeed_config {path}"
+
+
+def _without_comments(content: Json) -> Json:
+    return {key: value for key, value in content.items() if not key.startswith("_")}
+
+
+def _schema() -> Any:
+    # DeepSpeed takes seconds to import, which runs without such a file need not wait for here.
+    quiet_imports()
+    from megatron_eslm.config import deepspeed_schema
+
+    return deepspeed_schema
 
 
 def _get(content: Json, keys: tuple[str, ...]) -> Any:
@@ -114,6 +97,7 @@ def check_agreement(path: str, content: Json, name: str, flag: str, value: Any) 
 def complete(
     content: Json,
     *,
+    path: str | None,
     micro_batch_size: int,
     global_batch_size: int,
     gradient_accumulation_steps: int,
@@ -124,12 +108,21 @@ def complete(
     cpu_offload: bool,
     pipeline_stages: int,
 ) -> Json:
-    """The JSON that the engine gets: the user's, with all that the flags decide filled in."""
-    full = copy.deepcopy({k: v for k, v in content.items() if not k.startswith("_")})
+    """The JSON that the engine gets: the user's, with all that the flags decide filled in.
+
+    Args:
+        content: what the user's file says; empty without one.
+        path: the file.
+        pipeline_stages: 1 for none.
+
+    Raises:
+        ConfigError: the whole does not go together.
+    """
+    full = copy.deepcopy(_without_comments(content))
     steps = accumulation_steps(full)
     if steps is not None and steps != gradient_accumulation_steps:
         raise ConfigError(
-            f"gradient_accumulation_steps = {steps} in the DeepSpeed JSON does not fit: "
+            f"--deepspeed_config {path}: gradient_accumulation_steps = {steps} does not fit: "
             f"--global-batch-size {global_batch_size} makes it {gradient_accumulation_steps}. Set "
             'it to "auto".'
         )
@@ -157,4 +150,44 @@ def complete(
         # first micro-step. Every micro-step keeps another number of rows, and with sequence
         # parallelism each rank's activations are its own.
         full["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
+    if path is not None:
+        if zero_stage >= 2 and full.get("gradient_predivide_factor", 1) != 1:
+            raise ConfigError(
+                f"{_where(path)}: gradient_predivide_factor has no meaning in ZeRO stage "
+                f"{zero_stage}. Remove it, or use --zero-stage 0 or 1."
+            )
+        _schema().check_whole(full, _where(path))
     return full
+
+
+@contextmanager
+def blamed_on(path: str | None) -> Iterator[None]:
+    """Around the making of the engine: what DeepSpeed refuses there is owed to the user's file.
+
+    Args:
+        path: the file; without one, exceptions pass.
+
+    Raises:
+        ConfigError: instead of any exception but a RuntimeError, which is about memory, kernels or
+            other ranks.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        if path is None:
+            raise
+        raise _refused(path, error) from error
+    except (RuntimeError, ConfigError):
+        raise
+    except Exception as error:
+        if path is None:
+            raise
+        raise _refused(path, error) from error
+
+
+def _refused(path: str, error: Exception) -> ConfigError:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return ConfigError(
+        f"DeepSpeed does not make an engine with {_where(path)}: {said}. Take out what it names, "
+        "or start from a file in ds_configs/."
+    )

@@ -9,20 +9,21 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
+import re
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import yaml
-
-from megatron_eslm.errors import ConfigError
+from megatron_eslm.command_line import OnOff, Parser, finite_number, not_among, whole_number
+from megatron_eslm.errors import ConfigError, did_you_mean
+from megatron_eslm.files import yaml_file
+from megatron_eslm.limits import Commas, flag_of, metadata
 
 
 @functools.cache
@@ -42,11 +43,6 @@ def field_help(cls: type) -> dict[str, str]:
     return texts
 
 
-def flag_of(name: str) -> str:
-    """`--num-layers` for `num_layers`; DeepSpeed's own flag keeps its underscore."""
-    return "--deepspeed_config" if name == "deepspeed_config" else f"--{name.replace('_', '-')}"
-
-
 def _kind(annotation: Any) -> tuple[Any, tuple[Any, ...] | None, bool]:
     """(type of one value, choices, whether it takes several) of an annotation."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
@@ -60,18 +56,89 @@ def _kind(annotation: Any) -> tuple[Any, tuple[Any, ...] | None, bool]:
     return annotation, None, False
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one paragraph with the nearest flag, exit code 2."""
+@dataclass(frozen=True)
+class Option:
+    """One option: what its flag takes and what a YAML file may say for it."""
 
-    def error(self, message: str) -> NoReturn:
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            unknown = message.removeprefix(prefix).split()[0]
-            known = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown.split("=")[0], known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else "See --help for those there are."
-            message = f"There is no option {unknown}. {hint}"
-        raise ConfigError(message)
+    name: str
+    kind: Any
+    choices: tuple[Any, ...] | None
+    several: bool
+    """Whether it takes more than one value."""
+    commas: bool
+    """Whether its value is a list between commas."""
+
+    @property
+    def flag(self) -> str:
+        """As on the command line."""
+        return flag_of(self.name)
+
+    def value(self, given: yaml_file.Value, where: str) -> Any:
+        """The field's value for what a YAML file says.
+
+        Args:
+            given: text, or a list of texts where the option takes several.
+            where: file and key, for messages.
+
+        Raises:
+            ConfigError: it is nothing that the flag would take.
+        """
+        texts = self._texts(given, where)
+        values = tuple(self._one(text, where) for text in texts)
+        return values if self.several else values[0]
+
+    def words(self, given: yaml_file.Value, where: str) -> list[str]:
+        """The same on the command line, as it is written in the file; ConfigError as `value`."""
+        value = self.value(given, where)
+        if self.kind is bool:
+            return [self.flag if value else f"--no-{self.name.replace('_', '-')}"]
+        return [self.flag, *self._texts(given, where)]
+
+    def _texts(self, given: yaml_file.Value, where: str) -> list[str]:
+        items = given if isinstance(given, list) else [given]
+        texts = [item for item in items if isinstance(item, str)]
+        if len(texts) < len(items) or not items:
+            raise ConfigError(f"{where} must be a value{' or a list of values' * self._listed}.")
+        if isinstance(given, list) and not self._listed:
+            raise ConfigError(f"{where} takes one value and is a list of {len(texts)}.")
+        for text in texts:
+            if re.match(r"--|-[A-Za-z]", text):
+                raise ConfigError(
+                    f"{where}: {text!r} looks like a flag; give it a line of its own."
+                )
+        return [",".join(texts)] if self.commas else texts
+
+    @property
+    def _listed(self) -> bool:
+        return self.several or self.commas
+
+    def _one(self, text: str, where: str) -> Any:
+        if self.choices is not None and text not in self.choices:
+            raise ConfigError(f"{where}: {not_among(text, self.choices)}")
+        if self.kind is bool:
+            if text.lower() not in ("true", "false"):
+                raise ConfigError(f"{where} must be true or false, not {text!r}.")
+            return text.lower() == "true"
+        try:
+            return {int: whole_number, float: finite_number}.get(self.kind, self.kind)(text)
+        except argparse.ArgumentTypeError as error:
+            raise ConfigError(f"{where}: {error}.") from error
+
+
+@functools.cache
+def _options_of(cls: type) -> dict[str, Option]:
+    plain, full = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
+    return {
+        field.name: Option(
+            field.name, *_kind(plain[field.name]), metadata(full[field.name], Commas) is not None
+        )
+        for field in dataclasses.fields(cls)
+    }
+
+
+def options(groups: Mapping[str, type]) -> dict[str, Option]:
+    """All options of some dataclasses, by field name."""
+    return {name: option for cls in groups.values() for name, option in _options_of(cls).items()}
 
 
 Pages = Mapping[str, tuple[str, Callable[[], str]]]
@@ -92,69 +159,87 @@ def build_parser(
     groups: Mapping[str, type], description: str, pages: Pages | None = None
 ) -> argparse.ArgumentParser:
     """A parser with one group of flags per dataclass. Unset flags stay out of the namespace."""
-    parser = _Parser(
-        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    parser = Parser(
+        description,
+        formatter_class=argparse.HelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; flags win over it.")
     for flag, (text, page) in (pages or {}).items():
         parser.add_argument(flag, action=_ShowPage, page=page, help=text)
     for cls in groups.values():
         group = parser.add_argument_group((cls.__doc__ or cls.__name__).rstrip("."))
-        hints = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            kind, choices, several = _kind(hints[field.name])
-            text = field_help(cls).get(field.name, "").replace("%", "%%")
-            if not (field.default is None or field.default is False or field.default == ()):
-                text += f" [{field.default}]"
-            names = {flag_of(field.name), f"--{field.name.replace('_', '-')}"}
-            if field.name == "local_rank":
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        for option in _options_of(cls).values():
+            text = field_help(cls).get(option.name, "").replace("%", "%%")
+            default = defaults[option.name]
+            if not (default is None or default is False or default == ()):
+                text += f" [{default}]"
+            names = {option.flag, f"--{option.name.replace('_', '-')}"}
+            if option.name == "local_rank":
                 names.add("--local_rank")
-            if kind is bool:
-                group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
+            if option.kind is bool:
+                group.add_argument(*names, action=OnOff, help=text)
             else:
                 group.add_argument(
                     *sorted(names),
-                    dest=field.name,
-                    type=kind,
-                    choices=choices,
-                    nargs="+" if several else None,
-                    metavar=None if choices else kind.__name__.upper(),
+                    dest=option.name,
+                    type=option.kind,
+                    choices=option.choices,
+                    nargs="+" if option.several else None,
+                    metavar=None if option.choices else option.kind.__name__.upper(),
                     help=text,
                 )
     return parser
 
 
-def read_yaml(path: str, known: Iterable[str]) -> dict[str, Any]:
-    """Flags from a YAML mapping; keys may be written with - or _.
+def by_field_name(
+    said: yaml_file.Mapping, known: Collection[str], where: str, more: Collection[str] = ()
+) -> dict[str, yaml_file.Value]:
+    """What a YAML mapping of flags says, by the names of the fields.
+
+    Args:
+        said: keys may be written with - or _. What has no value (`key:`, `key: null`) is left out.
+        known: names of options.
+        where: the file, for messages.
+        more: further names that are allowed.
 
     Raises:
-        ConfigError: the file is missing, is not a mapping, or has a key that is no flag.
+        ConfigError: a key is no option, or there are two of one option.
     """
+    found: dict[str, yaml_file.Value] = {}
+    lines: dict[str, int] = {}
+    for key, value in said.items():
+        name = key.lstrip("-").replace("-", "_")
+        line = said.lines[key]
+        if name not in known and name not in more:
+            hint = did_you_mean(name, [*known, *more])
+            raise ConfigError(f"{where}: there is no option {name} (line {line}).{hint}")
+        if name in lines:
+            raise ConfigError(
+                f"{where} gives {flag_of(name)} twice, in lines {lines[name]} and {line}; leave "
+                "one of them out."
+            )
+        lines[name] = line
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def _values_of_file(path: str, known: Mapping[str, Option]) -> dict[str, Any]:
+    """The values that the YAML file of --config sets."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
+        content = yaml_file.read_yaml(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"--config {error}") from error
+    if not isinstance(content, yaml_file.Mapping):
         raise ConfigError(f"--config {path} must be a mapping of flags to values.")
-    known = set(known)
-    values = {str(key).lstrip("-").replace("-", "_"): value for key, value in content.items()}
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"--config {path}: there is no option {name}.{hint}")
-    return values
-
-
-def as_words(name: str, value: Any) -> list[str]:
-    """A YAML value as the words it would be on the command line."""
-    flag = flag_of(name)
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{name.replace('_', '-')}"]
-    if value is None:
-        return []
-    values = value if isinstance(value, list) else [value]
-    return [flag, *map(str, values)]
+    said = by_field_name(content, known, f"--config {path}")
+    return {
+        name: known[name].value(value, f"--config {path}: {name}") for name, value in said.items()
+    }
 
 
 def parse_groups(
@@ -168,12 +253,9 @@ def parse_groups(
     Raises:
         ConfigError: any flag or value that cannot be used.
     """
-    parser = build_parser(groups, description, pages)
-    names = {field.name for cls in groups.values() for field in dataclasses.fields(cls)}
-    values = vars(parser.parse_args(list(argv)))
+    values = vars(build_parser(groups, description, pages).parse_args(list(argv)))
     if path := values.pop("config", None):
-        words = [w for n, v in read_yaml(path, names).items() for w in as_words(n, v)]
-        values = vars(parser.parse_args(words)) | values
+        values = _values_of_file(path, options(groups)) | values
     objects: dict[str, Any] = {}
     for group, cls in groups.items():
         own = {f.name for f in dataclasses.fields(cls)} & values.keys()

@@ -241,6 +241,7 @@ def resolve(
     _check_layout(model, selection, engine, steps)
     full_json = deepspeed_json.complete(
         json,
+        path=engine.deepspeed_config,
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,
         gradient_accumulation_steps=steps,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_eslm.errors import ConfigError
+from megatron_eslm.limits import NOT_NEGATIVE, POSITIVE, Commas, Range, check_fields
 
 TokenizerType = Literal[
     "GPT2BPETokenizer", "SentencePieceTokenizer", "HuggingFaceTokenizer", "ByteTokenizer"
@@ -20,7 +20,7 @@ class DataOptions:
     """Prefix of a Megatron .bin/.idx pair, or `weight1 prefix1 weight2 prefix2 ...` to mix domains
     by token weight. Without it the demo corpus is used."""
 
-    split: str = "98,1,1"
+    split: Annotated[str, Commas()] = "98,1,1"
     """Shares of the documents for training, validation and test, as Megatron reads them."""
 
     data_cache_path: str | None = None
@@ -43,31 +43,23 @@ class DataOptions:
     eod_mask_loss: bool = False
     """Leave out of scores and loss what follows an end-of-document token directly."""
 
-    label_noise: float = 0.0
+    label_noise: Annotated[
+        float,
+        Range(
+            at_least=0,
+            at_most=1,
+            why="it is the share of targets that are permuted; the paper's experiment uses 0.05",
+        ),
+    ] = 0.0
     """Share of the next-token targets of each training sequence to permute among themselves; inputs
     and validation stay clean. For experiments on robustness."""
 
-    num_workers: int = 2
+    num_workers: Annotated[int, NOT_NEGATIVE] = 2
     """Loader processes on each rank; 0 loads in the training process."""
 
-    max_epochs: float = 1.0
+    max_epochs: Annotated[float, POSITIVE] = 1.0
     """How often any domain may be read. Training that would read one more often is refused before
     it starts; raise this to consent to the repetition."""
 
     def __post_init__(self) -> None:
-        for name in ("data_path", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model"):
-            value = getattr(self, name)
-            if value is not None and "\0" in "".join(value):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} {value!r} holds a NUL character, which no path "
-                    "can; remove it."
-                )
-        if self.num_workers < 0:
-            raise ConfigError(f"--num-workers {self.num_workers} is negative; use 0 or more.")
-        if not 0.0 <= self.label_noise <= 1.0:
-            raise ConfigError(
-                f"--label-noise {self.label_noise:g} is outside [0, 1]: it is the share of targets "
-                "that are permuted; the paper's experiment uses 0.05."
-            )
-        if self.max_epochs <= 0:
-            raise ConfigError(f"--max-epochs {self.max_epochs:g} must be positive.")
+        check_fields(self)

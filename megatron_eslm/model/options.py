@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.limits import (
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    ONE_OR_MORE,
+    POSITIVE,
+    Range,
+    check_fields,
+)
 
 
 @dataclass(frozen=True)
@@ -30,35 +37,35 @@ class ModelOptions:
     """GPT-2 size with the paper's recipe: sets shape, batch, learning rate and schedule where no
     flag of their own does."""
 
-    num_layers: int | None = None
+    num_layers: Annotated[int, ONE_OR_MORE] | None = None
     """Transformer blocks."""
 
-    hidden_size: int | None = None
+    hidden_size: Annotated[int, ONE_OR_MORE] | None = None
     """Width of the residual stream."""
 
-    num_attention_heads: int | None = None
+    num_attention_heads: Annotated[int, ONE_OR_MORE] | None = None
     """Attention heads; must divide the hidden size."""
 
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: Annotated[int, ONE_OR_MORE] | None = None
     """Width inside the MLP; default 4 x hidden size."""
 
-    seq_length: int | None = None
+    seq_length: Annotated[int, Range(at_least=2)] | None = None
     """Tokens a sequence; also the number of learned positions."""
 
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Annotated[int, ONE_OR_MORE] = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
 
-    hidden_dropout: float = 0.0
+    hidden_dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout on embeddings and on what each block adds to the residual stream."""
 
-    attention_dropout: float = 0.0
+    attention_dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout on attention weights."""
 
-    init_method_std: float = 0.02
+    init_method_std: Annotated[float, POSITIVE] = 0.02
     """Standard deviation of the initial weights; projections into the residual stream are scaled
     down by sqrt(2 x layers)."""
 
-    layernorm_epsilon: float = 1e-5
+    layernorm_epsilon: Annotated[float, POSITIVE] = 1e-5
     """Added to the variance in layer norms."""
 
     head_logits: Literal["auto", "keep", "recompute"] = "auto"
@@ -78,16 +85,16 @@ class ModelOptions:
     CUDA and a C compiler; triton-fused never writes the logits that only statistics need (where
     logits are kept it is triton). auto is triton where it can run and torch elsewhere."""
 
-    activation_checkpoint_interval: int = 0
+    activation_checkpoint_interval: Annotated[int, NOT_NEGATIVE] = 0
     """Blocks whose activations are kept only at the first of them, and computed again in the
     backward pass; 0 keeps all."""
 
-    lora_rank: int = 0
+    lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Train low-rank adapters (LoRA) of this rank on the four linear layers of each block, and
     nothing else, of a model whose weights --load names; export merges them. 0 trains all
     weights."""
 
-    lora_alpha: float | None = None
+    lora_alpha: Annotated[float, POSITIVE] | None = None
     """Adapters are multiplied by this over their rank; default: twice the rank."""
 
     @property
@@ -99,29 +106,9 @@ class ModelOptions:
         return Lora(self.lora_rank, alpha)
 
     def __post_init__(self) -> None:
-        for flag in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{flag.replace('_', '-')} {value} must be 1 or more.")
-        if self.seq_length is not None and self.seq_length < 2:
-            raise ConfigError(f"--seq-length {self.seq_length} must be 2 or more.")
-        if self.make_vocab_size_divisible_by < 1:
-            raise ConfigError("--make-vocab-size-divisible-by must be 1 or more.")
-        if self.activation_checkpoint_interval < 0:
-            raise ConfigError(
-                f"--activation-checkpoint-interval {self.activation_checkpoint_interval} must be 0 "
-                "or more; 0 keeps all activations."
-            )
-        if self.lora_rank < 0:
-            raise ConfigError(f"--lora-rank {self.lora_rank} must be 0 (no adapters) or more.")
-        if self.lora_alpha is not None and not 0.0 < self.lora_alpha < math.inf:
-            raise ConfigError(f"--lora-alpha {self.lora_alpha:g} must be above 0.")
+        check_fields(self)
         if self.lora_alpha is not None and not self.lora_rank:
             raise ConfigError(
                 f"--lora-alpha {self.lora_alpha:g} scales adapters and there are none without "
                 "--lora-rank; give that, or leave it out."
             )
-        for flag in ("hidden_dropout", "attention_dropout"):
-            value = getattr(self, flag)
-            if not 0.0 <= value < 1.0:
-                raise ConfigError(f"--{flag.replace('_', '-')} {value:g} is outside [0, 1).")

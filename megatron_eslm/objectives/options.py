@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.limits import ONE_OR_MORE, Range, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,29 +26,23 @@ class ObjectiveOptions:
     distill_teacher_dtype: Literal["bf16", "float32"] = "bf16"
     """Type in which the teacher computes; its logits are compared in float32 in any case."""
 
-    distill_weight: float = 0.5
+    distill_weight: Annotated[
+        float,
+        Range(
+            at_least=0, at_most=1, why="it is the teacher's share of the loss; the paper uses 0.5"
+        ),
+    ] = 0.5
     """Share of the divergence from the teacher in the loss (lambda); the rest is the causal
     language modelling loss."""
 
-    distill_temperature: float = 1.0
+    distill_temperature: Annotated[float, Range(above=0, why="the paper uses 1")] = 1.0
     """Temperature of both distributions (rho)."""
 
-    salt_iters: int = 12_000
+    salt_iters: Annotated[int, ONE_OR_MORE] = 12_000
     """Steps of --distill salt with the teacher."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.distill_weight <= 1.0:
-            raise ConfigError(
-                f"--distill-weight {self.distill_weight:g} is outside [0, 1]: it is the teacher's "
-                "share of the loss; the paper uses 0.5."
-            )
-        if not 0.0 < self.distill_temperature < math.inf:
-            raise ConfigError(
-                f"--distill-temperature {self.distill_temperature:g} must be above 0; the paper "
-                "uses 1."
-            )
-        if self.salt_iters < 1:
-            raise ConfigError(f"--salt-iters {self.salt_iters} must be 1 or more.")
+        check_fields(self)
 
 
 def check_objective(

@@ -22,20 +22,17 @@ checkpoints of another method's run with the same seed (in `after`: with the fir
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from megatron_eslm.config.flags import as_words
+from megatron_eslm.config.flags import Option, by_field_name, options
 from megatron_eslm.config.run import GROUPS
-from megatron_eslm.errors import ConfigError
+from megatron_eslm.errors import ConfigError, did_you_mean
+from megatron_eslm.files import yaml_file
+from megatron_eslm.files.yaml_file import Value
 
 _KEYS = ("output", "launch", "seeds", "prepare", "flags", "methods", "after")
 _OWN = ("needs", "flops_of")
@@ -62,8 +59,8 @@ class RecipeRun:
     method: str
     seed: int
     folder: Path
-    flags: Mapping[str, Any]
-    """All flags but those that the runner sets."""
+    flags: Mapping[str, list[str]]
+    """The words of all flags but those that the runner sets, by the names of their fields."""
     needs: str | None
     """The method whose run with this seed has to be finished first."""
     flops_of: str | None
@@ -87,11 +84,11 @@ class RecipeRun:
             resumed: whether it continues its own checkpoints, whatever it started from.
         """
         flags = dict(self.flags)
-        start = flags.pop("load", None)
+        _, start = flags.pop("load", ["--load", str(self.checkpoints)])
         if train_iters is not None:
-            flags["train_iters"] = train_iters
-        words = [word for name, value in flags.items() for word in as_words(name, value)]
-        load = str(self.checkpoints) if start is None or resumed else str(start)
+            flags["train_iters"] = ["--train-iters", str(train_iters)]
+        words = [word for part in flags.values() for word in part]
+        load = str(self.checkpoints) if resumed else start
         own = ["--seed", str(self.seed), "--save", str(self.checkpoints), "--load", load]
         return [*words, *own, "--metrics-file", str(self.metrics)]
 
@@ -125,9 +122,11 @@ def read_recipe(path: str | Path, variables: Mapping[str, str] | None = None) ->
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"The recipe {path} cannot be read: {error}") from error
+        content = yaml_file.read_yaml(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"The recipe {error}") from error
     return _Reader(path, dict(variables or {})).recipe(content)
 
 
@@ -137,29 +136,22 @@ class _Reader:
     def __init__(self, path: Path, variables: dict[str, str]) -> None:
         self.path = path
         self.variables = variables
-        self.flags = {f.name for cls in GROUPS.values() for f in dataclasses.fields(cls)}
+        self.options = options(GROUPS)
 
-    def recipe(self, content: Any) -> Recipe:
-        if not isinstance(content, dict):
-            raise self._error("it must be a mapping")
-        if unknown := sorted(set(map(str, content)) - set(_KEYS)):
-            raise self._error(f"there is no key {unknown[0]!r}{_near(unknown[0], _KEYS)}")
-        for key in ("output", "methods"):
-            if not content.get(key):
-                raise self._error(f"it has no {key!r}")
-        output = Path(self._fill(str(content["output"])))
+    def recipe(self, content: Value) -> Recipe:
+        content = self._mapping("it", content)
+        for key in content:
+            if key not in _KEYS:
+                raise self._error(f"there is no key {key!r}.{did_you_mean(key, _KEYS)}")
+        methods = self._mapping("'methods'", content.get("methods"))
+        if not methods:
+            raise self._error("it has no 'methods'")
+        output = Path(self._text("'output'", content.get("output")))
         self.variables["output"] = str(output)
-        methods = content["methods"]
-        if not isinstance(methods, dict):
-            raise self._error("'methods' must map names to flags")
-        seeds = content.get("seeds", [1234])
-        if not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):
-            raise self._error(f"'seeds' must be a list of whole numbers, and is {seeds!r}")
-        if len(set(seeds)) < len(seeds):
-            raise self._error(f"'seeds' {seeds} names one of them twice")
-        common = self._named("flags", content.get("flags") or {})
+        seeds = self._seeds(content.get("seeds"))
+        common = self._named("flags", content.get("flags"))
         runs = [
-            self._run(str(name), flags, common, seed, output, methods)
+            self._run(name, flags, common, seed, output, methods)
             for seed in seeds
             for name, flags in methods.items()
         ]
@@ -169,57 +161,71 @@ class _Reader:
         return Recipe(
             path=self.path,
             output=output,
-            launch=tuple(shlex.split(self._fill(str(content.get("launch", "python"))))),
+            launch=self._command("'launch'", content.get("launch") or "python"),
             prepare=self._steps("prepare", content.get("prepare"), {}),
             runs=tuple(runs),
             after=self._steps("after", content.get("after"), places),
         )
 
+    def _seeds(self, given: Value) -> list[int]:
+        texts = ["1234"] if given is None else given
+        if not isinstance(texts, list) or not texts:
+            raise self._error("'seeds' must be a list of whole numbers, as in [1, 2]")
+        seeds = [self.options["seed"].value(text, f"{self._where}: 'seeds'") for text in texts]
+        if len(set(seeds)) < len(seeds):
+            raise self._error(f"'seeds' {seeds} names one of them twice")
+        return seeds
+
     def _run(
         self,
         name: str,
-        flags: Any,
-        common: dict[str, Any],
+        flags: Value,
+        common: dict[str, Value],
         seed: int,
         output: Path,
-        methods: Mapping[Any, Any],
+        methods: Collection[str],
     ) -> RecipeRun:
         if not re.fullmatch(r"[\w.+-]+( [\w.+-]+)*", name):
             raise self._error(f"{name!r} is no name for a method: letters, digits, '.', '+', '-'")
-        own = self._named(f"methods: {name}", flags or {}, (*_OWN, _WITH_LOAD))
-        needs, flops_of = (own.pop(key, None) for key in _OWN)
-        for key, other in (("needs", needs), ("flops-of", flops_of)):
-            if other is not None and (other not in methods or other == name):
-                raise self._error(f"{key} of {name} is {other!r}, which is no other method")
-        folders = {
-            str(method): output / _folder(str(method), seed) / "checkpoints" for method in methods
+        where = f"methods: {name}"
+        own = self._named(where, flags, (*_OWN, _WITH_LOAD))
+        others = {key: own.pop(key, None) for key in _OWN}
+        for key, other in others.items():
+            if other is not None and (
+                not isinstance(other, str) or other not in methods or other == name
+            ):
+                flag = key.replace("_", "-")
+                raise self._error(f"{flag} of {name} is {other!r}, which is no other method")
+        folders = {method: output / _folder(method, seed) / "checkpoints" for method in methods}
+        words = {
+            key: self._words(self.options[key], self._filled(value, folders), where)
+            for key, value in (common | own).items()
         }
-        filled = {key: self._filled(value, folders) for key, value in (common | own).items()}
-        return RecipeRun(name, seed, output / _folder(name, seed), filled, needs, flops_of)
+        return RecipeRun(name, seed, output / _folder(name, seed), words, **others)  # type: ignore[arg-type]
 
-    def _named(self, where: str, flags: Any, more: tuple[str, ...] = ()) -> dict[str, Any]:
+    def _words(self, option: Option, value: Value, where: str) -> list[str]:
+        return option.words(value, f"{self._where}: {where}: {option.name}")
+
+    def _named(self, where: str, flags: Value, more: tuple[str, ...] = ()) -> dict[str, Value]:
         """Flags of pretrain_gpt.py by the names of their fields."""
-        if not isinstance(flags, dict):
-            raise self._error(f"{where} must be a mapping of flags to values")
-        named = {str(key).lstrip("-").replace("-", "_"): value for key, value in flags.items()}
+        said = self._mapping(where, flags)
+        named = by_field_name(said, self.options, f"{self._where}: {where}", more)
         for key in named:
             if key in _RUNNERS and key not in more:
                 raise self._error(f"{where} sets --{key.replace('_', '-')}, which the runner sets")
-            if key not in self.flags and key not in more:
-                raise self._error(
-                    f"{where}: pretrain_gpt.py has no option {key}{_near(key, self.flags)}"
-                )
         return named
 
     def _check_order(self, runs: list[RecipeRun]) -> None:
-        needs = {run.method: run.needs for run in runs}
-        for method in needs:
-            seen, now = [method], needs[method]
-            while now is not None:
-                if now in seen:
-                    raise self._error(f"{' needs '.join([*seen, now])}: none of them can be first")
-                seen.append(now)
-                now = needs[now]
+        for kind in _OWN:
+            before: dict[str, str | None] = {run.method: getattr(run, kind) for run in runs}
+            for method in before:
+                seen, now = [method], before[method]
+                while now is not None:
+                    if now in seen:
+                        chain = f" {kind.replace('_', '-')} ".join([*seen, now])
+                        raise self._error(f"{chain}: none of them can be first")
+                    seen.append(now)
+                    now = before[now]
 
     def _check_folders(self, runs: list[RecipeRun]) -> None:
         taken: dict[Path, str] = {}
@@ -228,18 +234,42 @@ class _Reader:
             if other != run.method:
                 raise self._error(f"{other!r} and {run.method!r} would share {run.folder}")
 
-    def _steps(self, key: str, steps: Any, places: Mapping[str, Path]) -> tuple[Step, ...]:
+    def _steps(self, key: str, steps: Value, places: Mapping[str, Path]) -> tuple[Step, ...]:
         if steps is not None and not isinstance(steps, list):
             raise self._error(f"{key!r} must be a list")
         made = []
         for step in steps or []:
             if not isinstance(step, dict) or set(step) != {"creates", "run"}:
                 raise self._error(f"each step of {key!r} has a 'creates' and a 'run'")
-            words = shlex.split(self._fill(str(step["run"]), places))
-            made.append(Step(tuple(words), Path(self._fill(str(step["creates"]), places))))
+            words = self._command(f"'run' of {key!r}", step["run"], places)
+            made.append(
+                Step(words, Path(self._text(f"'creates' of {key!r}", step["creates"], places)))
+            )
         return tuple(made)
 
-    def _filled(self, value: Any, places: Mapping[str, Path]) -> Any:
+    def _command(
+        self, what: str, given: Value, places: Mapping[str, Path] | None = None
+    ) -> tuple[str, ...]:
+        text = self._text(what, given, places)
+        try:
+            return tuple(shlex.split(text))
+        except ValueError as error:
+            raise self._error(f"{what} is no command: {error}, in {text!r}") from error
+
+    def _text(self, what: str, given: Value, places: Mapping[str, Path] | None = None) -> str:
+        """Text that has to be there, filled in."""
+        if not isinstance(given, str) or not given.strip():
+            raise self._error(f"{what} must be text" if given else f"it has no {what}")
+        return self._fill(given, places)
+
+    def _mapping(self, what: str, given: Value) -> yaml_file.Mapping:
+        if given is None and what != "it":
+            return yaml_file.Mapping()
+        if not isinstance(given, yaml_file.Mapping):
+            raise self._error(f"{what} must be a mapping, as in `key: value`")
+        return given
+
+    def _filled(self, value: Value, places: Mapping[str, Path]) -> Value:
         if isinstance(value, list):
             return [self._filled(item, places) for item in value]
         return self._fill(value, places) if isinstance(value, str) else value
@@ -257,14 +287,13 @@ class _Reader:
 
         return re.sub(r"\$\{([^}]*)\}", value, text)
 
+    @property
+    def _where(self) -> str:
+        return f"The recipe {self.path}"
+
     def _error(self, what: str) -> ConfigError:
-        return ConfigError(f"The recipe {self.path} cannot be used: {what}.")
+        return ConfigError(f"{self._where} cannot be used: {what}{'' if what[-1] == '?' else '.'}")
 
 
 def _folder(method: str, seed: int) -> str:
     return f"{method.replace(' ', '_')}-seed{seed}"
-
-
-def _near(name: str, known: Any) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else ""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.json_file import read_json
 from megatron_eslm.recipes.recipe import Recipe, RecipeRun, Step
 
 logger = logging.getLogger(__name__)
@@ -84,12 +85,12 @@ class Runner:
             return None
         other = self.recipe.run(run.flops_of, run.seed)
         try:
-            iterations = int(other.flags["train_iters"])
-        except (KeyError, ValueError) as error:
+            _, iterations = other.flags["train_iters"]
+        except KeyError as error:
             raise ConfigError(
-                f"flops-of of {run.method} needs a number as train-iters of {run.flops_of}."
+                f"flops-of of {run.method} needs train-iters of {run.flops_of}; set it."
             ) from error
-        return round(iterations * self._step_flops(other) / self._step_flops(run))
+        return round(int(iterations) * self._step_flops(other) / self._step_flops(run))
 
     def _portable(self, words: Sequence[str]) -> list[str]:
         """A command without the places of this Python and this repository."""
@@ -129,7 +130,7 @@ class Runner:
                 return "held"
             stored, steps = run.folder / "command.json", self.steps(run)
             first = self._portable(run.words(steps))
-            if stored.is_file() and json.loads(stored.read_text()) != first:
+            if stored.exists() and read_json(stored) != first:
                 raise ConfigError(
                     f"{run.folder} was begun with another command than the one that "
                     f"{self.recipe.path} now gives; it is in {stored}. Remove the folder, or "

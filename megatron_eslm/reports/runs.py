@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.json_file import parse_json
+from megatron_eslm.files.regular import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +97,13 @@ def read_run(path: str | Path) -> Run:
 def _items(path: Path) -> list[Record]:
     """Every whole line, parsed; ConfigError for a broken one that no killed run explains."""
     try:
-        lines = [(n, s) for n, s in enumerate(path.read_bytes().splitlines(), 1) if s.strip()]
-    except OSError as error:
+        with open_regular(path) as file:
+            lines = [(n, s) for n, s in enumerate(file.read().splitlines(), 1) if s.strip()]
+    except (OSError, ConfigError) as error:
+        why = f"{path}: {error.strerror}." if isinstance(error, OSError) else str(error)
         raise ConfigError(
-            f"The metrics file {path} cannot be read: {error}. Give the file that the run wrote "
-            "with --metrics-file."
+            f"A metrics file cannot be read. {why} Give the file that the run wrote with "
+            "--metrics-file."
         ) from error
     items: list[Record] = []
     torn: ConfigError | None = None
@@ -127,26 +130,45 @@ def _items(path: Path) -> list[Record]:
 
 def _parse(line: bytes) -> Record:
     """One line as a record or `{"run": {...}}`; ValueError says what is wrong with it."""
-    try:
-        item = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not a JSON object ({error})") from error
+    item = parse_json(line, "the line")
     if not isinstance(item, dict):
         raise ValueError("not a JSON object")
     if "run" in item:
-        if not isinstance(item["run"], dict):
-            raise ValueError('"run" does not hold settings')
+        _check_settings(item["run"])
         return item
     iteration = item.get("iteration")
-    if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration < 0:
+    if type(iteration) is not int or not 0 <= iteration < 2**63:
         raise ValueError('no "iteration" that is a whole number')
     for name, value in item.items():
         parts = value if name == "valid_loss_by_domain" and isinstance(value, dict) else {"": value}
         for part, number in parts.items():
-            if number is not None and not isinstance(number, (int, float)):
+            if number is not None and not _is_number(number):
                 where = name + (f"/{part}" if part else "")
-                raise ValueError(f'"{where}" is {number!r}, not a number')
+                raise ValueError(f'"{where}" is {_short(number)}, not a number')
     return item
+
+
+def _check_settings(settings: Any) -> None:
+    """ValueError where settings are not what runs are told apart by."""
+    if not isinstance(settings, dict):
+        raise ValueError('"run" does not hold settings')
+    seed, selection = settings.get("seed"), settings.get("selection")
+    if not (seed is None or type(seed) is int):
+        raise ValueError(f'"run/seed" is {_short(seed)}, not a whole number')
+    if not (selection is None or isinstance(selection, str)):
+        raise ValueError(f'"run/selection" is {_short(selection)}, not a name')
+
+
+def _is_number(value: Any) -> bool:
+    """Whether tables and curves can show it: no number of hundreds of digits."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) < 2**1000
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _with_elapsed(records: list[Record]) -> list[Record]:

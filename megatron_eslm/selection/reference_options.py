@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.limits import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class ReferenceOptions:
     --data-path: the reference model is not needed in training."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.reference is not None and self.reference_losses is not None:
             raise ConfigError(
                 f"--reference {self.reference} and --reference-losses {self.reference_losses} are "

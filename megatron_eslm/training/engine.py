@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_eslm.config.deepspeed_json import blamed_on
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT
@@ -86,7 +87,7 @@ class Engine:
         optimizer = build_optimizer(model, run.optimizer, cpu_offload=run.engine.cpu_offload)
         config = {**run.deepspeed, "gradient_clipping": 0.0} if self.bare else run.deepspeed
         # Some of its optimizers print how much memory each step of their making takes.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), blamed_on(run.engine.deepspeed_config):
             self.ds, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
             )

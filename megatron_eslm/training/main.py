@@ -49,6 +49,15 @@ class Terminated(BaseException):
     """SIGTERM where no step is under way that could be finished and saved first."""
 
 
+def print_page(text: str) -> None:
+    """Write to standard output; ConfigError where that cannot be, as on a full disk."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        raise ConfigError(f"standard output cannot be written: {error.strerror}.") from error
+
+
 def raise_terminated(number: int, frame: FrameType | None) -> None:
     """Handler of SIGTERM: the default one would end this rank without a word to the others."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -79,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run.report.dry_run:
             text, refusal = dry_run(run)
             if os.environ["RANK"] == "0":
-                sys.stdout.write(text + "\n")
-                sys.stdout.flush()
+                print_page(text)
             if refusal is not None:
                 raise refusal
             stopped = None

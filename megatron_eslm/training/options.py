@@ -2,113 +2,93 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.limits import (
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    ONE_OR_MORE,
+    POSITIVE,
+    Commas,
+    Range,
+    check_fields,
+)
 
-
-def _at_least(options: object, minimum: float, *flags: str) -> None:
-    for flag in flags:
-        value = getattr(options, flag)
-        if value is not None and not minimum <= value < math.inf:
-            raise ConfigError(f"--{flag.replace('_', '-')} {value:g} must be {minimum:g} or more.")
+MOST_MINUTES = 1_000_000
+"""Two years, which every clock can count."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """Training."""
 
-    train_iters: int | None = None
+    train_iters: Annotated[int, ONE_OR_MORE] | None = None
     """Optimizer steps of the whole run."""
 
-    micro_batch_size: int | None = None
+    micro_batch_size: Annotated[int, ONE_OR_MORE] | None = None
     """Sequences a rank reads a micro-step (M): what selection chooses among, together with the
     other data-parallel ranks."""
 
-    global_batch_size: int | None = None
+    global_batch_size: Annotated[int, ONE_OR_MORE] | None = None
     """Sequences read an optimizer step over all ranks and micro-steps; default: 40 micro-steps for
     the presets, one otherwise."""
 
-    seed: int = 1234
+    seed: Annotated[int, Range(at_least=0, below=2**32)] = 1234
     """Initial weights, data order, dropout and random selection."""
 
-    log_interval: int = 10
+    log_interval: Annotated[int, ONE_OR_MORE] = 10
     """Steps between progress lines."""
 
-    eval_interval: int | None = None
+    eval_interval: Annotated[int, ONE_OR_MORE] | None = None
     """Steps between evaluations; default 1000, or a tenth of --train-iters if that is less. The
     last step is always evaluated."""
 
-    eval_iters: int = 200
+    eval_iters: Annotated[int, NOT_NEGATIVE] = 200
     """Global micro-batches an evaluation reads at most; it never reads a token twice. 0 evaluates
     nothing."""
 
-    exit_interval: int | None = None
+    exit_interval: Annotated[int, ONE_OR_MORE] | None = None
     """Save and stop after the step whose number is a multiple of this."""
 
     def __post_init__(self) -> None:
-        _at_least(
-            self,
-            1,
-            "train_iters",
-            "micro_batch_size",
-            "global_batch_size",
-            "log_interval",
-            "eval_interval",
-            "exit_interval",
-        )
-        _at_least(self, 0, "eval_iters")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """Optimizer: AdamW, cosine decay with linear warm-up (Table 4 of the paper)."""
 
-    lr: float | None = None
+    lr: Annotated[float, NOT_NEGATIVE] | None = None
     """Highest learning rate."""
 
-    min_lr: float | None = None
+    min_lr: Annotated[float, NOT_NEGATIVE] | None = None
     """Learning rate at the end of the decay; default: a tenth of --lr."""
 
-    lr_warmup_iters: int | None = None
+    lr_warmup_iters: Annotated[int, NOT_NEGATIVE] | None = None
     """Steps of linear warm-up; default: a twentieth of --train-iters."""
 
-    lr_decay_iters: int | None = None
+    lr_decay_iters: Annotated[int, NOT_NEGATIVE] | None = None
     """Step at which --min-lr is reached; default: --train-iters."""
 
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.1
     """Decay of matrices; biases and norms are not decayed."""
 
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, BELOW_ONE] = 0.9
     """Decay of the first moment."""
 
-    adam_beta2: float = 0.95
+    adam_beta2: Annotated[float, BELOW_ONE] = 0.95
     """Decay of the second moment."""
 
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, POSITIVE] = 1e-8
     """Added to the root of the second moment."""
 
-    clip_grad: float = 1.0
+    clip_grad: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest norm of the gradient; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        _at_least(
-            self,
-            0,
-            "lr",
-            "min_lr",
-            "lr_warmup_iters",
-            "lr_decay_iters",
-            "weight_decay",
-            "adam_eps",
-            "clip_grad",
-        )
-        for flag in ("adam_beta1", "adam_beta2"):
-            if not 0.0 <= getattr(self, flag) < 1.0:
-                raise ConfigError(
-                    f"--{flag.replace('_', '-')} {getattr(self, flag):g} is outside [0, 1)."
-                )
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,17 +108,17 @@ class EngineOptions:
     cpu_offload: bool = False
     """Keep master weights and moments in CPU memory (ZeRO 1, 2, 3)."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Annotated[int, ONE_OR_MORE] = 1
     """Ranks that share each layer's columns."""
 
     sequence_parallel: bool = False
     """Tensor-parallel ranks also share the positions of norms, dropout and residual stream, which
     saves their activations (needs --tensor-model-parallel-size above 1)."""
 
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: Annotated[int, ONE_OR_MORE] = 1
     """Pipeline stages."""
 
-    pipeline_split: str | None = None
+    pipeline_split: Annotated[str, Commas()] | None = None
     """Blocks of each pipeline stage, as in 4,4,3,1; default: the split whose most expensive stage
     is cheapest (--dry-run prints it)."""
 
@@ -146,7 +126,7 @@ class EngineOptions:
     """DeepSpeed JSON to start from (ds_configs/ has one for each ZeRO stage). Flags fill what it
     leaves open or sets to "auto"; where both set a value they must agree."""
 
-    distributed_timeout_minutes: float = 10.0
+    distributed_timeout_minutes: Annotated[float, Range(above=0, at_most=MOST_MINUTES)] = 10.0
     """How long no rank may go on before the job ends with a message that names the one to blame;
     collectives wait twice that and a minute."""
 
@@ -154,12 +134,11 @@ class EngineOptions:
     """Set by the deepspeed launcher."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.bf16 and self.fp16:
             raise ConfigError("--bf16 and --fp16 exclude each other; give one of them.")
         if self.zero_stage is not None and self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"--zero-stage {self.zero_stage} is not one of 0, 1, 2, 3.")
-        if self.distributed_timeout_minutes <= 0:
-            raise ConfigError("--distributed-timeout-minutes must be positive.")
         _ = self.pipeline_blocks
 
     @property
@@ -192,10 +171,10 @@ class CheckpointOptions:
     """Folder of checkpoints to continue from (its newest complete one), or one checkpoint. May
     equal --save: then an empty folder starts a new run, which suits jobs that are requeued."""
 
-    save_interval: int = 1000
+    save_interval: Annotated[int, ONE_OR_MORE] = 1000
     """Steps between checkpoints."""
 
-    keep_last: int = 2
+    keep_last: Annotated[int, NOT_NEGATIVE] = 2
     """Checkpoints to keep; older ones are removed once a newer one is complete. 0 keeps all."""
 
     allow_data_change: bool = False
@@ -203,8 +182,7 @@ class CheckpointOptions:
     position then counts in the new order."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "save_interval")
-        _at_least(self, 0, "keep_last")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,18 +199,16 @@ class ReportOptions:
     """Print steps, tokens, epochs per domain, parameters, memory, FLOPs and a pipeline's plan, and
     train nothing."""
 
-    dry_run_world_size: int | None = None
+    dry_run_world_size: Annotated[int, ONE_OR_MORE] | None = None
     """Processes that --dry-run describes, instead of those that were started."""
 
-    peak_tflops: float | None = None
+    peak_tflops: Annotated[float, POSITIVE] | None = None
     """Peak of one device in the compute type, for MFU; known for common GPUs."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "dry_run_world_size")
+        check_fields(self)
         if self.dry_run_world_size is not None and not self.dry_run:
             raise ConfigError(
                 f"--dry-run-world-size {self.dry_run_world_size} says what --dry-run describes; "
                 "give that too, or leave it out."
             )
-        if self.peak_tflops is not None and self.peak_tflops <= 0:
-            raise ConfigError(f"--peak-tflops {self.peak_tflops:g} must be positive.")

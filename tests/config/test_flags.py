@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from megatron_eslm.config.flags import build_parser, field_help, flag_of, parse_groups
 from megatron_eslm.config.run import GROUPS
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.limits import Commas
 
 FIELDS = [
     pytest.param(cls, field, id=field.name)
@@ -40,6 +42,9 @@ class Sample:
 
     paths: tuple[str, ...] = ()
     """Several."""
+
+    shares: Annotated[str, Commas()] = "1,1"
+    """Several in one."""
 
     local_rank: int | None = None
     """Set by the launcher."""
@@ -117,9 +122,22 @@ def test_every_literal_choice_is_accepted() -> None:
         (["--num-layer", "3"], "There is no option --num-layer. Did you mean --num-layers?"),
         (["--num-layer=3"], "Did you mean --num-layers?"),
         (["--zzzzqqq"], "There is no option --zzzzqqq. See --help for those there are."),
-        (["--num-layers", "many"], "argument --num-layers: invalid int value: 'many'"),
-        (["--kind", "three"], "argument --kind: invalid choice: 'three'"),
-        (["--rate"], "argument --rate: expected one argument"),
+        (["--num-layers", "many"], "--num-layers: 'many' is not a whole number."),
+        (["--num-layers", "2.5"], "--num-layers: '2.5' is not a whole number."),
+        (["--rate", "fast"], "--rate: 'fast' is not a number."),
+        (["--rate", "nan"], "--rate: nan is not a finite number."),
+        (["--rate", "1e999"], "--rate: 1e999 is not a finite number."),
+        (["--kind", "three"], "--kind: 'three' is not one of one, two."),
+        (["--kind", "Two"], "Did you mean two?"),
+        (["--rate"], "--rate: expected one argument."),
+        (["stray"], "'stray' belongs to no option."),
+        (["--rate", "1", "--rate", "2"], "--rate is given twice; leave one out."),
+        (["--rate=1", "--rate=1"], "--rate is given twice; leave one out."),
+        (["--enabled", "--no-enabled"], "--enabled and --no-enabled are given; leave one out."),
+        (["--local-rank=1", "--local_rank=1"], "--local-rank and --local_rank are given"),
+        (["--paths", "a", "--paths", "b"], "--paths is given twice; give all values after one."),
+        (["--config", "a", "--config", "b"], "--config is given twice"),
+        (["--config", ""], "--config: its value is empty"),
         (["--kin", "two"], "There is no option --kin."),  # no abbreviations
     ],
 )
@@ -129,45 +147,93 @@ def test_what_cannot_be_used_is_refused(argv: list[str], message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_yaml_sets_flags(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(
+@pytest.fixture
+def from_yaml(tmp_path: Path) -> Callable[..., tuple[Sample, frozenset[str]]]:
+    def parse_file(content: str, *argv: str) -> tuple[Sample, frozenset[str]]:
+        file = tmp_path / "run.yaml"
+        file.write_text(content)
+        return parse(*argv, "--config", str(file))
+
+    return parse_file
+
+
+def test_yaml_sets_flags(from_yaml) -> None:
+    sample, given = from_yaml(
         "num-layers: 4\nrate: 1e-3\nenabled: false\npaths: [a, 2, b]\nkind: two\nlocal_rank: null\n"
+        "shares: [90, 10, 0]\n"
     )
-    sample, given = parse("--config", str(file))
     assert sample == Sample(
-        num_layers=4, rate=1e-3, enabled=False, paths=("a", "2", "b"), kind="two"
+        num_layers=4, rate=1e-3, enabled=False, paths=("a", "2", "b"), kind="two", shares="90,10,0"
     )
-    assert given == {"num_layers", "rate", "enabled", "paths", "kind"}
+    assert given == {"num_layers", "rate", "enabled", "paths", "kind", "shares"}
 
 
-def test_flags_win_over_yaml(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("num_layers: 4\nrate: 0.5\nenabled: false\n")
-    sample, _ = parse("--num-layers", "7", "--config", str(file), "--enabled")
+def test_flags_win_over_yaml(from_yaml) -> None:
+    content = "num_layers: 4\nrate: 0.5\nenabled: false\n"
+    sample, _ = from_yaml(content, "--num-layers", "7", "--enabled")
     assert (sample.num_layers, sample.rate, sample.enabled) == (7, 0.5, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "field", "value"),
+    [
+        ("num_layers: 010", "num_layers", 10),
+        ("--num-layers: '3'", "num_layers", 3),
+        ("rate: 1e3", "rate", 1000.0),
+        ("rate: -5", "rate", -5.0),
+        ("enabled: False", "enabled", False),
+        ("paths: one", "paths", ("one",)),
+        ("paths: [1:30, on, 0x10, 2024-01-01]", "paths", ("1:30", "on", "0x10", "2024-01-01")),
+        ("shares: 1", "shares", "1"),
+        ("deepspeed-config: a.json", "deepspeed_config", "a.json"),
+        ("rate:", "rate", 0.0),
+    ],
+)
+def test_yaml_values_are_what_the_flag_makes_of_them(
+    from_yaml, content: str, field: str, value: Any
+) -> None:
+    assert getattr(from_yaml(content)[0], field) == value
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"num_layer: 3", "there is no option num_layer. Did you mean num_layers?"),
-        (b"wholly_unknown: 3", "there is no option wholly_unknown."),
-        (b"config: other.yaml", "there is no option config."),
-        (b"- 1\n- 2\n", "must be a mapping of flags to values."),
-        (b"", "must be a mapping of flags to values."),
-        (b"a: [1, ", "cannot be read"),
-        (b"rate: \xff\xfe", "cannot be read"),
-        (b"num_layers: many", "argument --num-layers: invalid int value: 'many'"),
+        ("num_layer: 3", "there is no option num_layer (line 1). Did you mean num_layers?"),
+        ("wholly_unknown: 3", "there is no option wholly_unknown (line 1)."),
+        ("config: other.yaml", "there is no option config (line 1)."),
+        ("<<: {rate: 1}", "there is no option <<"),
+        ("- 1\n- 2\n", "must be a mapping of flags to values."),
+        ("", "must be a mapping of flags to values."),
+        ("a: [1, ", "is not YAML in line"),
+        ("rate: 1\nrate: 2", "in line 2: the key rate is given in line 1 already"),
+        ("local-rank: 1\nlocal_rank: 1", "gives --local-rank twice, in lines 1 and 2"),
+        ("num_layers: many", ": num_layers: 'many' is not a whole number."),
+        ("num_layers: 1:30", ": num_layers: '1:30' is not a whole number."),
+        ("num_layers: ''", ": num_layers: '' is not a whole number."),
+        ("rate: inf", ": rate: inf is not a finite number."),
+        ("rate: .inf", ": rate: '.inf' is not a number."),
+        ("rate: true", ": rate: 'true' is not a number."),
+        ("enabled: 1", ": enabled must be true or false, not '1'."),
+        ("enabled: on", ": enabled must be true or false, not 'on'."),
+        ("enabled: [true]", ": enabled takes one value and is a list of 1."),
+        ("kind: three", ": kind: 'three' is not one of one, two."),
+        ("rate: [0.1, --kind, two]", ": rate takes one value and is a list of 3."),
+        ("rate: {a: 1}", ": rate must be a value."),
+        ("rate: [[1]]", ": rate must be a value."),
+        ("paths: [a, [b]]", ": paths must be a value or a list of values."),
+        ("paths: [a, null]", ": paths must be a value or a list of values."),
+        ("paths: []", ": paths must be a value or a list of values."),
+        ("paths: [a, --help]", ": paths: '--help' looks like a flag; give it a line of its own."),
+        ("paths: --rate", "looks like a flag"),
+        ("shares: [1, -h]", "looks like a flag"),
     ],
 )
-def test_yaml_that_cannot_be_used(tmp_path: Path, content: bytes, message: str) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_bytes(content)
+def test_yaml_that_cannot_be_used(from_yaml, content: str, message: str) -> None:
+    """Refused with file and key, and never read as words of a command line."""
     with pytest.raises(ConfigError) as caught:
-        parse("--config", str(file))
-    assert message in str(caught.value)
-    assert "num_layers" in message or str(file) in str(caught.value) or "argument" in message
+        from_yaml(content)
+    assert message in str(caught.value) and "run.yaml" in str(caught.value)
+    assert str(caught.value).startswith("--config ")
 
 
 def test_yaml_that_is_missing(tmp_path: Path) -> None:

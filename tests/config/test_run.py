@@ -10,6 +10,8 @@ import torch
 from megatron_eslm.config.run import RunConfig, parse_run
 from megatron_eslm.errors import ConfigError
 
+from ..argv import later_wins
+
 SMALL = [
     *("--num-layers", "3", "--hidden-size", "32", "--num-attention-heads", "2"),
     *("--seq-length", "32", "--lr", "1e-3", "--micro-batch-size", "4"),
@@ -18,12 +20,12 @@ SMALL = [
 
 
 def small(*flags: str, world: int = 1) -> RunConfig:
-    return parse_run([*SMALL, *flags], world)
+    return parse_run(later_wins([*SMALL, *flags]), world)
 
 
 def message(*flags: str, world: int = 1, base: list[str] = SMALL) -> str:
     with pytest.raises(ConfigError) as caught:
-        parse_run([*base, *flags], world)
+        parse_run(later_wins([*base, *flags]), world)
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -136,20 +138,20 @@ def test_batch_triple() -> None:
         ("--num-attention-heads 0", ["--num-attention-heads 0 must be 1 or more"]),
         ("--ffn-hidden-size 0", ["--ffn-hidden-size 0 must be 1 or more"]),
         ("--seq-length 1", ["--seq-length 1 must be 2 or more"]),
-        ("--make-vocab-size-divisible-by 0", ["--make-vocab-size-divisible-by must be 1"]),
+        ("--make-vocab-size-divisible-by 0", ["--make-vocab-size-divisible-by 0 must be 1"]),
         ("--hidden-dropout 1", ["--hidden-dropout 1 is outside [0, 1)"]),
         ("--attention-dropout -0.1", ["--attention-dropout -0.1 is outside [0, 1)"]),
         # SelectionOptions
         ("--eslm-alpha 1", ["--eslm-alpha 1 is outside [0, 1)"]),
         ("--eslm-alpha -0.1", ["--eslm-alpha -0.1 is outside [0, 1)"]),
-        ("--eslm-alpha nan", ["--eslm-alpha nan is outside [0, 1)"]),
+        ("--eslm-alpha nan", ["--eslm-alpha: nan is not a finite number"]),
         ("--eslm-proxy-layers 0", ["--eslm-proxy-layers 0 must be 1 or more"]),
         ("--eslm-proxy-stride 0", ["--eslm-proxy-stride 0 must be 1 or more"]),
         ("--max-nonfinite-steps 0", ["--max-nonfinite-steps 0 must be 1 or more"]),
-        ("--selection rho", ["argument --selection: invalid choice: 'rho'"]),
+        ("--selection rho", ["--selection: 'rho' is not one of clm, eslm,", "Did you mean rho1?"]),
         # DataOptions
-        ("--num-workers -1", ["--num-workers -1 is negative"]),
-        ("--max-epochs 0", ["--max-epochs 0 must be positive"]),
+        ("--num-workers -1", ["--num-workers -1 must be 0 or more"]),
+        ("--max-epochs 0", ["--max-epochs 0 must be above 0"]),
         # TrainingOptions
         ("--train-iters 0", ["--train-iters 0 must be 1 or more"]),
         ("--micro-batch-size 0", ["--micro-batch-size 0 must be 1 or more"]),
@@ -158,14 +160,15 @@ def test_batch_triple() -> None:
         ("--eval-interval 0", ["--eval-interval 0 must be 1 or more"]),
         ("--eval-iters -1", ["--eval-iters -1 must be 0 or more"]),
         ("--exit-interval 0", ["--exit-interval 0 must be 1 or more"]),
+        ("--seed -1", ["--seed -1 is outside [0, 4294967296)"]),
         # OptimizerOptions
         ("--lr -1", ["--lr -1 must be 0 or more"]),
-        ("--lr nan", ["--lr nan"]),
+        ("--lr inf", ["--lr: inf is not a finite number"]),
         ("--min-lr -1", ["--min-lr -1 must be 0 or more"]),
         ("--lr-warmup-iters -1", ["--lr-warmup-iters -1 must be 0 or more"]),
         ("--lr-decay-iters -1", ["--lr-decay-iters -1 must be 0 or more"]),
         ("--weight-decay -1", ["--weight-decay -1 must be 0 or more"]),
-        ("--adam-eps -1", ["--adam-eps -1 must be 0 or more"]),
+        ("--adam-eps 0", ["--adam-eps 0 must be above 0"]),
         ("--clip-grad -1", ["--clip-grad -1 must be 0 or more"]),
         ("--adam-beta1 1", ["--adam-beta1 1 is outside [0, 1)"]),
         ("--adam-beta2 -0.5", ["--adam-beta2 -0.5 is outside [0, 1)"]),
@@ -177,7 +180,10 @@ def test_batch_triple() -> None:
         # EngineOptions
         ("--bf16 --fp16", ["--bf16 and --fp16 exclude each other"]),
         ("--zero-stage 4", ["--zero-stage 4 is not one of 0, 1, 2, 3"]),
-        ("--distributed-timeout-minutes 0", ["--distributed-timeout-minutes must be positive"]),
+        (
+            "--distributed-timeout-minutes 0",
+            ["--distributed-timeout-minutes 0 is outside (0, 1000000]"],
+        ),
         ("--cpu-offload", ["--cpu-offload", "--zero-stage 0", "Use --zero-stage 1, 2 or 3"]),
         ("--cpu-offload --zero-stage 0", ["--cpu-offload", "--zero-stage 0"]),
         (
@@ -187,7 +193,7 @@ def test_batch_triple() -> None:
         # CheckpointOptions, ReportOptions
         ("--save-interval 0", ["--save-interval 0 must be 1 or more"]),
         ("--keep-last -1", ["--keep-last -1 must be 0 or more"]),
-        ("--peak-tflops 0", ["--peak-tflops 0 must be positive"]),
+        ("--peak-tflops 0", ["--peak-tflops 0 must be above 0"]),
         # Across components
         (
             "--num-attention-heads 5",

@@ -15,9 +15,7 @@ def resolved(flags: str) -> RunConfig:
     ("values", "message"),
     [
         ({"distill_weight": 1.1}, r"--distill-weight 1.1 is outside \[0, 1\]"),
-        ({"distill_weight": float("nan")}, r"--distill-weight nan is outside \[0, 1\]"),
         ({"distill_temperature": 0.0}, "--distill-temperature 0 must be above 0"),
-        ({"distill_temperature": float("inf")}, "--distill-temperature inf must be above 0"),
         ({"salt_iters": 0}, "--salt-iters 0 must be 1 or more"),
     ],
 )

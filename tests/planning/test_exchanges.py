@@ -27,6 +27,7 @@ from megatron_eslm.planning.exchanges import (
 )
 from megatron_eslm.planning.hardware import NCCL, machine_of
 from megatron_eslm.planning.setting import Setting, rank_work
+from tests.argv import later_wins
 from tests.harness import run_ranks
 
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
@@ -35,12 +36,12 @@ BLOCKS, D, T, V = 3, 64, 32, 4096
 
 
 def words(*flags: str) -> list[str]:
-    return [
+    base = (
         *("--data-path", "x", "--num-layers", str(BLOCKS), "--hidden-size", str(D)),
         *("--num-attention-heads", "2", "--seq-length", str(T), "--lr", "1e-4"),
         *("--train-iters", "10", "--eslm-alpha", "0.25", "--micro-batch-size", "8"),
-        *flags,
-    ]
+    )
+    return later_wins([*base, *flags])
 
 
 def found(
@@ -284,7 +285,7 @@ def test_a_real_step_sends_this(
         init_distributed()
         seen = {}
         for name, flags in cases.items():
-            argv = [*words(*flags), *batch(name)]
+            argv = words(*flags, *batch(name))
             run = parse_run(argv, world)
             mesh = build_mesh(
                 run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size

@@ -52,7 +52,7 @@ def test_everything_in_its_place(tmp_path):
         *("--save", f"{eslm.folder}/checkpoints", "--load", f"{eslm.folder}/checkpoints"),
         *("--metrics-file", f"{eslm.folder}/metrics.jsonl"),
     ]
-    assert rho1.needs == "clm" and rho1.flags["reference"] == str(clm.checkpoints)
+    assert rho1.needs == "clm" and rho1.flags["reference"] == ["--reference", str(clm.checkpoints)]
     assert short.flops_of == "eslm 0.1"
     # Weights to start from, until there are checkpoints of its own.
     assert short.words()[-3] == "there/w" and short.words(resumed=True)[-3] == str(
@@ -65,19 +65,25 @@ def test_everything_in_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": {}}, "no key 'method'; did you mean methods"),
+        ({"method": {}}, "no key 'method'. Did you mean methods"),
         ({"output": None}, "has no 'output'"),
         ({"methods": {}}, "has no 'methods'"),
-        ({"methods": ["clm"]}, "must map names"),
+        ({"methods": ["clm"]}, "'methods' must be a mapping"),
         ({"methods": {"a/b": {}}}, "no name for a method"),
         ({"methods": {"a b": {}, "a_b": {}}}, "'a b' and 'a_b' would share there/runs/a_b-seed1"),
-        ({"methods": {"a": {"eslm-alpa": 1}}}, "no option eslm_alpa; did you mean eslm_alpha"),
+        (
+            {"methods": {"a": {"eslm-alpa": 1}}},
+            r"eslm_alpa \(line \d+\). Did you mean eslm_alpha",
+        ),
         ({"methods": {"a": {"save": "x"}}}, "sets --save, which the runner sets"),
         ({"flags": {"load": "x"}}, "sets --load"),
         ({"flags": ["lr"]}, "must be a mapping"),
         ({"seeds": []}, "list of whole numbers"),
+        ({"seeds": 7}, "list of whole numbers"),
         ({"seeds": [1, 1]}, "names one of them twice"),
-        ({"seeds": [True]}, "list of whole numbers"),
+        ({"seeds": [True]}, "'true' is not a whole number"),
+        ({"seeds": [[1]]}, "'seeds' takes one value and is a list"),
+        ({"seeds": [{"a": 1}]}, "'seeds' must be a value"),
         ({"methods": {"a": {"needs": "b"}}}, "needs of a is 'b'"),
         ({"methods": {"a": {"flops-of": "a"}}}, "flops-of of a is 'a'"),
         ({"methods": {"a": {"needs": "b"}, "b": {"needs": "a"}}}, "a needs b needs a: none"),
@@ -85,6 +91,21 @@ def test_everything_in_its_place(tmp_path):
         ({"output": "${nowhere}"}, r"has no value; give --set nowhere="),
         ({"prepare": [{"run": "x"}]}, "has a 'creates' and a 'run'"),
         ({"after": "x"}, "'after' must be a list"),
+        ({"methods": {"a": {"needs": ["b"]}, "b": {}}}, r"needs of a is \['b'\]"),
+        ({"methods": {"a": {"flops-of": "b"}, "b": {"flops-of": "a"}}}, "a flops-of b flops-of a"),
+        ({"methods": {"a": {"lr": [0.1, "--save", "/x"]}}}, "a: lr takes one value"),
+        ({"flags": {"data-path": ["x", "--save", "/x"]}}, "flags?.*'--save' looks like a flag"),
+        ({"methods": {"a": {"lr": {"b": 1}}}}, "a: lr must be a value"),
+        ({"methods": {"a": {"lr": "fast"}}}, "a: lr: 'fast' is not a number"),
+        ({"methods": {"a": {"eslm-adaptive": 1}}}, "eslm_adaptive must be true or false"),
+        ({"methods": {"a": {"lr": 1, "--lr": 2}}}, "gives --lr twice, in lines"),
+        ({"methods": {"a": 5}}, "methods: a must be a mapping"),
+        ({"output": ["x"]}, "'output' must be text"),
+        ({"launch": ["python"]}, "'launch' must be text"),
+        ({"launch": "python 'x"}, "'launch' is no command: No closing quotation"),
+        ({"prepare": [{"creates": "x", "run": ["a"]}]}, "'run' of 'prepare' must be text"),
+        ({"prepare": [{"creates": {}, "run": "a"}]}, "it has no 'creates' of 'prepare'"),
+        ({"prepare": ["x"]}, "has a 'creates' and a 'run'"),
     ],
 )
 def test_refused(tmp_path, changes, message):
@@ -95,12 +116,16 @@ def test_refused(tmp_path, changes, message):
 def test_not_a_file_or_not_yaml(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_recipe(tmp_path / "none.yaml")
-    (tmp_path / "x.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_recipe(tmp_path / "x.yaml")
-    (tmp_path / "x.yaml").write_text("a")
-    with pytest.raises(ConfigError, match="must be a mapping"):
-        read_recipe(tmp_path / "x.yaml")
+    for content, message in (
+        ("a: [", "is not YAML in line"),
+        ("a", "it must be a mapping"),
+        ("", "it must be a mapping"),
+        ("a: &x 1", "anchors"),
+        ("output: x\noutput: y", "in line 2: the key output"),
+    ):
+        (tmp_path / "x.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            read_recipe(tmp_path / "x.yaml")
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)
@@ -110,4 +135,6 @@ def test_examples_are_runs_that_training_accepts(path):
         parsed = parse_run(run.words(), 1)
         assert parsed.training.seed == run.seed
     # No comparison without plain training and the random control.
-    assert {"clm", "random"} <= {run.flags.get("selection") for run in recipe.runs}
+    assert {"clm", "random"} <= {
+        run.flags["selection"][1] for run in recipe.runs if "selection" in run.flags
+    }

@@ -141,6 +141,9 @@ def test_a_changed_recipe_is_refused(recipe):
     with pytest.raises(ConfigError, match="begun with another command"):
         Runner(changed, ROOT).train(changed.runs)
     assert Path("out/clm-seed7/iters").read_text() == "100"
+    Path("out/clm-seed7/command.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"clm-seed7/command\.json is not JSON"):
+        Runner(made, ROOT).train(made.runs)
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(recipe):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_two_broken_lines_at_the_end(metrics_file):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ('{"iteration": 1', "not a JSON object"),
+        ('{"iteration": 1', "the line is not JSON"),
         ("7", "not a JSON object"),
         ('{"loss": 1.0}', 'no "iteration"'),
         ('{"iteration": 1.5}', 'no "iteration"'),
@@ -94,6 +95,17 @@ def test_two_broken_lines_at_the_end(metrics_file):
         ),
         ('{"iteration": 1, "tokens": {"book": 1}}', "\"tokens\" is {'book': 1}, not a number"),
         ('{"run": 3}', '"run" does not hold settings'),
+        ('{"run": {"seed": [1]}}', '"run/seed" is [1], not a whole number'),
+        ('{"run": {"seed": true}}', '"run/seed" is True, not a whole number'),
+        ('{"run": {"selection": ["clm"]}}', "\"run/selection\" is ['clm'], not a name"),
+        ('{"iteration": true}', 'no "iteration"'),
+        ('{"iteration": -1}', 'no "iteration"'),
+        ('{"iteration": 1, "iteration": 2}', "the key 'iteration' is given twice"),
+        ('{"iteration": 1, "loss": true}', '"loss" is True, not a number'),
+        ('{"iteration": 1, "flops": 1' + "0" * 400 + "}", '"flops" is 10'),
+        ('{"iteration": 1, "loss": 1' + "0" * 5000 + "}", "is not JSON"),
+        ('{"iteration": ' + "[" * 100_000, "nested too deep"),
+        ('{"run": {"x": ' + '{"x": ' * 100_000, "nested too deep"),
     ],
 )
 def test_other_broken_lines_name_file_and_line(metrics_file, broken, message):
@@ -105,8 +117,11 @@ def test_other_broken_lines_name_file_and_line(metrics_file, broken, message):
 
 
 def test_missing_and_empty_files(metrics_file, tmp_path):
-    with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read"):
+    with pytest.raises(ConfigError, match=r"cannot be read.*none\.jsonl: No such file"):
         read_run(tmp_path / "none.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ConfigError, match=r"cannot be read.*pipe\.jsonl .* is a named pipe"):
+        read_run(tmp_path / "pipe.jsonl")
     for items in ([], [{"run": {}}]):
         with pytest.raises(ConfigError, match="holds no metrics"):
             read_run(metrics_file("empty.jsonl", *items))

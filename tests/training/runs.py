@@ -22,6 +22,8 @@ from megatron_eslm.parallel.bootstrap import init_distributed
 from megatron_eslm.training.build import build_trainer
 from megatron_eslm.training.loop import Trainer
 
+from ..argv import later_wins
+
 ROWS = 8
 """Sequences of a global micro-step, however many ranks share them."""
 SEQ_LENGTH = 32
@@ -41,7 +43,7 @@ def words(
     """A command line for a tiny run; later flags win."""
     path = ["0.6", data[0], "0.4", data[1]]
     start = ["--micro-batch-size", str(micro_batch_size), "--train-iters", str(iters)]
-    return ["--data-path", *path, *MODEL, *start, *map(str, flags)]
+    return later_wins(["--data-path", *path, *MODEL, *start, *map(str, flags)])
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Outcome:
 def build(argv: list[str]) -> Trainer:
     """A Trainer in this rank."""
     init_distributed()
-    return build_trainer(parse_run(argv, dist.get_world_size()))
+    return build_trainer(parse_run(later_wins(argv), dist.get_world_size()))
 
 
 def train(

@@ -28,6 +28,7 @@ from megatron_eslm.training.flops import Work
 from megatron_eslm.training.gradient_alignment import gradient_products
 from megatron_eslm.training.loop import Trainer
 from megatron_eslm.training.stages import plan_stages
+from tests.argv import later_wins
 from tests.harness import run_ranks
 
 from .runs import Outcome, train, words
@@ -249,7 +250,7 @@ def test_a_block_keeps_what_is_told(tp: int) -> None:
 
 def memory(*flags: str | int, world: int = 8) -> MemoryEstimate:
     argv = ["--data-path", "x", "--model-size", "350M", "--global-batch-size", "256"]
-    run = parse_run([*argv, *map(str, flags)], world)
+    run = parse_run(later_wins([*argv, *map(str, flags)]), world)
     shape = run.shape(50_257)
     policy = build_policy(run.selection, SelectionState(alpha=0.0), Peers(0, 1, None), 0)
     flops = build_flops(run, shape, policy)
@@ -367,7 +368,7 @@ ALIGNED = (
 @pytest.mark.parametrize("flags", [(), ("--bf16",), ("--num-layers", "12")], ids=" ".join)
 def test_the_pass_of_greats_holds_what_is_told(flags: tuple[str, ...], vocab: int) -> None:
     """The profiler's peak of one pass over 8 candidates and 4 validation rows."""
-    run = parse_run([*ALIGNED, *flags], 1)
+    run = parse_run(later_wins([*ALIGNED, *flags]), 1)
     shape, mesh = run.shape(vocab), build_mesh(1, 1)
     policy = build_policy(run.selection, SelectionState(alpha=0.1), Peers(0, 1, None), 1)
     model = build_model(run, shape, mesh, policy, Recorder(), range(shape.num_layers))

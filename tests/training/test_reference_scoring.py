@@ -27,6 +27,7 @@ from megatron_eslm.training.flops import forward_flops
 from megatron_eslm.training.reference import ReferenceModel, find_reference, load_reference
 from megatron_eslm.training.reference_scoring import Window, windows
 
+from ..argv import later_wins
 from ..interop.conftest import load_tool
 from ..model.reference import Config, losses_and_entropies
 from ..model.small import small_gpt
@@ -82,7 +83,7 @@ def explicit(prefix: str, weights: dict[str, torch.Tensor]) -> np.ndarray:
 
 
 def run_tool(*argv: str | int | Path) -> int:
-    return load_tool("score_reference").main([str(word) for word in argv])
+    return load_tool("score_reference").main(later_wins(map(str, argv)))
 
 
 def arguments(checkpoint: Path, prefix: str, *more: str | int) -> list[str | int | Path]:

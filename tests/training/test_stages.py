@@ -26,6 +26,7 @@ from megatron_eslm.training.stages import (
     plan_text,
     stage_params,
 )
+from tests.argv import later_wins
 from tests.harness import run_ranks
 
 from .runs import train, words
@@ -37,18 +38,8 @@ TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 def planned(
     *flags: str | int, vocab_size: int = 50_257, world: int = 24
 ) -> tuple[StagePlan, RunConfig, ModelShape]:
-    run = parse_run(
-        [
-            "--data-path",
-            "x",
-            "--model-size",
-            "124M",
-            "--global-batch-size",
-            "576",
-            *map(str, flags),
-        ],
-        world,
-    )
+    base = ("--data-path", "x", "--model-size", "124M", "--global-batch-size", "576")
+    run = parse_run(later_wins([*base, *map(str, flags)]), world)
     shape = run.shape(vocab_size)
     policy = build_policy(run.selection, SelectionState(alpha=0.0), Peers(0, 1, None), 0)
     return plan_stages(run, shape, build_flops(run, shape, policy), step_work(run)), run, shape
