@@ -236,7 +236,7 @@ def test_cache_that_cannot_be_written(two, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"index cache .*file/alpha.* --data-cache-path"):
         build(two, data_cache_path=str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match=r"--data-cache-path 'a.x00b' holds a NUL"):
+    with pytest.raises(ConfigError, match=r"--data-cache-path .* has a NUL"):
         build(two, data_cache_path="a\0b")
 
 
