@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,8 +63,20 @@ class HuggingFaceTokenizer(Tokenizer):
             extra={"eod_token": self.eod_token},
         )
         if spelled := self._spelled_specials():
-            rust.model = _model_without(spec, spelled)
+            try:
+                rust.model = _model_without(spec, spelled)
+            except Exception as error:  # as where merges of ordinary pieces make such a token
+                raise ConfigError(
+                    f"{self.where} makes its special tokens {', '.join(sorted(spelled))} of text, "
+                    f"and cannot do without ({error}). Use a tokenizer that does not."
+                ) from error
         self._check_eod(self.eod_token)
+
+    def __reduce__(self) -> Any:
+        # The library's own copies find special tokens in the model by name, where `_model_without`
+        # has hidden them; a copy is made of the file instead.
+        rebuild = functools.partial(type(self), eod_token=self.eod_token)
+        return rebuild, (self.files["tokenizer.json"],)
 
     def _spelled_specials(self) -> set[str]:
         """Special tokens that the model itself makes of their characters, as Unigram does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,10 @@ from megatron_eslm.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
+
+_LOWEST_TEMPERATURE = 1e-6
+"""Logits divided by less are beyond float32."""
+_MOST_SAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +45,22 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens {self.max_new_tokens} must be 1 or more.")
-        if not 0 <= self.temperature < float("inf"):
+        if self.temperature != 0 and not _LOWEST_TEMPERATURE <= self.temperature < math.inf:
             raise ConfigError(
-                f"--temperature {self.temperature:g} must be 0 (likeliest token) or a positive "
-                "number; 1 samples as the model was trained."
+                f"--temperature {self.temperature:g} must be 0 (likeliest token) or a number from "
+                f"{_LOWEST_TEMPERATURE:g} on; 1 samples as the model was trained."
             )
         if self.top_k < 0:
             raise ConfigError(f"--top-k {self.top_k} is negative; 0 takes all tokens.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p {self.top_p:g} must be above 0 and at most 1 (all).")
-        if self.num_samples < 1:
-            raise ConfigError(f"--num-samples {self.num_samples} must be 1 or more.")
+        if not 1 <= self.num_samples <= _MOST_SAMPLES:
+            raise ConfigError(
+                f"--num-samples {self.num_samples} must be 1 to {_MOST_SAMPLES}: all are made at "
+                "once. Run again with another --seed for more."
+            )
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"--seed {self.seed} must be 0 or more, and less than 2^64.")
         if self.temperature == 0 and self.num_samples > 1:
             raise ConfigError(
                 f"--num-samples {self.num_samples} with --temperature 0 would give the same text "

@@ -136,11 +136,16 @@ def load_gpt2(directory: str | Path) -> GPT2LMHeadModel:
             "Files are missing or damaged; download or export it again."
         ) from error
     # transformers fills what is missing with random numbers and only warns.
-    absent = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
-    if absent:
+    faults = [f"lacks {name}" for name in sorted(report["missing_keys"])]
+    faults += [
+        f"has {name} of size {tuple(held)}, and config.json asks for {tuple(wanted)}"
+        for name, held, wanted in sorted(report["mismatched_keys"])
+    ]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise ConfigError(
-            f"The Hugging Face model in {directory} lacks {absent[0]} ({len(absent)} in all) or "
-            "has it in another size. Files are missing or belong to another model; get it again."
+            f"The Hugging Face model in {directory} {faults[0]}{more}. Files are missing or belong "
+            "to another model; get it again."
         )
     return model.eval()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 
 import pytest
 
@@ -93,6 +94,16 @@ def test_models_that_hold_special_tokens_as_pieces(tmp_path, model, parts):
         assert not {0, 2} & set(tokenizer.encode(text))
     assert 3 in tokenizer.encode("a")
     assert "</s>" in tokenizer.decode([3, 0, 3])
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.encode("a</s>b") == tokenizer.encode("a</s>b")
+    assert copy.decode([3, 0, 3]) == tokenizer.decode([3, 0, 3])
+
+
+def test_a_special_token_that_merges_make_is_refused(tmp_path):
+    vocab = {"</s>": 0, "</s": 1, "</": 2, "<": 3, "/": 4, "s": 5, ">": 6}
+    model = {"type": "BPE", "vocab": vocab, "merges": [["<", "/"], ["</", "s"], ["</s", ">"]]}
+    with pytest.raises(ConfigError, match=r"tokenizer\.json makes its special tokens </s> of text"):
+        HuggingFaceTokenizer(write(tmp_path, model, [added(0, "</s>")]))
 
 
 def test_an_end_token_that_stands_for_unknown_characters_is_refused(tmp_path):

@@ -251,7 +251,7 @@ def test_folders_that_cannot_be_loaded(tmp_path, gpt2):
     with pytest.raises(ConfigError, match=r"lacks transformer\.h\.2\."):
         load_gpt2(tmp_path)
     edit_json(tmp_path / "config.json", n_layer=2, n_positions=41)
-    with pytest.raises(ConfigError, match=r"cannot be loaded|another size"):
+    with pytest.raises(ConfigError, match=r"of size .*config\.json asks for"):
         load_gpt2(tmp_path)
     (tmp_path / "config.json").write_text(config)
     weights = (tmp_path / "model.safetensors").read_bytes()

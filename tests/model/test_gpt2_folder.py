@@ -75,9 +75,12 @@ def test_files_that_are_none(folder, name, content, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"vocab_size": 258}, r"transformer\.wte\.weight.*in another size"),
-        ({"n_positions": 41}, r"transformer\.wpe\.weight.*in another size"),
-        ({"n_layer": 3}, r"lacks transformer\.h\.2\."),
+        (
+            {"vocab_size": 258},
+            r"has transformer\.wte\.weight of size \(257, 24\), .* for \(258, 24\)\.",
+        ),
+        ({"n_positions": 41}, r"has transformer\.wpe\.weight of size \(40, 24\)"),
+        ({"n_layer": 3}, r"lacks transformer\.h\.2\..* \(and 11 more\)"),
     ],
 )
 def test_tensors_of_another_size(folder, fields, message, capfd):
