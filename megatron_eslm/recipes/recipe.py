@@ -79,12 +79,15 @@ class RecipeRun:
         """Its metrics file."""
         return self.folder / "metrics.jsonl"
 
-    def words(self, train_iters: int | None = None, *, resumed: bool = False) -> list[str]:
+    def words(
+        self, train_iters: int | None = None, *, resumed: bool = False, planned: bool = False
+    ) -> list[str]:
         """The flags of its command.
 
         Args:
             train_iters: in place of those of the recipe.
             resumed: whether it continues its own checkpoints, whatever it started from.
+            planned: whether it is to be described from its start, whatever it has saved by now.
         """
         flags = dict(self.flags)
         start = flags.pop("load", None)
@@ -92,7 +95,9 @@ class RecipeRun:
             flags["train_iters"] = train_iters
         words = [word for name, value in flags.items() for word in as_words(name, value)]
         load = str(self.checkpoints) if start is None or resumed else str(start)
-        own = ["--seed", str(self.seed), "--save", str(self.checkpoints), "--load", load]
+        own = ["--seed", str(self.seed), "--save", str(self.checkpoints)]
+        if not (planned and start is None):
+            own += ["--load", load]
         return [*words, *own, "--metrics-file", str(self.metrics)]
 
 
