@@ -41,6 +41,7 @@ from megatron_eslm.training.continuation import (
     check_continues,
     continues_itself,
     find_start,
+    resets_optimizer,
     resume,
     starting_state,
 )
@@ -311,6 +312,10 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
             "data": data,
             "domains": [{"name": d.name, "epochs": d.epochs} for d in report.domains],
             "skipped_samples": [list(part) for part in reading.skipped.ranges],
+            "optimizer_resets": [
+                *carried_on(found, "optimizer_resets"),
+                *([state.iteration] if resets_optimizer(run, found) else []),
+            ],
         },
         metrics=open_metrics(run, resumed=state.iteration > 0),
         phases=phases,

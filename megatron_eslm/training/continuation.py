@@ -143,15 +143,34 @@ def carried_on(found: Found | None, key: str) -> list[Any]:
     return list(found.run.get(key, [])) if found is not None and found.kind == "training" else []
 
 
+def resets_optimizer(run: RunConfig, found: Found | None) -> bool:
+    """Whether `--reset-optimizer` has something to do in this start.
+
+    A job that is requeued with the same flags resets once: a checkpoint that a run with this flag
+    has saved is from after the reset. Before the first such checkpoint it is done again, since what
+    was trained after it is lost. Loading from another folder is a new decision.
+    """
+    if not run.checkpoint.reset_optimizer or found is None or found.kind == "weights":
+        return False
+    saved_by = found.run["options"]["checkpoint"]
+    return not (continues_itself(run) and saved_by.get("reset_optimizer", False))
+
+
 def resume(run: RunConfig, engine: Engine, found: Found) -> None:
     """Restore the engine from a checkpoint. Collective."""
-    state = load_engine(engine, found)
+    resets = resets_optimizer(run, found)
+    state = load_engine(engine, found, optimizer=not resets)
     if state.iteration == run.training.train_iters:
         logger.info("%s is the end of this run: nothing is left to train", found.folder)
         return
     logger.info(
-        "continuing from %s, iteration %d, sample %d",
+        "continuing from %s, iteration %d, sample %d%s",
         found.folder,
         state.iteration,
         state.consumed_samples,
+        ", with a fresh optimizer (--reset-optimizer)" if resets else "",
     )
+    if run.checkpoint.reset_optimizer and not resets:
+        logger.info(
+            "--reset-optimizer: not again, %s was saved by a run with this flag", found.folder.name
+        )

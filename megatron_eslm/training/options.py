@@ -223,9 +223,19 @@ class CheckpointOptions:
     goes on behind the samples that were consumed, whatever the batch size; where the order of
     samples is another one, that number counts in the new order."""
 
+    reset_optimizer: bool = False
+    """Take weights and position from --load and begin with fresh Adam moments, step count and loss
+    scale; the learning rate stays on its schedule. A requeued job (--load equal to --save) does so
+    once: not from a checkpoint that a run with this flag has saved."""
+
     def __post_init__(self) -> None:
         _at_least(self, 1, "save_interval")
         _at_least(self, 0, "keep_last")
+        if self.reset_optimizer and self.load is None:
+            raise ConfigError(
+                "--reset-optimizer needs a checkpoint whose weights go on: give --load, or leave "
+                "it out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -198,6 +198,7 @@ def test_batch_triple() -> None:
         ),
         # CheckpointOptions, ReportOptions
         ("--save-interval 0", ["--save-interval 0 must be 1 or more"]),
+        ("--reset-optimizer", ["--reset-optimizer needs a checkpoint", "give --load"]),
         ("--keep-last -1", ["--keep-last -1 must be 0 or more"]),
         ("--peak-tflops 0", ["--peak-tflops 0 must be positive"]),
         # Across components

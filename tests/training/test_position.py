@@ -16,10 +16,11 @@ from megatron_eslm.parallel.bootstrap import init_distributed
 from megatron_eslm.training.build import dry_run
 from megatron_eslm.training.checkpoint import find_checkpoint, read_weights
 from megatron_eslm.training.loop import Trainer
+from megatron_eslm.training.optimizer_state import OptimizerState
 from tests.harness import run_ranks
 
 from .conftest import make_domain
-from .runs import refusal, train, words
+from .runs import build, refusal, train, words
 
 
 def read_by(argv: list[str], metrics: Path | None = None) -> list[int]:
@@ -149,3 +150,81 @@ def test_skipped_samples(data: list[str], tmp_path: Path, caplog: pytest.LogCapt
     assert "read samples 0 to 82" in found["late"]
     assert "--skip-samples 75:9999 reaches beyond the data" in found["beyond"]
     assert "skipped              11 samples (10:13 40:45 56:59)" in found["dry"]
+
+
+def test_a_fresh_optimizer_once(data: list[str], tmp_path: Path) -> None:
+    """Weights, position and learning rate go on; a requeued job does not begin anew each time."""
+
+    def adam_step(folder: Path) -> int:
+        return json.loads((find_checkpoint(folder).folder / "tensors.json").read_text())[
+            "adam_step"
+        ]
+
+    def fn(rank: int) -> dict[str, tuple]:
+        def go(name: str, *more: object, iters: int = 6) -> tuple:
+            save = tmp_path / name
+            argv = words(data, "--lr-decay-iters", 9, "--save", save, *more, iters=iters)
+            outcome = train(argv, tmp_path / f"{name}.jsonl")
+            run = find_checkpoint(save).run
+            return outcome, adam_step(save), run["optimizer_resets"]
+
+        reset = ("--load", tmp_path / "run", "--reset-optimizer")
+        return {
+            "straight": go("straight"),
+            "before": go("run", iters=3),
+            "reset": go("run", *reset, "--exit-interval", 4),
+            "requeued": go("run", *reset),
+            "without": go("run", *reset[:2], iters=7),
+            "again": go("run", *reset, iters=8),
+            # Another folder is another decision, whatever flags the loaded run had.
+            "elsewhere": go("other", *reset, iters=9),
+            # Nothing is loaded yet, so nothing is reset when the job comes back.
+            "new": go("new", "--load", tmp_path / "new", *reset[2:], iters=2),
+            "new again": go("new", "--load", tmp_path / "new", *reset[2:], iters=3),
+        }
+
+    done = run_ranks(1, fn)[0]
+    steps = {name: (step, resets) for name, (_, step, resets) in done.items()}
+    assert steps == {
+        "straight": (6, []),
+        "before": (3, []),
+        "reset": (1, [3]),
+        "requeued": (3, [3]),
+        "without": (4, [3]),
+        "again": (1, [3, 7]),
+        "elsewhere": (1, [3, 7, 8]),
+        "new": (2, []),
+        "new again": (3, []),
+    }
+    straight, requeued = done["straight"][0], done["requeued"][0]
+    assert requeued.column("lr") == straight.column("lr")
+    assert requeued.column("consumed_samples") == straight.column("consumed_samples")
+    # Step 4 has the weights and samples of the straight run; from then on its way is another.
+    assert requeued.column("loss")[:4] == straight.column("loss")[:4]
+    assert requeued.column("loss")[4:] != straight.column("loss")[4:]
+
+
+def test_a_fresh_optimizer_wherever_the_engine_keeps_it(data: list[str], tmp_path: Path) -> None:
+    layouts = (("--zero-stage", "0"), ("--zero-stage", "2", "--bf16"), ("--zero-stage", "3"))
+
+    def fn(rank: int) -> list[tuple[int, float, float]]:
+        found = []
+        for number, flags in enumerate(layouts):
+            folder = tmp_path / f"{number}"
+            train(words(data, *flags, "--save", folder, iters=2, micro_batch_size=4))
+            weights = read_weights(folder).weights
+            reset = ("--load", folder, "--reset-optimizer")
+            engine = build(words(data, *flags, *reset, iters=3, micro_batch_size=4)).engine
+            state = OptimizerState(engine)
+            off, moments = 0.0, 0.0
+            for name, parameter in engine.model.named_parameters():
+                begin, end, master = state.part(parameter, "weight")
+                if begin < end:
+                    saved = weights[name].flatten()[begin:end]
+                    off = max(off, float((master - saved).abs().max()))
+                    for kind in ("exp_avg", "exp_avg_sq"):
+                        moments = max(moments, float(state.part(parameter, kind)[2].abs().max()))
+            found.append((state.scalars().adam_step, off, moments))
+        return found
+
+    assert run_ranks(2, fn) == [[(0, 0.0, 0.0)] * 3] * 2
