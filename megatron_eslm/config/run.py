@@ -19,8 +19,10 @@ from megatron_eslm.config.layouts import (
     layout_table,
     layout_warnings,
 )
+from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.data.label_noise import check_label_noise
 from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.skipped_samples import parse_ranges
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.options import ModelOptions
 from megatron_eslm.model.shape import PRESETS, ModelShape, Preset, pad_vocab_size
@@ -97,6 +99,7 @@ class RunConfig:
     """Whether the demo corpus is the data."""
     dp_size: int
     gradient_accumulation_steps: int
+    """Micro-steps of a step that reads --global-batch-size; fewer while the batch ramps up."""
     deepspeed: dict[str, Any]
     """What deepspeed.initialize gets."""
 
@@ -106,6 +109,12 @@ class RunConfig:
         if self.engine.bf16:
             return torch.bfloat16
         return torch.float16 if self.engine.fp16 else torch.float32
+
+    @property
+    def batch_schedule(self) -> BatchSchedule:
+        """How many sequences each step reads."""
+        assert self.training.global_batch_size
+        return BatchSchedule(self.training.global_batch_size, self.training.rampup_batch_size)
 
     def keeps_logits(self, shape: ModelShape) -> bool:
         """Whether the head keeps its logits for the backward pass: `--head-logits`, resolved."""
@@ -390,11 +399,8 @@ def _fill_training(
     if accumulation_steps is not None:
         default = micro * accumulation_steps * dp_size
     total = fill(training, "global_batch_size", default)
-    if total % (micro * dp_size):
-        raise ConfigError(
-            f"--global-batch-size {total} is not a multiple of --micro-batch-size {micro} x "
-            f"{dp_size} data-parallel ranks = {micro * dp_size}; change one of them."
-        )
+    BatchSchedule(total, training.rampup_batch_size).check(micro, dp_size)
+    parse_ranges(training.skip_samples)
     iters = fill(training, "train_iters", preset.lr_decay_iters if preset else None)
     return dataclasses.replace(
         training,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megatron_eslm.data.mixture import Mixture
+from megatron_eslm.data.skipped_samples import SkippedSamples
 from megatron_eslm.errors import ConfigError
 
 
@@ -26,21 +27,23 @@ def build_loader(
     dp_size: int,
     num_workers: int,
     pin_memory: bool = False,
+    skipped: SkippedSamples | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Samples [start_sample, start_sample + num_samples), those of one rank.
+    """The next `num_samples` samples from `start_sample` on that are not skipped, of one rank.
 
-    Global micro-batch g holds the M*DP samples from start_sample + g*M*DP on; rank r takes rows
-    r*M to (r+1)*M of it. To resume, start where the run stopped.
+    Global micro-batch g holds the M*DP samples behind the first g*M*DP of them; rank r takes rows
+    r*M to (r+1)*M of it. To resume, start where the run stopped, whatever M and DP were then.
 
     Args:
         dataset: from `build_datasets`.
         start_sample: first sample, over all ranks.
-        num_samples: samples over all ranks; a multiple of `micro_batch_size * dp_size`.
+        num_samples: samples that all ranks read; a multiple of `micro_batch_size * dp_size`.
         micro_batch_size: M.
         dp_rank: r.
         dp_size: DP.
         num_workers: processes that load; 0 loads in this one.
         pin_memory: batches in page-locked memory.
+        skipped: samples that are passed over.
 
     Yields:
         {"tokens": int64 [M, T+1], "valid": bool [M, T], "samples": int64 [M]}, `samples` being the
@@ -51,22 +54,18 @@ def build_loader(
         ValueError: the range does not fit the data set or the batches, before anything is loaded.
         ConfigError: (while iterating) an id outside the vocabulary; names the sample.
     """
-    rows = micro_batch_size * dp_size
+    rows, skipped = micro_batch_size * dp_size, skipped or SkippedSamples()
     if num_samples % rows:
         raise ValueError(f"{num_samples} samples do not divide into micro-batches of {rows}")
-    if start_sample < 0 or start_sample + num_samples > len(dataset):
-        raise ValueError(
-            f"samples {start_sample} to {start_sample + num_samples} of {len(dataset)}"
-        )
+    stop_sample = skipped.after(start_sample, num_samples)
+    if start_sample < 0 or stop_sample > len(dataset):
+        raise ValueError(f"samples {start_sample} to {stop_sample} of {len(dataset)}")
     if not 0 <= dp_rank < dp_size:
         raise ValueError(f"rank {dp_rank} of {dp_size}")
     loader = torch.utils.data.DataLoader(
         _Numbered(dataset),
         batch_sampler=_RankBatches(
-            start_sample + dp_rank * micro_batch_size,
-            start_sample + num_samples,
-            micro_batch_size,
-            rows,
+            start_sample, num_samples // rows, rows, dp_rank, micro_batch_size, skipped
         ),
         collate_fn=_collate,
         num_workers=num_workers,
@@ -105,16 +104,28 @@ def _end_with_parent(parent: int) -> None:
 class _RankBatches(torch.utils.data.Sampler):
     """Sample numbers of each micro-batch of a rank; lazily, for runs of any length."""
 
-    def __init__(self, first: int, stop: int, micro_batch_size: int, step: int) -> None:
-        self._begins = range(first, stop, step)
-        self._size = micro_batch_size
+    def __init__(
+        self,
+        start: int,
+        count: int,
+        rows: int,
+        dp_rank: int,
+        micro_batch_size: int,
+        skipped: SkippedSamples,
+    ) -> None:
+        self._start, self._count, self._rows = start, count, rows
+        self._first, self._size = dp_rank * micro_batch_size, micro_batch_size
+        self._skipped = skipped
 
     def __len__(self) -> int:
-        return len(self._begins)
+        return self._count
 
     def __iter__(self) -> Iterator[list[int]]:
-        for begin in self._begins:
-            yield list(range(begin, begin + self._size))
+        position = self._start
+        for _ in range(self._count):
+            mine = self._skipped.after(position, self._first)
+            yield self._skipped.numbers(mine, self._size)
+            position = self._skipped.after(position, self._rows)
 
 
 class _Numbered(torch.utils.data.Dataset):

@@ -29,7 +29,7 @@ from megatron_eslm.data.plan import MixtureReport, document_ranges, plan_mixture
 from megatron_eslm.data.quiet import gpt_dataset
 from megatron_eslm.data.reference_losses import ReferenceLosses
 from megatron_eslm.data.shared_folder import shared_folder
-from megatron_eslm.data.source import DataSource
+from megatron_eslm.data.source import DataSource, canonical_split
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.ranks import rank_zero_first
 
@@ -146,7 +146,7 @@ def build_datasets(
         source: from `open_data`.
         options: split, cache folder, --eod-mask-loss and --label-noise are used.
         seq_length: T; samples have T+1 ids.
-        train_samples: samples that the run reads.
+        train_samples: samples that the run reads or passes over.
         valid_samples: at most so many are in the validation set, the same at every evaluation;
             fewer where one epoch of the domains, in proportion to their weights, has no more.
         seed: of the shuffling of training sequences and of the label noise.
@@ -215,7 +215,7 @@ def _build_split(
         # order (and the cache).
         count = None if need <= have else need
         key = [source.fingerprint, domain.prefix, split, count, report.seq_length, seed]
-        key += [options.split, options.eod_mask_loss]
+        key += [canonical_split(options.split), options.eod_mask_loss]
         parts.append(
             _cached(
                 root,
@@ -232,7 +232,7 @@ def _build_split(
     domain_of, index_in_domain = _cached(
         root,
         f"blend-{split}",
-        [weights, num_samples],
+        [source.weights, num_samples],
         lambda folder: _blend(folder, weights, num_samples),
     )
     for d, part in enumerate(parts):
@@ -258,7 +258,7 @@ def _gpt_dataset(
         random_seed=seed,
         sequence_length=seq_length,
         blend=([prefix], None),
-        split=options.split,
+        split=canonical_split(options.split),
         path_to_cache=folder,
         tokenizer=_DatasetTokenizer(
             source.tokenizer.vocab_size, source.tokenizer.eod, source.tokenizer.pad, identifiers

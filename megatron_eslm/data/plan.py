@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_eslm.data.index_file import read_index
 from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.skipped_samples import SkippedSamples
 from megatron_eslm.data.source import DataSource, parse_split
 from megatron_eslm.errors import ConfigError
 
@@ -28,7 +29,7 @@ class DomainPlan:
     sequences: dict[str, int]
     """Whole sequences in one epoch."""
     samples_needed: dict[str, int]
-    """Upper bound of the sequences that the run reads (`train`, `valid`)."""
+    """Upper bound of the sequences that the run reads or passes over (`train`, `valid`)."""
     epochs: float
     """How often training reads the domain."""
 
@@ -62,7 +63,7 @@ def plan_mixture(
         source: from `open_data`.
         options: `split` is used.
         seq_length: T; a sequence takes T ids and the first of the next.
-        train_samples: samples that the run reads.
+        train_samples: samples that the run reads or passes over, from the first one on.
         valid_samples: samples wanted for validation; 0 for none.
         aligns: whether the rest of the validation split is wanted, too.
 
@@ -145,6 +146,25 @@ def check_epochs(report: MixtureReport, max_epochs: float) -> None:
             f"--max-epochs to consent to the repetition, lower --train-iters or the batch size, "
             "lower the weight of this domain, or add data."
         )
+
+
+def check_skipped(report: MixtureReport, max_epochs: float, skipped: SkippedSamples) -> None:
+    """Refuse ranges of samples that reach beyond the data.
+
+    Raises:
+        ConfigError: names the range and where the data end.
+    """
+    end = min(
+        _samples_within(math.floor(max_epochs * domain.sequences["train"]), domain.weight)
+        for domain in report.domains
+    )
+    for first, last in skipped.ranges:
+        if last > end:
+            raise ConfigError(
+                f"--skip-samples {first}:{last} reaches beyond the data: with --max-epochs "
+                f"{max_epochs:g} and these weights they end with sample {end - 1}. Give a range "
+                "that ends before."
+            )
 
 
 def document_ranges(split: str, documents: int) -> dict[str, tuple[int, int]]:

@@ -8,6 +8,8 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 
 from megatron_eslm.data.contents import check_ends, check_ids, check_meta, check_sum, fingerprint
 from megatron_eslm.data.document_ends import check_document_ends
@@ -29,7 +31,8 @@ class Domain:
     name: str
     prefix: str
     weight: float
-    """Share of the training tokens; the weights of a source add up to 1."""
+    """Share of the training tokens; the weights of a source add up to 1. Equal proportions give
+    the same numbers, however they were typed."""
     documents: int
     tokens: int
 
@@ -40,6 +43,8 @@ class DataSource:
 
     tokenizer: Tokenizer
     domains: tuple[Domain, ...]
+    weights: tuple[int, ...]
+    """Of the domains, in lowest terms: 1, 2, 7 for 0.1, 0.2, 0.7."""
     fingerprint: str
     """Changes with the contents of any file and with the tokenizer, not with the place of either,
     nor with weights. A checkpoint compares it at resume."""
@@ -89,22 +94,27 @@ def _open(options: DataOptions, *, trust: bool) -> DataSource:
     check_document_ends(
         zip(indexes, metas, strict=True), tokenizer.eod, eod_mask_loss=options.eod_mask_loss
     )
-    total = sum(weight for weight, _ in pairs)
+    weights = lowest_terms([weight for weight, _ in pairs])
     names = _names([prefix for _, prefix in pairs])
     domains = tuple(
         Domain(
             name=name,
-            prefix=prefix,
-            weight=weight / total,
+            prefix=index.prefix,
+            weight=weight / sum(weights),
             documents=index.documents,
             tokens=index.tokens,
         )
-        for name, (weight, prefix), index in zip(names, pairs, indexes, strict=True)
+        for name, weight, index in zip(names, weights, indexes, strict=True)
     )
     digest = hashlib.sha256(tokenizer.identity.encode())
     for index, meta in zip(indexes, metas, strict=True):
         digest.update(fingerprint(index, meta).encode())
-    return DataSource(tokenizer=tokenizer, domains=domains, fingerprint=digest.hexdigest())
+    return DataSource(
+        tokenizer=tokenizer,
+        domains=domains,
+        weights=weights,
+        fingerprint=digest.hexdigest(),
+    )
 
 
 def _check_contents(index: IndexFile, meta: DataMeta | None, tokenizer: Tokenizer) -> None:
@@ -126,7 +136,27 @@ def _check_contents(index: IndexFile, meta: DataMeta | None, tokenizer: Tokenize
     check_ends(index, meta, tokenizer.eod, every=False)
 
 
-def parse_data_path(words: Sequence[str]) -> list[tuple[float, str]]:
+def lowest_terms(numbers: Sequence[Fraction]) -> tuple[int, ...]:
+    """Whole numbers in the same proportion without a common factor; not all may be 0.
+
+    Weights and shares are compared, and become floats, in this form alone: 0.1 0.2 0.7, 1 2 7 and
+    0.3 0.6 2.1 differ as floats, and one rounding is enough for another order of samples.
+    """
+    scale = math.lcm(*(number.denominator for number in numbers))
+    whole = [int(number * scale) for number in numbers]
+    factor = math.gcd(*whole)
+    return tuple(number // factor for number in whole)
+
+
+def _exact(word: str) -> Fraction | None:
+    """The number that a word says; None for nan and infinity. ValueError where it says none."""
+    rounded = float(word)  # also keeps exponents within bounds
+    if not math.isfinite(rounded):
+        return None
+    return Fraction(Decimal(word)) if rounded else Fraction(0)
+
+
+def parse_data_path(words: Sequence[str]) -> list[tuple[Fraction, str]]:
     """`prefix` or `weight1 prefix1 weight2 prefix2 ...` as (weight, prefix) pairs.
 
     Raises:
@@ -136,23 +166,23 @@ def parse_data_path(words: Sequence[str]) -> list[tuple[float, str]]:
     if not words:
         raise ConfigError("--data-path is empty; give a prefix, or weight and prefix pairs.")
     if len(words) == 1:
-        return [(1.0, words[0])]
+        return [(Fraction(1), words[0])]
     if len(words) % 2:
         raise ConfigError(
             f"--data-path has {len(words)} words ({' '.join(words)}); give one prefix alone, or a "
             "weight before every prefix: 0.7 a 0.3 b."
         )
-    pairs: list[tuple[float, str]] = []
+    pairs: list[tuple[Fraction, str]] = []
     seen: dict[str, str] = {}
     for word, prefix in zip(words[::2], words[1::2], strict=True):
         try:
-            weight = float(word)
+            weight = _exact(word)
         except ValueError:
             raise ConfigError(
                 f"--data-path: {word!r} before {prefix} should be that prefix's weight, and is not "
                 "a number. Write weight1 prefix1 weight2 prefix2."
             ) from None
-        if not (math.isfinite(weight) and weight > 0):
+        if weight is None or weight <= 0:
             raise ConfigError(
                 f"--data-path: the weight {word} of {prefix} must be positive; leave out a domain "
                 "that is not to be read."
@@ -168,27 +198,54 @@ def parse_data_path(words: Sequence[str]) -> list[tuple[float, str]]:
     return pairs
 
 
-def parse_split(split: str) -> tuple[float, float, float]:
-    """Shares of training, validation and test, adding up to 1.
+def canonical_data_path(words: Sequence[str]) -> str:
+    """The words of `--data-path` with weights in lowest terms: one form of all equal mixtures."""
+    pairs = parse_data_path(words)
+    if len(pairs) == 1:
+        return pairs[0][1]
+    weights = lowest_terms([weight for weight, _ in pairs])
+    return " ".join(
+        f"{weight} {prefix}" for weight, (_, prefix) in zip(weights, pairs, strict=True)
+    )
+
+
+def split_parts(split: str) -> tuple[int, int, int]:
+    """The shares of training, validation and test that `--split` names, in lowest terms.
 
     Raises:
         ConfigError: not one to three numbers, a negative one, or nothing for training.
     """
     try:
-        shares = [float(word) for word in split.split(",")]
+        shares = [_exact(word) for word in split.split(",")]
     except ValueError:
         raise ConfigError(
             f"--split {split!r} is not a list of numbers; write three shares, as in 98,1,1."
         ) from None
-    if len(shares) > 3 or not all(math.isfinite(s) and s >= 0 for s in shares):
+    known = [share for share in shares if share is not None and share >= 0]
+    if len(shares) > 3 or len(known) < len(shares):
         raise ConfigError(
             f"--split {split!r} must be at most three numbers, none negative, as in 98,1,1."
         )
-    if shares[0] == 0:
+    if known[0] == 0:
         raise ConfigError(f"--split {split!r} leaves nothing for training; write e.g. 98,1,1.")
-    shares += [0.0] * (3 - len(shares))
-    total = sum(shares)
-    return (shares[0] / total, shares[1] / total, shares[2] / total)
+    train, valid, test = lowest_terms([*known, *[Fraction(0)] * (3 - len(known))])
+    if max(train, valid, test) > 10**100:  # megatron-core adds them up as floats
+        raise ConfigError(
+            f"--split {split!r} has numbers of very unequal size; write shares as in 98,1,1."
+        )
+    return train, valid, test
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """Shares of training, validation and test, adding up to 1; ConfigError as `split_parts`."""
+    train, valid, test = split_parts(split)
+    total = train + valid + test
+    return train / total, valid / total, test / total
+
+
+def canonical_split(split: str) -> str:
+    """The one form of all equal splits: 40,9,1 for 0.8,0.18,0.02 and for 80,18,2."""
+    return ",".join(map(str, split_parts(split)))
 
 
 def _common_tokenizer(

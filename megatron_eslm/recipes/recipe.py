@@ -76,20 +76,25 @@ class RecipeRun:
         """Its metrics file."""
         return self.folder / "metrics.jsonl"
 
-    def words(self, train_iters: int | None = None, *, resumed: bool = False) -> list[str]:
+    def words(
+        self, train_iters: int | None = None, *, resumed: bool = False, planned: bool = False
+    ) -> list[str]:
         """The flags of its command.
 
         Args:
             train_iters: in place of those of the recipe.
             resumed: whether it continues its own checkpoints, whatever it started from.
+            planned: whether it is to be described from its start, whatever it has saved by now.
         """
         flags = dict(self.flags)
-        _, start = flags.pop("load", ["--load", str(self.checkpoints)])
+        _, start = flags.pop("load", ["--load", None])
         if train_iters is not None:
             flags["train_iters"] = ["--train-iters", str(train_iters)]
         words = [word for part in flags.values() for word in part]
-        load = str(self.checkpoints) if resumed else start
-        own = ["--seed", str(self.seed), "--save", str(self.checkpoints), "--load", load]
+        load = str(self.checkpoints) if resumed or start is None else start
+        own = ["--seed", str(self.seed), "--save", str(self.checkpoints)]
+        if not (planned and start is None):
+            own += ["--load", load]
         return [*words, *own, "--metrics-file", str(self.metrics)]
 
 

@@ -108,7 +108,7 @@ class Runner:
         return self._known_flops[run.method]
 
     def _dry_run_flops(self, run: RecipeRun) -> float:
-        command = [*self._launch(), *run.words(), "--dry-run"]
+        command = [*self._launch(), *run.words(planned=True), "--dry-run"]
         done = subprocess.run(command, capture_output=True, text=True, env=_environment())
         found = _STEP_FLOPS.search(done.stdout)
         if done.returncode or found is None:

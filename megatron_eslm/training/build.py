@@ -13,9 +13,14 @@ from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.demo_corpus import prepare_demo_corpus
 from megatron_eslm.data.mixture import build_datasets
 from megatron_eslm.data.options import DataOptions
-from megatron_eslm.data.plan import MixtureReport, check_epochs, plan_mixture
+from megatron_eslm.data.plan import (
+    MixtureReport,
+    check_epochs,
+    check_skipped,
+    plan_mixture,
+)
 from megatron_eslm.data.reference_losses import ReferenceLosses, open_reference_losses
-from megatron_eslm.data.source import DataSource, open_data
+from megatron_eslm.data.source import DataSource, canonical_split, open_data
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt
 from megatron_eslm.model.shape import ModelShape
@@ -32,13 +37,17 @@ from megatron_eslm.training.adapters import check_adapters
 from megatron_eslm.training.checkpoint import load_model
 from megatron_eslm.training.compile import check_compiler, compile_blocks
 from megatron_eslm.training.continuation import (
+    carried_on,
     check_continues,
     continues_itself,
     find_start,
+    resets_optimizer,
     resume,
+    starting_state,
 )
 from megatron_eslm.training.engine import Engine
 from megatron_eslm.training.estimate import dry_run_text, step_work
+from megatron_eslm.training.finding import Found
 from megatron_eslm.training.flops import FlopsModel, TeacherCost
 from megatron_eslm.training.frozen import FrozenSource
 from megatron_eslm.training.gradient_alignment import (
@@ -56,6 +65,7 @@ from megatron_eslm.training.objectives import (
 )
 from megatron_eslm.training.optimizer_state import OptimizerState
 from megatron_eslm.training.outputs import Outputs
+from megatron_eslm.training.reading_plan import ReadingPlan, plan_reading
 from megatron_eslm.training.reference import find_run_reference, load_reference
 from megatron_eslm.training.stages import plan_stages, plan_text
 from megatron_eslm.training.state import TrainState
@@ -80,15 +90,17 @@ def open_run_data(run: RunConfig) -> tuple[DataSource, DataOptions]:
     return open_data(options), options
 
 
-def plan_run(run: RunConfig, source: DataSource, options: DataOptions) -> MixtureReport:
+def plan_run(
+    run: RunConfig, source: DataSource, options: DataOptions, reading: ReadingPlan
+) -> MixtureReport:
     """What the run reads of each domain."""
     t = run.training
-    assert t.train_iters and t.global_batch_size and t.micro_batch_size and run.model.seq_length
+    assert t.micro_batch_size and run.model.seq_length
     return plan_mixture(
         source,
         options,
         run.model.seq_length,
-        train_samples=t.train_iters * t.global_batch_size,
+        train_samples=reading.end,
         valid_samples=t.eval_iters * t.micro_batch_size * run.dp_size,
         aligns=alignment_rows(run) is not None,
     )
@@ -150,18 +162,31 @@ def open_stored_losses(run: RunConfig, source: DataSource) -> ReferenceLosses | 
     return losses
 
 
+def check_reading(
+    run: RunConfig, options: DataOptions, reading: ReadingPlan, report: MixtureReport
+) -> None:
+    """ConfigError where a run reads more than there is, or than was consented to."""
+    check_skipped(report, options.max_epochs, reading.skipped)
+    check_epochs(report, options.max_epochs)
+    check_alignment(run, report)
+
+
 def data_record(
     run: RunConfig, source: DataSource, stored: ReferenceLosses | None, report: MixtureReport
 ) -> dict[str, Any]:
     """What decides what is read, and in which order; compared when a run continues."""
+    repeats = any(domain.epochs > 1 for domain in report.domains)
     return {
         "fingerprint": source.fingerprint,
-        "weights": [round(d.weight, 9) for d in source.domains],
-        "split": run.data.split,
+        "weights": list(source.weights),
+        "split": canonical_split(run.data.split),
         "eod_mask_loss": run.data.eod_mask_loss,
         "seed": run.training.seed,
         "seq_length": run.model.seq_length,
+        # While nothing is read twice, the order does not depend on how much is read in all.
+        "train_samples": report.train_samples if repeats else None,
         "global_batch_size": run.training.global_batch_size,
+        "rampup_batch_size": list(run.training.rampup_batch_size) or None,
         "micro_batch_rows": (run.training.micro_batch_size or 0) * run.dp_size,
         # None where there is none, as in checkpoints from before there could be any.
         "label_noise": run.data.label_noise or None,
@@ -171,13 +196,29 @@ def data_record(
     }
 
 
+def find_reading(run: RunConfig) -> tuple[Found | None, TrainState, ReadingPlan]:
+    """The checkpoint that a run starts from, where it then stands, and what is left to read.
+
+    Collective.
+    """
+    found = on_rank_zero(lambda: find_start(run))
+    run_id = on_rank_zero(new_run_id)
+
+    def plan() -> tuple[TrainState, ReadingPlan]:
+        state = starting_state(run, found, run_id)
+        return state, plan_reading(run, state, carried_on(found, "skipped_samples"))
+
+    return found, *on_every_rank(plan)
+
+
 def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
     """The text of `--dry-run`, and why the run would be refused all the same (None: it would not).
 
     What a run would read is what one wants to know of a run that reads too much.
     """
     source, options = open_run_data(run)
-    report = plan_run(run, source, options)
+    _, start, reading = find_reading(run)
+    report = plan_run(run, source, options, reading)
     shape = run.shape(source.tokenizer.vocab_size)
     open_stored_losses(run, source)
     reference = on_rank_zero(lambda: find_run_reference(run, shape, source.tokenizer))
@@ -186,10 +227,9 @@ def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
     named = run.objective.distill_teacher is not None
     teacher = on_rank_zero(lambda: find_teacher(run, shape, source.tokenizer)) if named else None
     flops = build_flops(run, shape, policy, teacher_shape(run, shape, teacher), reference)
-    text = dry_run_text(run, shape, flops, report)
+    text = dry_run_text(run, shape, flops, report, reading, start)
     try:
-        check_epochs(report, options.max_epochs)
-        check_alignment(run, report)
+        check_reading(run, options, reading, report)
     except ConfigError as error:
         return text, error
     return text, None
@@ -215,14 +255,13 @@ def _build_trainer(run: RunConfig, phases: Phases, outputs: Outputs) -> Trainer:
         run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
     )
     source, options = open_run_data(run)
-    report = plan_run(run, source, options)
-    check_epochs(report, options.max_epochs)
-    check_alignment(run, report)
+    outputs.take_folders()  # a run before this one may save until then
+    found, state, reading = find_reading(run)
+    report = plan_run(run, source, options, reading)
+    check_reading(run, options, reading, report)
     shape = run.shape(source.tokenizer.vocab_size)
     stored = open_stored_losses(run, source)
     data = data_record(run, source, stored, report)
-    outputs.take_folders()
-    found = on_rank_zero(lambda: find_start(run))
     check_adapters(run, found)
     if found is not None:
         check_continues(run, found, shape, data, source.tokenizer)
@@ -240,8 +279,6 @@ def _build_trainer(run: RunConfig, phases: Phases, outputs: Outputs) -> Trainer:
         aligns=alignment_rows(run) is not None,
         reference=stored,
     )
-    selection = SelectionState(alpha=run.selection.initial_alpha)
-    state = TrainState(selection, run_id=on_rank_zero(new_run_id))
     recorder = Recorder()
     peers = Peers(mesh.dp_rank, mesh.dp_size, mesh.dp_group, phases)
     policy = build_policy(run.selection, state.selection, peers, run.training.seed)
@@ -263,14 +300,14 @@ def _build_trainer(run: RunConfig, phases: Phases, outputs: Outputs) -> Trainer:
     if outputs.save is not None:
         OptimizerState(engine)  # refuses now what could not be saved later
     if found is not None and found.kind == "training":
-        state = resume(run, engine, found)
-        policy.state = state.selection
+        resume(run, engine, found)
     outputs.open_metrics(resumed=state.iteration > 0, restarts=continues_itself(run))
     return Trainer(
         run=run,
         mesh=mesh,
         engine=engine,
         datasets=datasets,
+        reading=reading,
         state=state,
         recorder=recorder,
         flops=flops,
@@ -281,6 +318,11 @@ def _build_trainer(run: RunConfig, phases: Phases, outputs: Outputs) -> Trainer:
             "shape": shape.to_dict(),
             "data": data,
             "domains": [{"name": d.name, "epochs": d.epochs} for d in report.domains],
+            "skipped_samples": [list(part) for part in reading.skipped.ranges],
+            "optimizer_resets": [
+                *carried_on(found, "optimizer_resets"),
+                *([state.iteration] if resets_optimizer(run, found) else []),
+            ],
         },
         outputs=outputs,
         phases=phases,

@@ -31,6 +31,7 @@ from megatron_eslm.training.optimizer_state import OptimizerState
 from megatron_eslm.training.parameter_shard import shards_of, whole
 from megatron_eslm.training.save_folder import SaveFolder, disk_errors
 from megatron_eslm.training.state import TrainState
+from megatron_eslm.training.tensor_files import KINDS
 from megatron_eslm.training.tensor_shares import gather_share
 
 if TYPE_CHECKING:
@@ -191,8 +192,13 @@ def load_model(model: torch.nn.Module, mesh: Mesh, found: Found) -> None:
     on_every_rank(fill)
 
 
-def load_engine(engine: Engine, found: Found) -> TrainState:
+def load_engine(engine: Engine, found: Found, *, optimizer: bool = True) -> TrainState:
     """Restore weights, optimizer and loss scale; return the state. Collective over all ranks.
+
+    Args:
+        engine: newly built.
+        found: a checkpoint with a state.
+        optimizer: whether moments, step count and loss scale are restored or stay as they are.
 
     Raises:
         ConfigError: a parameter is missing there or has another shape.
@@ -204,11 +210,12 @@ def load_engine(engine: Engine, found: Found) -> TrainState:
         shards = shards_of(engine.model, engine.mesh, found.shape.vocab_size)
         reader.check_holds(shards)
         for name, parameter in engine.model.named_parameters():
-            for kind in state.kinds(parameter):
+            for kind in state.kinds(parameter) if optimizer else KINDS[:1]:
                 begin, end, part = state.part(parameter, kind)
                 if begin < end:
                     part.copy_(reader.read(kind, name, shards[name], begin, end))
-        state.set_scalars(reader.scalars)
+        if optimizer:
+            state.set_scalars(reader.scalars)
 
     on_every_rank(restore)
     state.publish()

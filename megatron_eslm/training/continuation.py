@@ -72,24 +72,8 @@ def check_continues(
             )
         return
     options = found.run["options"]
-    differ = [
-        f"{key}: {found.run['data'].get(key)} there, {value} here"
-        for key, value in data.items()
-        if found.run["data"].get(key) != value
-    ]
-    if differ and not run.checkpoint.allow_data_change:
-        raise ConfigError(
-            f"{found.folder} was trained on other data or in another order ({'; '.join(differ)}). "
-            "Continue with the same, or consent with --allow-data-change."
-        )
-    repeats = max(d["epochs"] for d in found.run["domains"]) > 1
-    longer = options["training"]["train_iters"] != run.training.train_iters
-    if repeats and longer and not run.checkpoint.allow_data_change:
-        raise ConfigError(
-            f"{found.folder} was planned for --train-iters {options['training']['train_iters']}, "
-            f"this run for {run.training.train_iters}. With data read more than once the order of "
-            "samples depends on it. Keep it, or consent with --allow-data-change."
-        )
+    _check_same_data(run, found, data)
+    _check_something_is_left(run, found)
     for group in ("optimizer", "selection", "reference", "objective"):
         for key, value in dataclasses.asdict(getattr(run, group)).items():
             if key in options.get(group, {}) and options[group][key] != value:
@@ -102,24 +86,97 @@ def check_continues(
                 )
 
 
-def resume(run: RunConfig, engine: Engine, found: Found) -> TrainState:
-    """Restore the engine from a checkpoint and return where the run stands. Collective."""
-    t = run.training
-    assert t.train_iters and t.global_batch_size
-    state = load_engine(engine, found)
-    # The same number, unless the batch size changed (--allow-data-change).
-    state.consumed_samples = state.iteration * t.global_batch_size
+_ORDER = ("fingerprint", "weights", "split", "seed", "seq_length", "train_samples")
+"""What of a data record decides which sequence has which number."""
+
+
+def _check_same_data(run: RunConfig, found: Found, data: dict[str, Any]) -> None:
+    theirs = found.run["data"]
+    differ = [key for key, value in data.items() if theirs.get(key) != value]
+    if not differ:
+        return
+    text = "; ".join(f"{key}: {theirs.get(key)} there, {data[key]} here" for key in differ)
+    if not run.checkpoint.allow_data_change:
+        repeats = (
+            " Where data are read more than once, their order depends on how many samples are "
+            "read in all (--train-iters, batch size, --skip-samples)."
+        )
+        raise ConfigError(
+            f"{found.folder} was trained on other data or in another order ({text})."
+            f"{repeats if 'train_samples' in differ else ''} "
+            "Continue with the same, or consent with --allow-data-change."
+        )
+    reordered = bool(set(differ) & set(_ORDER))
+    logger.warning(
+        "--allow-data-change: %s; reading goes on with sample %d%s",
+        text,
+        found.state().consumed_samples,
+        " of the new order, whose samples may have been read in the old one" if reordered else "",
+    )
+
+
+def _check_something_is_left(run: RunConfig, found: Found) -> None:
+    iteration, last = found.state().iteration, run.training.train_iters
+    assert last
+    if iteration > last or (iteration == last and not continues_itself(run)):
+        raise ConfigError(
+            f"{found.folder} is at iteration {iteration} and --train-iters is {last}: nothing is "
+            "left to train. Raise --train-iters."
+        )
+
+
+def starting_state(run: RunConfig, found: Found | None, run_id: str) -> TrainState:
+    """Where the run stands before its first step: at the beginning, or where a checkpoint is.
+
+    Args:
+        run: the run.
+        found: the checkpoint that it starts from, if there is one.
+        run_id: of a run that is new.
+    """
+    fresh = SelectionState(alpha=run.selection.initial_alpha)
+    if found is None or found.kind == "weights":
+        return TrainState(fresh, run_id=run_id)
+    state = found.state()
     before = found.run["options"]["selection"]
     decide = ("selection", "eslm_alpha", "uncertainty_quantile")
     if any(key in before and before[key] != getattr(run.selection, key) for key in decide):
-        state.selection = SelectionState(alpha=run.selection.initial_alpha)
-    if state.iteration == t.train_iters and continues_itself(run):
-        logger.info("%s is the end of this run: nothing is left to train", found.folder)
-    elif state.iteration >= t.train_iters:
-        raise ConfigError(
-            f"{found.folder} is at iteration {state.iteration} and --train-iters is "
-            f"{t.train_iters}: nothing is left to train. Raise --train-iters."
-        )
-    else:
-        logger.info("continuing from %s, iteration %d", found.folder, state.iteration)
+        state.selection = fresh
     return state
+
+
+def carried_on(found: Found | None, key: str) -> list[Any]:
+    """A list of run.json that every later checkpoint of the run carries on."""
+    return list(found.run.get(key, [])) if found is not None and found.kind == "training" else []
+
+
+def resets_optimizer(run: RunConfig, found: Found | None) -> bool:
+    """Whether `--reset-optimizer` has something to do in this start.
+
+    A job that is requeued with the same flags resets once: a checkpoint that a run with this flag
+    has saved is from after the reset. Before the first such checkpoint it is done again, since what
+    was trained after it is lost. Loading from another folder is a new decision.
+    """
+    if not run.checkpoint.reset_optimizer or found is None or found.kind == "weights":
+        return False
+    saved_by = found.run["options"]["checkpoint"]
+    return not (continues_itself(run) and saved_by.get("reset_optimizer", False))
+
+
+def resume(run: RunConfig, engine: Engine, found: Found) -> None:
+    """Restore the engine from a checkpoint. Collective."""
+    resets = resets_optimizer(run, found)
+    state = load_engine(engine, found, optimizer=not resets)
+    if state.iteration == run.training.train_iters:
+        logger.info("%s is the end of this run: nothing is left to train", found.folder)
+        return
+    logger.info(
+        "continuing from %s, iteration %d, sample %d%s",
+        found.folder,
+        state.iteration,
+        state.consumed_samples,
+        ", with a fresh optimizer (--reset-optimizer)" if resets else "",
+    )
+    if run.checkpoint.reset_optimizer and not resets:
+        logger.info(
+            "--reset-optimizer: not again, %s was saved by a run with this flag", found.folder.name
+        )

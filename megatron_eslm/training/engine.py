@@ -106,14 +106,24 @@ class Engine:
         """DeepSpeed's monitors (TensorBoard, W&B, CSV)."""
         return self.ds.monitor
 
+    def set_batch_size(self, global_batch_size: int) -> None:
+        """How many sequences the next steps read over all ranks: another number of micro-steps."""
+        ds = self.ds
+        if global_batch_size == ds.train_batch_size():
+            return
+        ds.set_train_batch_size(global_batch_size)
+        # It tells the last micro-step of a step by the number of all micro-steps so far.
+        ds.micro_steps = 0
+        ds.tput_timer.batch_size = global_batch_size
+
     def step(self, batches: Iterable[Batch], lr: float) -> tuple[float, bool]:
         """One optimizer step over the micro-batches of this data-parallel rank.
 
         What was selected is in the model's recorder afterwards.
 
         Args:
-            batches: gradient_accumulation_steps of them, on the engine's device; a pipeline's
-                middle stages read none.
+            batches: as many as `set_batch_size` says (gradient_accumulation_steps before it is
+                called), on the engine's device; a pipeline's middle stages read none.
             lr: learning rate of this step.
 
         Returns:

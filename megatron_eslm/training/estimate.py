@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections import Counter
@@ -19,6 +20,7 @@ from megatron_eslm.selection.alpha import AlphaController
 from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, SelectionState
 from megatron_eslm.training.flops import FlopsModel, Work
+from megatron_eslm.training.reading_plan import ReadingPlan
 from megatron_eslm.training.stages import (
     StagePlan,
     adapter_params,
@@ -26,6 +28,7 @@ from megatron_eslm.training.stages import (
     plan_text,
     stage_params,
 )
+from megatron_eslm.training.state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,12 +225,13 @@ def _tokens(run: RunConfig) -> int:
     return run.training.micro_batch_size * run.model.seq_length
 
 
-def step_work(run: RunConfig, alpha: float | None = None) -> Work:
+def step_work(run: RunConfig, alpha: float | None = None, batch_size: int | None = None) -> Work:
     """Work of one step as the keep rule will have it, with nothing masked.
 
     Args:
         run: the run.
         alpha: of the step; that which the run begins or warms up to where it is left out.
+        batch_size: sequences of the step over all ranks; --global-batch-size where it is left out.
     """
     t, s = run.training, run.selection
     assert t.micro_batch_size and run.model.seq_length
@@ -235,7 +239,10 @@ def step_work(run: RunConfig, alpha: float | None = None) -> Work:
     together = s.eslm_scope == "global" and s.selection != "greats"
     rows = t.micro_batch_size * (run.dp_size if together else 1)
     groups = 1 if together else run.dp_size
-    steps = run.gradient_accumulation_steps * groups
+    micro_steps = run.gradient_accumulation_steps
+    if batch_size is not None:
+        micro_steps = batch_size // (t.micro_batch_size * run.dp_size)
+    steps = micro_steps * groups
     alpha = s.initial_alpha if alpha is None else alpha
     policy = build_policy(s, SelectionState(alpha=alpha), Peers(0, run.dp_size, None), t.seed)
     kept = rows if policy.instance_source == "nothing" else num_to_keep(rows, alpha)
@@ -252,24 +259,28 @@ def step_work(run: RunConfig, alpha: float | None = None) -> Work:
     )
 
 
-def _totals(run: RunConfig, flops: FlopsModel) -> tuple[float, float, int]:
+def _totals(
+    run: RunConfig, flops: FlopsModel, reading: ReadingPlan, start: TrainState
+) -> tuple[float, float, int]:
     """Of all steps: FLOPs by both ledgers, and tokens that are trained on.
 
-    Alpha begins and rises as it is told to; where ADA-ESLM will move it nobody knows. SALT's later
-    steps have no teacher.
+    What was done before the start is known. Alpha begins and rises as it is told to; where ADA-ESLM
+    will move it nobody knows. SALT's later steps have no teacher.
     """
-    steps = run.training.train_iters
+    steps, position = run.training.train_iters, reading.begin
     assert steps
     taught = min(steps, run.objective.salt_iters) if run.objective.distill == "salt" else steps
-    state = SelectionState(alpha=run.selection.initial_alpha)
-    controller, kinds = AlphaController(run.selection, state), Counter[tuple[float, bool]]()
-    for iteration in range(steps):
+    state = copy.deepcopy(start.selection)
+    controller = AlphaController(run.selection, state)
+    kinds = Counter[tuple[float, bool, int]]()
+    for iteration in range(start.iteration, steps):
         controller.begin_step(iteration)
-        kinds[state.alpha, iteration < taught] += 1
-    executed = by_paper = 0.0
-    trained = 0
-    for (alpha, has_teacher), count in kinds.items():
-        work = step_work(run, alpha)
+        batch_size = reading.batch_size(position)
+        kinds[state.alpha, iteration < taught, batch_size] += 1
+        position = reading.skipped.after(position, batch_size)
+    executed, by_paper, trained = start.flops, start.flops_paper, start.tokens_trained
+    for (alpha, has_teacher, batch_size), count in kinds.items():
+        work = step_work(run, alpha, batch_size)
         ledgers = flops if has_teacher else dataclasses.replace(flops, teacher=None)
         executed += count * ledgers.executed(work)
         by_paper += count * ledgers.paper(work)
@@ -290,23 +301,58 @@ def _layout(run: RunConfig) -> str:
     return ", ".join(facts)
 
 
+def _reading(run: RunConfig, reading: ReadingPlan, start: TrainState) -> list[str]:
+    """What is read in a step and in all."""
+    t = run.training
+    done = f" ({start.iteration:,} of them done)" if start.iteration else ""
+    lines = [
+        f"steps                {t.train_iters:,}{done}",
+        f"batch                {t.global_batch_size} sequences x {run.model.seq_length} tokens = "
+        f"{run.gradient_accumulation_steps} micro-steps x {run.dp_size} ranks x "
+        f"{t.micro_batch_size}",
+    ]
+    if t.rampup_batch_size:
+        first, increment, samples = t.rampup_batch_size
+        lines.append(
+            f"ramp                 from {first} sequences in increments of {increment} over "
+            f"{samples:,} samples"
+        )
+    if start.iteration:
+        lines.append(f"reading goes on      with sample {reading.begin:,}")
+    if reading.skipped.ranges:
+        count = reading.skipped.between(0, reading.end)
+        lines.append(f"skipped              {count:,} samples ({reading.skipped})")
+    return lines
+
+
 def dry_run_text(
-    run: RunConfig, shape: ModelShape, flops: FlopsModel, mixture: MixtureReport
+    run: RunConfig,
+    shape: ModelShape,
+    flops: FlopsModel,
+    mixture: MixtureReport,
+    reading: ReadingPlan,
+    start: TrainState,
 ) -> str:
-    """The report of `--dry-run`, one fact a line."""
+    """The report of `--dry-run`, one fact a line.
+
+    Args:
+        run: the run.
+        shape: of its model.
+        flops: its ledgers.
+        mixture: what it reads of each domain.
+        reading: what it has still to read.
+        start: where it starts or goes on.
+    """
     t = run.training
     assert t.train_iters and t.global_batch_size and run.model.seq_length
     work = step_work(run)
     plan = plan_stages(run, shape, flops, work)
     memory = estimate_memory(run, shape, plan, flops)
-    executed, by_paper, trained = _totals(run, flops)
+    executed, by_paper, trained = _totals(run, flops, reading, start)
     gib = 2.0**30
-    read = t.train_iters * work.tokens
+    read = start.tokens + reading.samples_left(reading.begin) * run.model.seq_length
     lines = [
-        f"steps                {t.train_iters:,}",
-        f"batch                {t.global_batch_size} sequences x {run.model.seq_length} tokens = "
-        f"{run.gradient_accumulation_steps} micro-steps x {run.dp_size} ranks x "
-        f"{t.micro_batch_size}",
+        *_reading(run, reading, start),
         f"layout               {_layout(run)}",
         f"tokens read          {read:,}",
         f"tokens trained on    {trained:,} ({trained / read:.1%})",

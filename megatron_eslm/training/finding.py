@@ -12,7 +12,7 @@ import pydantic
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.json_file import read_json
-from megatron_eslm.files.schema import STRICT, Size, parse_as
+from megatron_eslm.files.schema import STRICT, Count, Size, parse_as
 from megatron_eslm.model.options import Lora, ModelOptions
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.training import manifest as manifests
@@ -74,6 +74,8 @@ class _TrainingRun(_Run):
     options: _Options
     data: dict[str, Any]
     domains: Annotated[list[_Domain], pydantic.Field(min_length=1)]
+    skipped_samples: list[tuple[Count, Count]] = field(default_factory=list)
+    optimizer_resets: list[Count] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

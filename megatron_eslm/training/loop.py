@@ -28,7 +28,8 @@ from megatron_eslm.training.evaluate import Evaluation, evaluate
 from megatron_eslm.training.flops import FlopsModel, device_peak_flops
 from megatron_eslm.training.nonfinite import NonfiniteGuard
 from megatron_eslm.training.outputs import Outputs
-from megatron_eslm.training.report import metrics_line, progress_line, write_monitors
+from megatron_eslm.training.reading_plan import ReadingPlan
+from megatron_eslm.training.report import Speed, metrics_line, progress_line, write_monitors
 from megatron_eslm.training.schedule import learning_rate
 from megatron_eslm.training.signals import StopSignal
 from megatron_eslm.training.state import TrainState
@@ -45,6 +46,7 @@ class Trainer:
     mesh: Mesh
     engine: Engine
     datasets: Datasets
+    reading: ReadingPlan
     state: TrainState
     recorder: Recorder
     flops: FlopsModel
@@ -59,7 +61,9 @@ class Trainer:
         self.nonfinite = NonfiniteGuard(self.run.selection.max_nonfinite_steps, self.mesh)
         self.alpha = AlphaController(self.run.selection, self.state.selection)
         self._saved_iteration = -1
-        self._last_seconds: list[float] = []
+        self._batch_size: int | None = None
+        self._unreported: list[tuple[float, int, float]] = []
+        """Seconds, positions read and FLOPs of each step since the last report."""
         self.outputs.guard(self.engine.monitor)
 
     def train(self) -> signal.Signals | None:
@@ -120,33 +124,49 @@ class Trainer:
         return stopped
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        t = self.run.training
-        assert t.train_iters and t.global_batch_size and t.micro_batch_size
+        t, position = self.run.training, self.state.consumed_samples
+        assert t.micro_batch_size
         if not (self.mesh.is_first_stage or self.mesh.is_last_stage):
             return iter(())  # a pipeline's middle stages read no data
         return build_loader(
             self.datasets.train,
-            start_sample=self.state.consumed_samples,
-            num_samples=t.train_iters * t.global_batch_size - self.state.consumed_samples,
+            start_sample=position,
+            num_samples=self.reading.samples_left(position),
             micro_batch_size=t.micro_batch_size,
             dp_rank=self.mesh.dp_rank,
             dp_size=self.mesh.dp_size,
             num_workers=self.run.data.num_workers,
             pin_memory=self.engine.device.type == "cuda",
+            skipped=self.reading.skipped,
         )
+
+    def _begin_batch(self) -> int:
+        """Have the engine take the batch size that the position asks for; returns it."""
+        size = self.reading.batch_size(self.state.consumed_samples)
+        if self.run.training.rampup_batch_size and size != self._batch_size:
+            logger.info(
+                "batches of %d sequences from iteration %d, sample %d",
+                size,
+                self.state.iteration + 1,
+                self.state.consumed_samples,
+            )
+        self._batch_size = size
+        self.engine.set_batch_size(size)
+        return size
 
     def _step(
         self, batches: Iterator[dict[str, torch.Tensor]], stop: StopSignal
     ) -> tuple[StepStats, float]:
         """One optimizer step; advances the state."""
-        t, state, begin = self.run.training, self.state, time.perf_counter()
-        assert t.global_batch_size and self.run.model.seq_length
+        state, begin = self.state, time.perf_counter()
+        assert self.run.model.seq_length
+        batch_size = self._begin_batch()
         self.phases.iteration = state.iteration + 1
         state.selection.iteration = state.iteration
         self.alpha.begin_step(state.iteration)
         seen: list[dict[str, torch.Tensor]] = []
         lr = learning_rate(self.run.optimizer, state.iteration)
-        norm, applied = self.engine.step(self._on_device(batches, seen), lr)
+        norm, applied = self.engine.step(self._on_device(batches, batch_size, seen), lr)
         records = self.recorder.take()
         for micro, record in enumerate(records):
             batch = seen[micro] if seen else None
@@ -172,24 +192,30 @@ class Trainer:
 
         self.alpha.end_step(state.iteration, stats.cvar)
         state.iteration += 1
-        state.consumed_samples += t.global_batch_size
+        state.consumed_samples = self.reading.skipped.after(state.consumed_samples, batch_size)
+        self.engine.ds.global_samples = state.consumed_samples
         state.tokens += stats.tokens
         state.tokens_trained += stats.tokens_kept
-        state.flops += self.flops.executed(stats.work)
+        executed = self.flops.executed(stats.work)
+        state.flops += executed
         state.flops_paper += self.flops.paper(stats.work)
         seconds = time.perf_counter() - begin
         state.elapsed_seconds += seconds
-        self._last_seconds.append(seconds)
+        self._unreported.append((seconds, stats.work.tokens, executed))
         # With loss scaling an overflow is part of the game; the loss itself tells them apart.
         overflow = self.run.engine.fp16 and bool(torch.isfinite(torch.tensor(stats.loss)))
         self.nonfinite.after_step(state, applied=applied or overflow)
         return stats, norm
 
     def _on_device(
-        self, batches: Iterator[dict[str, torch.Tensor]], seen: list[dict[str, torch.Tensor]]
+        self,
+        batches: Iterator[dict[str, torch.Tensor]],
+        batch_size: int,
+        seen: list[dict[str, torch.Tensor]],
     ) -> Iterator[Batch]:
         """The micro-batches of one step; what is read of them is also left in `seen`."""
-        for _ in range(self.run.gradient_accumulation_steps):
+        assert self.run.training.micro_batch_size
+        for _ in range(batch_size // (self.run.training.micro_batch_size * self.mesh.dp_size)):
             with self.phases("data"):
                 batch = next(batches)
             seen.append(batch)
@@ -220,37 +246,40 @@ class Trainer:
         self, stats: StepStats | None, norm: float | None, evaluation: Evaluation | None
     ) -> None:
         """Progress line, metrics file and monitors; only rank 0 has any of them."""
-        seconds = self._last_seconds
-        step_seconds = sum(seconds) / len(seconds) if seconds else None
-        self._last_seconds = []
-        mfu = None
-        tokens_per_second = 0.0
-        if stats is not None and step_seconds:
-            tokens_per_second = stats.work.tokens / step_seconds
-            mfu = self._mfu(stats, step_seconds)
+        speed = self._speed() if self._unreported else None
         line = metrics_line(
             self.state,
             stats,
             evaluation=evaluation,
             lr=learning_rate(self.run.optimizer, max(0, self.state.iteration - 1)),
             grad_norm=norm,
-            step_seconds=step_seconds,
-            mfu=mfu,
+            batch_size=self._batch_size,
+            speed=speed,
         )
         assert self.run.training.train_iters
-        logger.info(progress_line(line, self.run.training.train_iters, tokens_per_second))
+        logger.info(progress_line(line, self.run.training.train_iters, speed))
         self.outputs.write_metrics(line)
         write_monitors(self.engine.monitor, line)
 
-    def _mfu(self, stats: StepStats, step_seconds: float) -> float | None:
+    def _speed(self) -> Speed:
+        """Of the steps since the last report; they begin anew."""
+        done, self._unreported = self._unreported, []
+        seconds, tokens, executed = map(sum, zip(*done, strict=True))
+        assert self.run.model.seq_length
+        samples_left = self.reading.samples_left(self.state.consumed_samples)
+        return Speed(
+            step_seconds=seconds / len(done),
+            tokens_per_second=tokens / seconds,
+            seconds_left=samples_left * self.run.model.seq_length * seconds / tokens,
+            mfu=self._mfu(executed / seconds),
+        )
+
+    def _mfu(self, flops_per_second: float) -> float | None:
         cuda = self.engine.device.type == "cuda"
         half = self.run.dtype != torch.float32
         name = torch.cuda.get_device_name() if cuda and half else ""
         peak = device_peak_flops(name, self.run.report.peak_tflops)
-        if peak is None:
-            return None
-        executed = self.flops.executed(stats.work)
-        return executed / step_seconds / (peak * self.mesh.world_size)
+        return None if peak is None else flops_per_second / (peak * self.mesh.world_size)
 
     def _save(self) -> None:
         options = self.run.checkpoint

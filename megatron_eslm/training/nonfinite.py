@@ -69,6 +69,7 @@ class NonfiniteGuard:
         if state.nonfinite_in_a_row >= self.max_in_a_row:
             raise NonfiniteError(
                 f"{state.nonfinite_in_a_row} steps in a row were not finite, the last with "
-                f"{what}. Lower --lr, lengthen --lr-warmup-iters, or look at those samples; the "
-                "last checkpoint is from before. --max-nonfinite-steps sets how many are borne."
+                f"{what}. Lower --lr, lengthen --lr-warmup-iters, or look at those samples and go "
+                "on from the last checkpoint, which is from before, with --skip-samples. "
+                "--max-nonfinite-steps sets how many are borne."
             )

@@ -35,6 +35,18 @@ class TrainingOptions:
     """Sequences read an optimizer step over all ranks and micro-steps; default: 40 micro-steps for
     the presets, one otherwise."""
 
+    rampup_batch_size: tuple[Annotated[int, ONE_OR_MORE], ...] = ()
+    """START INCREMENT SAMPLES, as in Megatron-LM: the batch grows from START sequences to
+    --global-batch-size over the first SAMPLES samples. A step that begins after c of them reads
+    START + floor(c n / SAMPLES) INCREMENT sequences, n = (global batch size - START) / INCREMENT;
+    from c = SAMPLES on it reads --global-batch-size. Each batch must be a multiple of
+    --micro-batch-size times the data-parallel ranks. Skipped samples count."""
+
+    skip_samples: tuple[str, ...] = ()
+    """Ranges A:B of the training order that are not trained on: samples A to B - 1, counted from
+    0, as warnings about scores that are not finite name them. Checkpoints carry them on; a range
+    that begins before the position of --load is refused."""
+
     seed: Annotated[int, Range(at_least=0, below=2**32)] = 1234
     """Initial weights, data order, dropout and random selection."""
 
@@ -54,6 +66,12 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if len(self.rampup_batch_size) not in (0, 3):
+            given = " ".join(map(str, self.rampup_batch_size))
+            raise ConfigError(
+                f"--rampup-batch-size {given} must be three numbers: START "
+                "INCREMENT SAMPLES, as in 16 16 100000."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,11 +196,22 @@ class CheckpointOptions:
     """Checkpoints to keep; older ones are removed once a newer one is complete. 0 keeps all."""
 
     allow_data_change: bool = False
-    """Continue although data, mixture, seed or batch size differ from the checkpoint's: the data
-    position then counts in the new order."""
+    """Continue although data, mixture, seed or batch size differ from the checkpoint's. Reading
+    goes on behind the samples that were consumed, whatever the batch size; where the order of
+    samples is another one, that number counts in the new order."""
+
+    reset_optimizer: bool = False
+    """Take weights and position from --load and begin with fresh Adam moments, step count and loss
+    scale; the learning rate stays on its schedule. A requeued job (--load equal to --save) does so
+    once: not from a checkpoint that a run with this flag has saved."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.reset_optimizer and self.load is None:
+            raise ConfigError(
+                "--reset-optimizer needs a checkpoint whose weights go on: give --load, or leave "
+                "it out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,12 @@ import logging
 import math
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_eslm.config.run import RunConfig
+from megatron_eslm.data.source import canonical_data_path, canonical_split
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.lock import FileLock
 from megatron_eslm.selection.options import SelectionOptions
@@ -131,11 +133,16 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
         "dtype": str(run.dtype).removeprefix("torch."),
         "zero_stage": run.engine.zero_stage,
         "data_parallel_size": run.dp_size,
-        "data_path": "demo corpus" if run.demo else " ".join(run.data.data_path),
+        "data_path": "demo corpus" if run.demo else canonical_data_path(run.data.data_path),
     }
+    if t.rampup_batch_size:
+        summary["rampup_batch_size"] = " ".join(map(str, t.rampup_batch_size))
+    if t.skip_samples:
+        summary["skip_samples"] = " ".join(t.skip_samples)
     told = {"selection", "eslm_alpha", "eslm_score", "eslm_level", "eslm_proxy_layers", *summary}
     told |= _without_effect(s, early_exit=early_exit)
-    parts = (run.model, run.selection, run.objective, run.reference, run.optimizer, run.data)
+    data = dataclasses.replace(run.data, split=canonical_split(run.data.split))
+    parts = (run.model, run.selection, run.objective, run.reference, run.optimizer, data)
     for options in parts:
         for field in dataclasses.fields(options):
             value = getattr(options, field.name)
@@ -174,6 +181,19 @@ def _without_effect(options: SelectionOptions, *, early_exit: bool) -> set[str]:
     return idle
 
 
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast the steps since the last report went."""
+
+    step_seconds: float
+    tokens_per_second: float
+    """Tokens read, masked ones too, over all ranks."""
+    seconds_left: float
+    """For the samples that are left, at this speed."""
+    mfu: float | None
+    """Share of the devices' peak; None where that is not known."""
+
+
 def metrics_line(
     state: TrainState,
     stats: StepStats | None,
@@ -181,8 +201,8 @@ def metrics_line(
     evaluation: Evaluation | None,
     lr: float,
     grad_norm: float | None,
-    step_seconds: float | None,
-    mfu: float | None,
+    batch_size: int | None,
+    speed: Speed | None,
 ) -> dict[str, Any]:
     """The fields of docs/design.md, section 6. At iteration 0 nothing is trained yet."""
     return {
@@ -199,29 +219,30 @@ def metrics_line(
         "cvar": stats.cvar if stats else None,
         "lr": lr,
         "grad_norm": grad_norm,
+        "batch_size": batch_size,
+        "consumed_samples": state.consumed_samples,
         "tokens": state.tokens,
         "tokens_trained": state.tokens_trained,
         "flops": state.flops,
         "flops_paper": state.flops_paper,
-        "step_seconds": step_seconds,
+        "step_seconds": speed.step_seconds if speed else None,
         "elapsed_seconds": state.elapsed_seconds,
-        "mfu": mfu,
+        "mfu": speed.mfu if speed else None,
         "nonfinite_steps": state.nonfinite_steps,
     }
 
 
-def progress_line(line: dict[str, Any], train_iters: int, tokens_per_second: float) -> str:
+def progress_line(line: dict[str, Any], train_iters: int, speed: Speed | None) -> str:
     """One line for people."""
     parts = [f"iteration {line['iteration']:>6d}/{train_iters}"]
-    if line["loss"] is not None:
-        left = (train_iters - line["iteration"]) * (line["step_seconds"] or 0.0)
+    if line["loss"] is not None and speed is not None:
         parts += [
             f"loss {line['loss']:.4f}",
             f"kept {line['kept_instances']:.1%} of sequences, {line['kept_tokens']:.1%} of tokens",
             f"lr {line['lr']:.2e}",
             f"grad norm {line['grad_norm']:.2f}",
-            f"{tokens_per_second:,.0f} tokens/s",
-            f"left {time.strftime('%H:%M:%S', time.gmtime(left))}",
+            f"{speed.tokens_per_second:,.0f} tokens/s",
+            f"left {time.strftime('%H:%M:%S', time.gmtime(speed.seconds_left))}",
         ]
     if line["mfu"] is not None:
         parts.append(f"MFU {line['mfu']:.1%}")

@@ -156,6 +156,18 @@ def test_batch_triple() -> None:
         ("--train-iters 0", ["--train-iters 0 must be 1 or more"]),
         ("--micro-batch-size 0", ["--micro-batch-size 0 must be 1 or more"]),
         ("--global-batch-size -8", ["--global-batch-size -8 must be 1 or more"]),
+        (
+            "--rampup-batch-size 4 4",
+            ["--rampup-batch-size 4 4 must be three numbers", "16 16 100000"],
+        ),
+        ("--rampup-batch-size 4 0 9", ["--rampup-batch-size 0 must be 1 or more"]),
+        ("--rampup-batch-size 4 4 x", ["--rampup-batch-size", "'x' is not a whole number"]),
+        (
+            "--global-batch-size 16 --rampup-batch-size 6 2 9",
+            ["batches of 6 sequences", "--micro-batch-size 4 x 1 data-parallel ranks = 4"],
+        ),
+        ("--skip-samples 5:9 9-12", ["--skip-samples 9-12 is not a range", "1000:1200"]),
+        ("--skip-samples 9:5", ["--skip-samples 9:5 is empty"]),
         ("--log-interval 0", ["--log-interval 0 must be 1 or more"]),
         ("--eval-interval 0", ["--eval-interval 0 must be 1 or more"]),
         ("--eval-iters -1", ["--eval-iters -1 must be 0 or more"]),
@@ -192,6 +204,7 @@ def test_batch_triple() -> None:
         ),
         # CheckpointOptions, ReportOptions
         ("--save-interval 0", ["--save-interval 0 must be 1 or more"]),
+        ("--reset-optimizer", ["--reset-optimizer needs a checkpoint", "give --load"]),
         ("--keep-last -1", ["--keep-last -1 must be 0 or more"]),
         ("--peak-tflops 0", ["--peak-tflops 0 must be above 0"]),
         # Across components

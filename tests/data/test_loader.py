@@ -12,6 +12,7 @@ import torch
 from megatron_eslm.data.loader import build_loader
 from megatron_eslm.data.mixture import Datasets, build_datasets
 from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.skipped_samples import SkippedSamples
 from megatron_eslm.data.source import open_data
 from megatron_eslm.errors import ConfigError
 
@@ -32,7 +33,7 @@ def data(two) -> Datasets:
     )
 
 
-def load(data, *, start=0, num=48, m=4, dp=1, workers=0):
+def load(data, *, start=0, num=48, m=4, dp=1, workers=0, skipped=()):
     """Per global micro-batch, the rows of all ranks in order."""
     loaders = [
         build_loader(
@@ -43,6 +44,7 @@ def load(data, *, start=0, num=48, m=4, dp=1, workers=0):
             dp_rank=r,
             dp_size=dp,
             num_workers=workers,
+            skipped=SkippedSamples(skipped),
         )
         for r in range(dp)
     ]
@@ -86,6 +88,22 @@ def test_workers_need_no_shared_memory(data):
 def test_resume(data):
     straight = load(data, m=2, dp=2)
     assert same(load(data, start=20, num=28, m=2, dp=2), straight[5:])
+
+
+def test_skipped_samples_are_jumped_over(data):
+    """Whatever the ranks, and wherever in a micro-batch they lie."""
+    skipped = ((0, 3), (10, 12), (17, 30), (32, 33))
+    expected = load(data, m=8, num=32, skipped=skipped)
+    numbers = torch.cat([batch["samples"] for batch in expected]).tolist()
+    assert numbers == [*range(3, 10), *range(12, 17), 30, 31, *range(33, 51)]
+    assert torch.equal(expected[1]["tokens"][6], data.train[33]["tokens"])
+    for m, dp, workers in ((4, 2, 0), (1, 8, 0), (2, 4, 1)):
+        assert same(load(data, m=m, dp=dp, num=32, workers=workers, skipped=skipped), expected)
+    # From any position on, also from the edge of a range and with another micro-batch.
+    rest = load(data, start=17, m=5, num=20, skipped=skipped)
+    assert torch.cat([batch["samples"] for batch in rest]).tolist() == numbers[12:]
+    with pytest.raises(ValueError, match="samples 0 to 101 of 100"):
+        load(data, num=80, skipped=((50, 71),))
 
 
 def test_loading_leaves_the_random_state_alone(data):

@@ -16,8 +16,9 @@ from megatron_eslm.data import shared_folder
 from megatron_eslm.data.index_file import read_index
 from megatron_eslm.data.mixture import Datasets, build_datasets
 from megatron_eslm.data.options import DataOptions
-from megatron_eslm.data.plan import check_epochs, plan_mixture
+from megatron_eslm.data.plan import check_epochs, check_skipped, plan_mixture
 from megatron_eslm.data.preprocess import preprocess
+from megatron_eslm.data.skipped_samples import SkippedSamples
 from megatron_eslm.data.source import open_data
 from megatron_eslm.data.tokenizers import ByteTokenizer
 from megatron_eslm.errors import ConfigError
@@ -111,6 +112,32 @@ def test_order_depends_on_seed_and_is_cached(two, tmp_path, monkeypatch):
     assert elsewhere.is_dir()
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((0.1, 0.2, 0.7), (0.3, 0.6, 2.1)),
+        ((0.1, 0.2, 0.7), (1, 2, 7)),
+        ((0.7, 0.2, 0.1), (7, 2, 1)),
+        ((0.526, 0.267, 0.207), (526, 267, 207)),
+    ],
+)
+def test_equal_weights_and_splits_give_one_order(tmp_path, domains, documents, one, other):
+    """To the last sample and from one cache; as floats they differ in their last digits."""
+    prefixes = [*domains, str(tmp_path / "gamma")]
+    preprocess(["x"], prefixes[2], ByteTokenizer(), documents=documents)
+    both = [
+        build([w for pair in zip(map(str, ws), prefixes, strict=True) for w in pair],
+              train=20_000, split=split)
+        for ws, split in ((one, "0.8,0.2"), (other, "80,20,0"))
+    ]  # fmt: skip
+    first, second = (data.train for data in both)
+    np.testing.assert_array_equal(first._domain_of, second._domain_of)
+    np.testing.assert_array_equal(first._index_in_domain, second._index_in_domain)
+    assert both[0].report == both[1].report
+    # One blend and three domains, for training and for validation.
+    assert len(list((tmp_path / "cache").iterdir())) == 8
+
+
 def test_new_contents_under_an_old_name_miss_the_cache(tmp_path, domains):
     texts = [f"{n} entirely other words {n * n}" for n in range(150)]
 
@@ -194,6 +221,17 @@ def test_bound_on_the_samples_of_a_domain(weight):
             count = int((which == d).sum())
             assert count <= _samples_at_most(n, w) <= count + 2
             assert _samples_at_most(_samples_within(n, w), w) <= n
+
+
+def test_skipped_samples_end_where_the_data_do(two):
+    report = build(two, train=100).report
+    sequences = [d.sequences["train"] for d in report.domains]
+    last = min(4 * sequences[0] / 3, 4 * sequences[1])
+    for max_epochs in (1.0, 2.5):
+        end = int(last * max_epochs)
+        check_skipped(report, max_epochs, SkippedSamples(((3, 5), (7, end - 3))))
+        with pytest.raises(ConfigError, match=rf"--skip-samples 7:{end + 5} reaches beyond the "):
+            check_skipped(report, max_epochs, SkippedSamples(((3, 5), (7, end + 5))))
 
 
 def test_eod_mask(domains):

@@ -11,8 +11,15 @@ import pytest
 
 from megatron_eslm.data import index_file, source
 from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.plan import document_ranges
 from megatron_eslm.data.preprocess import preprocess
-from megatron_eslm.data.source import open_data, parse_data_path, parse_split
+from megatron_eslm.data.source import (
+    canonical_data_path,
+    canonical_split,
+    open_data,
+    parse_data_path,
+    parse_split,
+)
 from megatron_eslm.data.tokenizers import ByteTokenizer
 from megatron_eslm.errors import ConfigError
 from tests.harness import run_ranks
@@ -28,6 +35,7 @@ def test_domains_and_weights(domains):
     assert [d.weight for d in source.domains] == [0.75, 0.25]
     assert [d.documents for d in source.domains] == [150, 90]
     assert source.tokenizer.name == "ByteTokenizer"
+    assert source.weights == (3, 1)
     single = opened(domains[0])
     assert single.domains[0].weight == 1
 
@@ -68,7 +76,30 @@ def test_data_path_words(words, message):
         parse_data_path(words)
 
 
-@pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "-1,2", "0,1", "nan,1", "98;1;1"])
+EQUAL_WEIGHTS = [
+    (["0.1", "0.9"], ["1", "9"], (1, 9)),
+    (["0.3", "2.7"], [" 1_0 ", "9e1"], (1, 9)),
+    (["0.333333333333333", "0.666666666666666"], ["1e-9", "2e-9"], (1, 2)),
+    (["1e-300", "1e-300"], ["1e300", "1e300"], (1, 1)),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "weights"), EQUAL_WEIGHTS)
+def test_equal_weights_are_equal_however_they_are_typed(domains, one, other, weights):
+    forms = [[one[0], domains[0], one[1], domains[1]], [other[0], domains[0], other[1], domains[1]]]
+    sources = [opened(*form) for form in forms]
+    assert sources[0].domains == sources[1].domains
+    assert sources[0].weights == sources[1].weights == weights
+    assert {canonical_data_path(form) for form in forms} == {
+        f"{weights[0]} {domains[0]} {weights[1]} {domains[1]}"
+    }
+    assert canonical_data_path(["7", "a"]) == canonical_data_path(["a"]) == "a"
+
+
+@pytest.mark.parametrize(
+    "split",
+    ["", "a,b", "1,2,3,4", "-1,2", "0,1", "nan,1", "98;1;1", "inf,1", "1e-400,1", "1e308,1,1"],
+)
 def test_bad_split(domains, split):
     with pytest.raises(ConfigError, match="--split"):
         opened(domains[0], split=split)
@@ -78,6 +109,22 @@ def test_good_split():
     assert parse_split("98,1,1") == (0.98, 0.01, 0.01)
     assert parse_split("3,1") == (0.75, 0.25, 0)
     assert parse_split("1") == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("splits", "canonical"),
+    [
+        (["98,1,1", "0.98,0.01,0.01", "49,0.5,.5", "9.8e1, 1, 1"], "98,1,1"),
+        (["80,18,2", "0.8,0.18,0.02", "40,9,1"], "40,9,1"),
+        (["1", "1,0", "3,0,0", "0.1"], "1,0,0"),
+        (["0.7,0.2,0.1", "7,2,1", "2.1,.6,.3"], "7,2,1"),
+    ],
+)
+def test_equal_splits_are_equal_however_they_are_typed(splits, canonical):
+    assert {canonical_split(split) for split in splits} == {canonical}
+    for documents in (1, 5, 25, 75, 150, 1234567):
+        (ranges,) = {str(document_ranges(split, documents)) for split in splits}
+        assert f"'test': ({documents}, {documents})" in ranges or canonical != "1,0,0"
 
 
 def test_facts_of_another_run(domains):

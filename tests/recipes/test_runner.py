@@ -29,7 +29,7 @@ flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 folder = pathlib.Path(flags["--save"])
 folder.mkdir(parents=True, exist_ok=True)
 with open("calls.txt", "a") as calls:
-    calls.write(folder.parent.name + " " + flags["--load"] + chr(10))
+    calls.write(folder.parent.name + " " + flags.get("--load", "-") + chr(10))
 if "--dry-run" in sys.argv:
     flops = "2e6" if flags["--selection"] == "clm" else "1e6"
     print(f"FLOPs executed       1e9 ({flops} a step)")

@@ -422,7 +422,7 @@ def test_post_training_needs_what_it_starts_from(
 ) -> None:
     def fn(rank: int) -> tuple[str, str]:
         uncertain = ("--selection", "uncertainty", "--load")
-        trained = refusal(words(data, *uncertain, start / "trained", "--seed", "7"))
+        trained = refusal(words(data, *uncertain, start / "trained", "--seed", "7", iters=5))
         new = refusal(words(data, *uncertain, tmp_path / "new", "--save", tmp_path / "new"))
         return trained, new
 

@@ -20,6 +20,7 @@ FIELDS = {
     "iteration", "loss", "valid_loss", "alpha", "kept_instances", "kept_tokens", "tau_instance",
     "tau_token", "cvar", "lr", "grad_norm", "tokens", "tokens_trained", "flops", "flops_paper",
     "step_seconds", "mfu", "nonfinite_steps", "valid_loss_by_domain",
+    "batch_size", "consumed_samples",
 }  # fmt: skip
 
 
@@ -69,6 +70,13 @@ def test_the_first_line_says_whatever_is_unlike_the_default(data: list[str]) -> 
     assert other["eslm_scope"] == "local" and other["lr_warmup_iters"] == 2
     assert plain["lr_warmup_iters"] != 2
     assert json.loads(json.dumps(other)) == other
+    ramp = summary("--rampup-batch-size", "8", "8", "64", "--global-batch-size", "16")
+    assert ramp["rampup_batch_size"] == "8 8 64" and "rampup_batch_size" not in plain
+    assert summary("--skip-samples", "1:2", "7:9")["skip_samples"] == "1:2 7:9"
+    # Equal numbers make no other method of a run, however they are typed.
+    equal = ("--data-path", "3", data[0], "2e0", data[1], "--split", "0.98,0.01,0.01")
+    assert summary(*equal) == plain == {**plain, "data_path": f"3 {data[0]} 2 {data[1]}"}
+    assert summary("--split", "0.8,.1,.1")["split"] == "8,1,1"
 
 
 POLICIES = {

@@ -13,7 +13,7 @@ from megatron_eslm.training.checkpoint import read_weights
 from megatron_eslm.training.loop import Trainer
 from tests.harness import run_ranks
 
-from .runs import ROWS, Outcome, assert_same_dumps, build, refusal, train, words
+from .runs import ROWS, Outcome, assert_same_dumps, refusal, train, words
 
 EXACT = ("loss", "grad_norm", "tau_instance", "tau_token", "cvar", "lr", "tokens",
          "tokens_trained", "flops", "flops_paper", "kept_instances", "kept_tokens")  # fmt: skip
@@ -153,25 +153,3 @@ def test_alpha_given_anew_holds(data: list[str], tmp_path: Path) -> None:
         return train(argv, tmp_path / "m.jsonl").column("alpha")
 
     assert run_ranks(1, fn)[0] == [0.5, 0.5]
-
-
-def test_consent_to_another_batch_size(data: list[str], tmp_path: Path) -> None:
-    """The data position then counts in the new order, and the run reaches its end."""
-
-    def fn(rank: int) -> list[tuple[int, int]]:
-        train(words(data, "--save", tmp_path / "run", iters=3))
-        ends = []
-        for rows in (4, 16):
-            trainer = build(
-                words(
-                    data,
-                    *("--load", tmp_path / "run", "--allow-data-change"),
-                    iters=5,
-                    micro_batch_size=rows,
-                )
-            )
-            trainer.train()
-            ends.append((trainer.state.iteration, trainer.state.consumed_samples))
-        return ends
-
-    assert run_ranks(1, fn)[0] == [(5, 20), (5, 80)]
