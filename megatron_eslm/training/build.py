@@ -46,6 +46,7 @@ from megatron_eslm.training.gradient_alignment import (
     align_before_micro_steps,
     alignment_rows,
     check_alignment,
+    rows_to_choose_by,
 )
 from megatron_eslm.training.last_mlp import last_mlp_kept
 from megatron_eslm.training.loop import Trainer
@@ -90,7 +91,7 @@ def plan_run(run: RunConfig, source: DataSource, options: DataOptions) -> Mixtur
         run.model.seq_length,
         train_samples=t.train_iters * t.global_batch_size,
         valid_samples=t.eval_iters * t.micro_batch_size * run.dp_size,
-        aligns=alignment_rows(run) is not None,
+        aligns=rows_to_choose_by(run),
     )
 
 
@@ -232,7 +233,7 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
         train_samples=report.train_samples,
         valid_samples=report.valid_samples,
         seed=run.training.seed,
-        aligns=alignment_rows(run) is not None,
+        aligns=rows_to_choose_by(run),
         reference=stored,
     )
     state = TrainState(SelectionState(alpha=run.selection.initial_alpha))
