@@ -48,6 +48,7 @@ from megatron_eslm.training.gradient_alignment import (
     check_alignment,
     rows_to_choose_by,
 )
+from megatron_eslm.training.header import header
 from megatron_eslm.training.last_mlp import last_mlp_kept
 from megatron_eslm.training.loop import Trainer
 from megatron_eslm.training.objectives import (
@@ -212,6 +213,7 @@ def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
     check_epochs(report, options.max_epochs)
     check_alignment(run, report)
     shape = run.shape(source.tokenizer.vocab_size)
+    logger.info("%s", header(run, shape, (domain.name for domain in source.domains)))
     stored = open_stored_losses(run, source)
     data = data_record(run, source, stored, report)
     if save := run.checkpoint.save:

@@ -19,6 +19,8 @@ from megatron_eslm.selection.alpha import AlphaController
 from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, SelectionState
 from megatron_eslm.training.flops import FlopsModel, Work
+from megatron_eslm.training.header import batch_text, layout_text, machine_text
+from megatron_eslm.training.method import method_text
 from megatron_eslm.training.stages import (
     StagePlan,
     adapter_params,
@@ -277,19 +279,6 @@ def _totals(run: RunConfig, flops: FlopsModel) -> tuple[float, float, int]:
     return executed, by_paper, trained
 
 
-def _layout(run: RunConfig) -> str:
-    engine, interval = run.engine, run.model.activation_checkpoint_interval
-    facts = [
-        f"{engine.tensor_model_parallel_size} tensor x {engine.pipeline_model_parallel_size} "
-        f"pipeline x {run.dp_size} data-parallel ranks",
-        f"ZeRO {engine.zero_stage}",
-        *(["CPU offload"] if engine.cpu_offload else []),
-        *(["sequence parallel"] if engine.sequence_parallel else []),
-        *([f"activation checkpoints every {interval} blocks"] if interval else []),
-    ]
-    return ", ".join(facts)
-
-
 def dry_run_text(
     run: RunConfig, shape: ModelShape, flops: FlopsModel, mixture: MixtureReport
 ) -> str:
@@ -304,10 +293,10 @@ def dry_run_text(
     read = t.train_iters * work.tokens
     lines = [
         f"steps                {t.train_iters:,}",
-        f"batch                {t.global_batch_size} sequences x {run.model.seq_length} tokens = "
-        f"{run.gradient_accumulation_steps} micro-steps x {run.dp_size} ranks x "
-        f"{t.micro_batch_size}",
-        f"layout               {_layout(run)}",
+        f"batch                {batch_text(run)}",
+        f"method               {method_text(run.selection, run.objective.distill)}",
+        f"computes in          {machine_text(run)}",
+        f"layout               {layout_text(run)}",
         f"tokens read          {read:,}",
         f"tokens trained on    {trained:,} ({trained / read:.1%})",
         f"parameters           {shape.num_params:,} (vocabulary {shape.vocab_size:,} padded to "
