@@ -5,7 +5,10 @@
 Runs under deepspeed, torchrun and plain python. README.md has the first commands, --help the rest.
 """
 
-from megatron_eslm.training.main import main
-
 if __name__ == "__main__":
+    from megatron_eslm.training.signals import end_at_once
+
+    end_at_once()  # before the imports that take seconds
+    from megatron_eslm.training.main import main
+
     main()

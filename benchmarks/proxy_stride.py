@@ -26,6 +26,7 @@ from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
 from megatron_eslm.ops.keep_rule import num_to_keep
 from megatron_eslm.parallel.bootstrap import single_process
 from megatron_eslm.parallel.mesh import build_mesh
+from megatron_eslm.reports.held_out import held_out
 from megatron_eslm.reports.passages import validation_passages
 from megatron_eslm.reports.token_scores import open_scoring_model
 
@@ -38,7 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--load", required=True)
     parser.add_argument("--data-path", nargs="+", required=True, metavar="PREFIX")
-    parser.add_argument("--split", default="95,5,0")
+    parser.add_argument("--split", help="default: that of the run")
     parser.add_argument("--proxy-layers", type=int, default=1)
     parser.add_argument("--samples", type=int, default=1600)
     parser.add_argument("--rows", type=int, default=10, help="sequences that compete (%(default)s)")
@@ -98,9 +99,8 @@ def token_risks(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.nd
     the tokens."""
     scoring = open_scoring_model(args.load)
     shape, length = scoring.weights.shape, scoring.context
-    passages = validation_passages(
-        args.data_path, args.split, scoring.tokenizer, length, args.samples
-    )
+    split = held_out([scoring], args.split).split
+    passages = validation_passages(args.data_path, split, scoring.tokenizer, length, args.samples)
     whole = [p for p in passages if len(p.ids) == length]
     model = bare_gpt(shape, build_mesh())
     load_weights(model, scoring.weights.weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import math
 import os
@@ -271,25 +270,18 @@ def slurm(
     examples: Examples,
     *,
     exit_code: int = 0,
-    end: str = "Unknown",
     preempted: str = "None",
     **env: str,
 ) -> Example:
     """The batch script, where srun ends with `exit_code` and scontrol knows this of the job."""
     lines = (
-        f"   StartTime=2026-01-01T00:00:00 EndTime={end} Deadline=N/A\n"
+        "   StartTime=2026-01-01T00:00:00 EndTime=2026-01-02T00:00:00 Deadline=N/A\n"
         f"   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime={preempted}"
     )
     examples.program("srun", f"exit {exit_code}\n")
     examples.program("scontrol", f'[ "$1" = requeue ] || echo "{lines}"\n')
     job = {"SLURM_JOB_ID": "4711", "SLURM_CPUS_PER_TASK": "8"}
     return examples("examples/slurm_1.5B.sbatch", **job, **env)
-
-
-def in_seconds(seconds: int) -> str:
-    """A time as Slurm writes it."""
-    time = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
-    return f"{time:%Y-%m-%dT%H:%M:%S}"
 
 
 def requeued(example: Example) -> bool:
@@ -299,35 +291,31 @@ def requeued(example: Example) -> bool:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_slurm(examples: Examples, layout: str) -> None:
     given = directives()
-    assert given["signal"] == "TERM@300" and {"requeue", "exclusive"} <= given.keys()
+    assert given["signal"] == "USR1@300" and {"requeue", "exclusive"} <= given.keys()
     world_size = int(given["nodes"]) * int(given["ntasks-per-node"])
     example = slurm(examples, LAYOUT=layout)
-    check(example, world_size)
+    for run in check(example, world_size):
+        assert run.training.exit_signal == "USR1"
     for words in example.trainings():
         assert words[0] == "srun" and "--kill-on-bad-exit=1" in words
     assert not requeued(example)
 
 
 @pytest.mark.parametrize(
-    ("exit_code", "seconds_left", "preempted", "again"),
+    ("exit_code", "preempted", "again"),
     [
-        (143, 330, False, True),  # the time limit
-        (143, 1800, True, True),
-        (143, 1800, False, False),  # a rank failed and srun ended the others
-        (143, None, False, False),  # the same, in a job without a limit
-        (2, 330, False, False),
-        (1, 1800, True, False),
+        (138, False, True),  # SIGUSR1: the time limit
+        (143, True, True),
+        (143, False, False),  # a rank failed and srun ended the others
+        (2, False, False),
+        (1, True, False),
     ],
 )
 def test_slurm_requeues_what_the_batch_system_stopped(
-    examples: Examples, exit_code: int, seconds_left: int | None, preempted: bool, again: bool
+    examples: Examples, exit_code: int, preempted: bool, again: bool
 ) -> None:
-    example = slurm(
-        examples,
-        exit_code=exit_code,
-        end="Unknown" if seconds_left is None else in_seconds(seconds_left),
-        preempted=in_seconds(-20) if preempted else "None",
-    )
+    when = "2026-01-01T12:00:00" if preempted else "None"
+    example = slurm(examples, exit_code=exit_code, preempted=when)
     assert (example.code, example.err) == (exit_code, "")
     assert len(example.trainings()) == 1
     assert requeued(example) == again

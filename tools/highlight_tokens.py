@@ -20,6 +20,7 @@ from megatron_eslm.data.tokenizers import same_ids
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.bootstrap import single_process
 from megatron_eslm.reports.groups import default_labels
+from megatron_eslm.reports.held_out import held_out
 from megatron_eslm.reports.highlight import Column, choose, highlight_page
 from megatron_eslm.reports.html import write_page
 from megatron_eslm.reports.passages import passages_of_text, read_text, validation_passages
@@ -74,8 +75,15 @@ def render(args: argparse.Namespace) -> str:
         passages = passages_of_text(read_text(args.text), args.text, model.tokenizer, window)
         passages = passages[: args.samples]
     else:
+        read = held_out(models, args.split)
         passages = validation_passages(
-            args.data_path, args.split, model.tokenizer, window, args.samples, first_only=True
+            args.data_path,
+            read.split,
+            model.tokenizer,
+            window,
+            args.samples,
+            first_only=True,
+            eod_mask_loss=read.eod_mask_loss,
         )
     loss_of_reference = [s.loss for s in reference.score(passages)] if reference else []
 
@@ -131,8 +139,8 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--split",
-        default="98,1,1",
-        help="which documents are for validation, as in training (%(default)s)",
+        help="which documents are for validation; default: those of the run that --load is of, "
+        "since it was not trained on them",
     )
     parser.add_argument(
         "--output", default="highlight.html", metavar="FILE", help="page to write (%(default)s)"

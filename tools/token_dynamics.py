@@ -22,6 +22,7 @@ from megatron_eslm.command_line import Parser, command
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.bootstrap import single_process
 from megatron_eslm.reports import curves, dynamics
+from megatron_eslm.reports.held_out import held_out
 from megatron_eslm.reports.html import write_page
 from megatron_eslm.reports.passages import Passage, validation_passages
 from megatron_eslm.reports.tables import to_console
@@ -43,8 +44,14 @@ def report(args: argparse.Namespace) -> None:
     iterations = chosen_iterations(args.load, args.iterations)
     newest = open_scoring_model(args.load, checkpoint_name(iterations[-1]))
     window = window_of([newest], args.seq_length)
+    read = held_out([newest], args.split)
     passages = validation_passages(
-        args.data_path, args.split, newest.tokenizer, window, args.samples
+        args.data_path,
+        read.split,
+        newest.tokenizer,
+        window,
+        args.samples,
+        eod_mask_loss=read.eod_mask_loss,
     )
     losses = [score(args.load, iteration, passages) for iteration in iterations]
     found = dynamics.classify(iterations, np.stack(losses), args.threshold)
@@ -103,8 +110,8 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--split",
-        default="98,1,1",
-        help="which documents are for validation, as in training (%(default)s)",
+        help="which documents are for validation; default: those of the run that --load is of, "
+        "since it was not trained on them",
     )
     parser.add_argument(
         "--threshold",

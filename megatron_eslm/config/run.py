@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_eslm.config import deepspeed_json
+from megatron_eslm.config.filler import SHAPE, Filler, with_shape
 from megatron_eslm.config.flags import flag_of, parse_groups
 from megatron_eslm.config.layouts import (
     AskedLayout,
@@ -19,6 +20,7 @@ from megatron_eslm.config.layouts import (
     layout_table,
     layout_warnings,
 )
+from megatron_eslm.config.schedule import fill_schedule
 from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.data.label_noise import check_label_noise
 from megatron_eslm.data.options import DataOptions
@@ -145,41 +147,22 @@ class RunConfig:
         return dataclasses.asdict(self)
 
 
+def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """From the command line to what `resolve` takes, but for `world_size` and `stored`.
+
+    Raises:
+        ConfigError: a flag or a value that cannot be used.
+    """
+    return parse_groups(GROUPS, argv, "Pretrain a GPT with selection in the training step.", PAGES)
+
+
 def parse_run(argv: Sequence[str], world_size: int) -> RunConfig:
-    """From the command line to a resolved run.
+    """From the command line to a resolved run, without a look at data or checkpoints.
 
     Raises:
         ConfigError: whatever cannot be used, before anything is built.
     """
-    parsed = parse_groups(
-        GROUPS, argv, "Pretrain a GPT with selection in the training step.", PAGES
-    )
-    return resolve(world_size=parsed["report"].dry_run_world_size or world_size, **parsed)
-
-
-class _Filler:
-    """Fills what was not given: from the DeepSpeed JSON, then the preset, then a default."""
-
-    def __init__(self, given: frozenset[str], json: dict[str, Any], preset: Preset | None) -> None:
-        self.given, self.preset = given, preset
-        self.json = deepspeed_json.values_from(json)
-
-    def __call__(self, options: Any, name: str, default: Any = None) -> Any:
-        if name in self.given:
-            return getattr(options, name)
-        if name in self.json:
-            return self.json[name]
-        value = getattr(options, name)
-        if value is not None and value is not False:
-            return value
-        from_preset = getattr(self.preset, name, None) if self.preset else None
-        value = from_preset if from_preset is not None else (default if value is None else value)
-        if value is None:
-            raise ConfigError(
-                f"{flag_of(name)} is not set and follows from nothing else. Give it, or "
-                f"--model-size {'|'.join(PRESETS)}."
-            )
-        return value
+    return resolve(world_size=world_size, **parse_flags(argv))
 
 
 def resolve(
@@ -196,8 +179,24 @@ def resolve(
     report: ReportOptions,
     given: frozenset[str],
     world_size: int,
+    stored: ModelShape | None = None,
 ) -> RunConfig:
-    """Fill what was left open and check every rule that crosses components."""
+    """Fill what was left open and check every rule that crosses components.
+
+    Args:
+        model, selection, objective, reference, data, training, optimizer, engine, checkpoint,
+            report: as parsed.
+        given: names of the flags that were set.
+        world_size: processes, unless --dry-run-world-size says how many.
+        stored: shape of the model in the checkpoint to load, where there is one.
+
+    Raises:
+        MissingFlags: what nothing determines.
+        ConfigError: whatever cannot be used.
+    """
+    world_size = report.dry_run_world_size or world_size
+    if stored is not None:
+        model = with_shape(model, stored, given)
     json: dict[str, Any] = {}
     if engine.deepspeed_config:
         json = deepspeed_json.read_json(engine.deepspeed_config)
@@ -209,7 +208,7 @@ def resolve(
                 )
     demo = not data.data_path
     preset = PRESETS[model.model_size] if model.model_size else DEMO_PRESET if demo else None
-    fill = _Filler(given, json, preset)
+    fill = Filler(given, json, preset)
 
     engine = dataclasses.replace(
         engine,
@@ -224,6 +223,9 @@ def resolve(
     )
     _check_engine(engine)
 
+    if preset is None:
+        needed = {model: SHAPE, training: ("micro_batch_size", "train_iters"), optimizer: ("lr",)}
+        fill.require((options, name) for options, names in needed.items() for name in names)
     model = dataclasses.replace(
         model,
         num_layers=fill(model, "num_layers"),
@@ -238,7 +240,7 @@ def resolve(
     check_label_noise(data.label_noise, model.seq_length or 0)
     if preset is DEMO_PRESET:
         preset = dataclasses.replace(preset, micro_batch_size=max(1, DEMO_ROWS // dp_size))
-        fill = _Filler(given, json, preset)
+        fill = Filler(given, json, preset)
     training = _fill_training(
         training, fill, preset, dp_size, deepspeed_json.accumulation_steps(json)
     )
@@ -386,7 +388,7 @@ def _check_layout(
 
 def _fill_training(
     training: TrainingOptions,
-    fill: _Filler,
+    fill: Filler,
     preset: Preset | None,
     dp_size: int,
     accumulation_steps: int | None,
@@ -412,7 +414,7 @@ def _fill_training(
 
 
 def _fill_optimizer(
-    optimizer: OptimizerOptions, fill: _Filler, training: TrainingOptions
+    optimizer: OptimizerOptions, fill: Filler, training: TrainingOptions
 ) -> OptimizerOptions:
     assert training.train_iters
     lr = fill(optimizer, "lr")
@@ -421,13 +423,10 @@ def _fill_optimizer(
         min_lr = lr / 10
     if min_lr > lr:
         raise ConfigError(f"--min-lr {min_lr:g} is above --lr {lr:g}.")
-    warmup = fill(optimizer, "lr_warmup_iters", max(1, training.train_iters // 20))
-    decay = fill(optimizer, "lr_decay_iters", training.train_iters)
-    if warmup >= decay:
-        raise ConfigError(
-            f"--lr-warmup-iters {warmup} must end before --lr-decay-iters {decay}; change one."
-        )
-    if warmup >= training.train_iters:
+    warmup, decay = fill_schedule(
+        training.train_iters, optimizer.lr_warmup_iters, optimizer.lr_decay_iters, fill.preset
+    )
+    if warmup > training.train_iters:
         logger.warning(
             "--train-iters %d ends before the warm-up of --lr-warmup-iters %d does: the learning "
             "rate never reaches --lr %g.",

@@ -134,7 +134,7 @@ def build_datasets(
     train_samples: int,
     valid_samples: int,
     seed: int,
-    aligns: bool = False,
+    aligns: int = 0,
     reference: ReferenceLosses | None = None,
 ) -> Datasets:
     """The training and validation sequences.
@@ -150,8 +150,8 @@ def build_datasets(
         valid_samples: at most so many are in the validation set, the same at every evaluation;
             fewer where one epoch of the domains, in proportion to their weights, has no more.
         seed: of the shuffling of training sequences and of the label noise.
-        aligns: whether sequences for gradient alignment are wanted: the rest of the validation
-            split, which may be none at all.
+        aligns: sequences for gradient alignment that are wanted at least: they get what validation
+            leaves of its split, or half of it. 0 for none.
         reference: stored losses for training to read with its tokens.
 
     Raises:

@@ -55,7 +55,7 @@ def plan_mixture(
     train_samples: int,
     valid_samples: int = 0,
     *,
-    aligns: bool = False,
+    aligns: int = 0,
 ) -> MixtureReport:
     """Count documents, tokens and sequences by split, and what the run needs of them.
 
@@ -65,7 +65,8 @@ def plan_mixture(
         seq_length: T; a sequence takes T ids and the first of the next.
         train_samples: samples that the run reads or passes over, from the first one on.
         valid_samples: samples wanted for validation; 0 for none.
-        aligns: whether the rest of the validation split is wanted, too.
+        aligns: samples wanted at least of what validation leaves of its split; 0 for none. Where
+            it would leave fewer, it gets half of the split.
 
     Raises:
         ConfigError: a split that is needed holds less than one sequence of a domain.
@@ -76,7 +77,7 @@ def plan_mixture(
             "1 of length 2)."
         )
     counted = []
-    reads_valid = valid_samples > 0 or aligns
+    reads_valid = valid_samples > 0 or aligns > 0
     for domain in source.domains:
         lengths = read_index(domain.prefix, trust=True).lengths
         ranges = document_ranges(options.split, len(lengths))
@@ -96,19 +97,21 @@ def plan_mixture(
     valid_reach = min(
         (_samples_within(sequences["valid"], domain.weight) for domain, _, _, sequences in counted),
     )
-    if valid_reach < valid_samples:
+    evaluated = min(valid_samples, valid_reach)
+    why = "one epoch by weight has no more"
+    if valid_reach - evaluated < aligns:
+        evaluated = min(evaluated, valid_reach // 2)
+        why = "the other half of its split is what sequences are chosen by"
+    if evaluated < valid_samples:
         logger.info(
-            "validation reads %d sequences instead of %d: one epoch by weight has no more",
-            valid_reach,
-            valid_samples,
+            "validation reads %d sequences instead of %d: %s", evaluated, valid_samples, why
         )
-    valid_samples = min(valid_samples, valid_reach)
-    alignment_samples = valid_reach - valid_samples if aligns else 0
+    alignment_samples = valid_reach - evaluated if aligns else 0
     plans = []
     for domain, documents, tokens, sequences in counted:
         needed = {
             "train": _samples_at_most(train_samples, domain.weight),
-            "valid": _samples_at_most(valid_samples + alignment_samples, domain.weight),
+            "valid": _samples_at_most(evaluated + alignment_samples, domain.weight),
         }
         plans.append(
             DomainPlan(
@@ -126,7 +129,7 @@ def plan_mixture(
         domains=tuple(plans),
         seq_length=seq_length,
         train_samples=train_samples,
-        valid_samples=valid_samples,
+        valid_samples=evaluated,
         alignment_samples=alignment_samples,
     )
 

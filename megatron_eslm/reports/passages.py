@@ -71,6 +71,7 @@ def validation_passages(
     samples: int,
     *,
     first_only: bool = False,
+    eod_mask_loss: bool = False,
 ) -> list[Passage]:
     """Windows of the validation documents of pairs, taken from the pairs in turn.
 
@@ -81,6 +82,7 @@ def validation_passages(
         window: most tokens of a passage.
         samples: how many passages to take; fewer where there are no more.
         first_only: only the beginning of each document, for variety.
+        eod_mask_loss: without each document's first token, which such training does not predict.
 
     Raises:
         ConfigError: a pair is unusable, was made with another tokenizer, or has no validation
@@ -103,7 +105,9 @@ def validation_passages(
         for document in range(first, last):
             begin, end = int(ends[document]) - int(index.lengths[document]), int(ends[document])
             name = f"{Path(prefix).name}, document {document}"
-            some = _windows(ids[begin:end].astype(np.int64), name, tokenizer.eod, window)
+            some = _windows(
+                ids[begin:end].astype(np.int64), name, tokenizer.eod, window, int(eod_mask_loss)
+            )
             yield from islice(some, 1 if first_only else None)
 
     in_turn = zip_longest(*map(of, prefixes))
@@ -143,10 +147,12 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, int]]:
     return found
 
 
-def _windows(ids: np.ndarray, name: str, eod: int, window: int) -> Iterator[Passage]:
-    for begin in range(0, len(ids), window):
+def _windows(
+    ids: np.ndarray, name: str, eod: int, window: int, first: int = 0
+) -> Iterator[Passage]:
+    for begin in range(first, len(ids), window):
         part = ids[begin : begin + window]
-        where = f"{name}, from token {begin}" if begin else name
+        where = f"{name}, from token {begin}" if begin > first else name
         yield Passage(where, part, int(ids[begin - 1]) if begin else eod)
 
 

@@ -7,9 +7,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.options import Lora
 from megatron_eslm.training.finding import Found
 
-_TO_WEIGHTS = (
-    "make weights of it to start from (tools/convert_to_hf.py, then tools/convert_from_hf.py)"
-)
+_TO_WEIGHTS = "start a new run from its weights with --finetune"
 
 
 def check_adapters(run: RunConfig, found: Found | None) -> None:

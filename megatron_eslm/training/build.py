@@ -54,7 +54,9 @@ from megatron_eslm.training.gradient_alignment import (
     align_before_micro_steps,
     alignment_rows,
     check_alignment,
+    rows_to_choose_by,
 )
+from megatron_eslm.training.header import header
 from megatron_eslm.training.last_mlp import last_mlp_kept
 from megatron_eslm.training.loop import Trainer
 from megatron_eslm.training.manifest import new_run_id
@@ -102,7 +104,7 @@ def plan_run(
         run.model.seq_length,
         train_samples=reading.end,
         valid_samples=t.eval_iters * t.micro_batch_size * run.dp_size,
-        aligns=alignment_rows(run) is not None,
+        aligns=rows_to_choose_by(run),
     )
 
 
@@ -260,6 +262,7 @@ def _build_trainer(run: RunConfig, phases: Phases, outputs: Outputs) -> Trainer:
     report = plan_run(run, source, options, reading)
     check_reading(run, options, reading, report)
     shape = run.shape(source.tokenizer.vocab_size)
+    logger.info("%s", header(run, shape, (domain.name for domain in source.domains)))
     stored = open_stored_losses(run, source)
     data = data_record(run, source, stored, report)
     check_adapters(run, found)
@@ -276,7 +279,7 @@ def _build_trainer(run: RunConfig, phases: Phases, outputs: Outputs) -> Trainer:
         train_samples=report.train_samples,
         valid_samples=report.valid_samples,
         seed=run.training.seed,
-        aligns=alignment_rows(run) is not None,
+        aligns=rows_to_choose_by(run),
         reference=stored,
     )
     recorder = Recorder()

@@ -47,6 +47,8 @@ class Weights:
     shape: ModelShape
     tokenizer_dir: Path | None
     iteration: int
+    data: dict[str, Any] | None = None
+    """How the run that saved them read its data (`data_record`); None where that is not known."""
 
 
 def save_checkpoint(
@@ -240,7 +242,8 @@ def read_weights(load: str | Path, tag: str | None = None) -> Weights:
     word = weights[WORD_EMBEDDING]
     padding = word.new_zeros(shape.padded_vocab_size - shape.vocab_size, word.shape[1])
     weights[WORD_EMBEDDING] = torch.cat([word, padding])
-    return Weights(weights, shape, found.tokenizer_dir, found.manifest.iteration)
+    data = found.run.get("data") if found.kind == "training" else None
+    return Weights(weights, shape, found.tokenizer_dir, found.manifest.iteration, data)
 
 
 def write_weights(

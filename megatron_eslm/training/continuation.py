@@ -15,15 +15,16 @@ from megatron_eslm.selection.state import SelectionState
 from megatron_eslm.training.checkpoint import Found, find_checkpoint, load_engine
 from megatron_eslm.training.engine import Engine
 from megatron_eslm.training.manifest import list_checkpoints
+from megatron_eslm.training.method import check_same_method
 from megatron_eslm.training.state import TrainState
+from megatron_eslm.training.stored_shape import holds_nothing_yet
 
 logger = logging.getLogger(__name__)
 
 
 def continues_itself(run: RunConfig) -> bool:
     """Whether the run loads from where it saves: the habit of jobs that are requeued."""
-    load, save = run.checkpoint.load, run.checkpoint.save
-    return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
+    return run.checkpoint.continues_itself
 
 
 def find_start(run: RunConfig) -> Found | None:
@@ -31,10 +32,12 @@ def find_start(run: RunConfig) -> Found | None:
     load, save = run.checkpoint.load, run.checkpoint.save
     if load is None:
         return None
-    if continues_itself(run) and not list_checkpoints(Path(load)):
+    if holds_nothing_yet(run.checkpoint):
         logger.info("--load %s holds no checkpoint yet: starting a new run", load)
         return None
     found = find_checkpoint(load)
+    if run.checkpoint.finetune:
+        return _for_finetuning(run, found)
     siblings = list_checkpoints(Path(save)) if save is not None else []
     if found.folder.resolve() == Path(load).resolve() and found.folder.resolve() in (
         path.resolve() for path in siblings[1:]
@@ -45,6 +48,18 @@ def find_start(run: RunConfig) -> Found | None:
             "remove the newer checkpoints."
         )
     return found
+
+
+def _for_finetuning(run: RunConfig, found: Found) -> Found:
+    """A checkpoint as if it held weights alone."""
+    save = run.checkpoint.save
+    if save is not None and Path(save).resolve() == found.folder.resolve().parent:
+        raise ConfigError(
+            f"--finetune starts a new run from --load {run.checkpoint.load}, and --save {save} is "
+            "where that run saves. Save to another folder; or leave out --finetune to continue "
+            "the run."
+        )
+    return found.as_weights()
 
 
 def check_continues(
@@ -71,6 +86,7 @@ def check_continues(
                 f"text with the tokenizer in {theirs_dir}."
             )
         return
+    check_same_method(run, found)
     options = found.run["options"]
     _check_same_data(run, found, data)
     _check_something_is_left(run, found)

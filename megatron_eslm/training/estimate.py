@@ -20,6 +20,8 @@ from megatron_eslm.selection.alpha import AlphaController
 from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, SelectionState
 from megatron_eslm.training.flops import FlopsModel, Work
+from megatron_eslm.training.header import batch_text, layout_text, machine_text
+from megatron_eslm.training.method import method_text
 from megatron_eslm.training.reading_plan import ReadingPlan
 from megatron_eslm.training.stages import (
     StagePlan,
@@ -288,28 +290,13 @@ def _totals(
     return executed, by_paper, trained
 
 
-def _layout(run: RunConfig) -> str:
-    engine, interval = run.engine, run.model.activation_checkpoint_interval
-    facts = [
-        f"{engine.tensor_model_parallel_size} tensor x {engine.pipeline_model_parallel_size} "
-        f"pipeline x {run.dp_size} data-parallel ranks",
-        f"ZeRO {engine.zero_stage}",
-        *(["CPU offload"] if engine.cpu_offload else []),
-        *(["sequence parallel"] if engine.sequence_parallel else []),
-        *([f"activation checkpoints every {interval} blocks"] if interval else []),
-    ]
-    return ", ".join(facts)
-
-
 def _reading(run: RunConfig, reading: ReadingPlan, start: TrainState) -> list[str]:
     """What is read in a step and in all."""
     t = run.training
     done = f" ({start.iteration:,} of them done)" if start.iteration else ""
     lines = [
         f"steps                {t.train_iters:,}{done}",
-        f"batch                {t.global_batch_size} sequences x {run.model.seq_length} tokens = "
-        f"{run.gradient_accumulation_steps} micro-steps x {run.dp_size} ranks x "
-        f"{t.micro_batch_size}",
+        f"batch                {batch_text(run)}",
     ]
     if t.rampup_batch_size:
         first, increment, samples = t.rampup_batch_size
@@ -353,7 +340,9 @@ def dry_run_text(
     read = start.tokens + reading.samples_left(reading.begin) * run.model.seq_length
     lines = [
         *_reading(run, reading, start),
-        f"layout               {_layout(run)}",
+        f"method               {method_text(run.selection, run.objective.distill)}",
+        f"computes in          {machine_text(run)}",
+        f"layout               {layout_text(run)}",
         f"tokens read          {read:,}",
         f"tokens trained on    {trained:,} ({trained / read:.1%})",
         f"parameters           {shape.num_params:,} (vocabulary {shape.vocab_size:,} padded to "

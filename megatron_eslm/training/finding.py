@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,12 @@ class Found:
         if any(name.startswith(inside) for name in self.manifest.files):
             return self.folder / manifests.TOKENIZER
         return None
+
+    def as_weights(self) -> Found:
+        """The same as if it held weights alone, with what adapters it has merged into them."""
+        files = {name: entry for name, entry in self.manifest.files.items() if name != STATE}
+        manifest = dataclasses.replace(self.manifest, kind="weights", files=files)
+        return dataclasses.replace(self, manifest=manifest, lora=None, train_state=None)
 
     def state(self) -> TrainState:
         """The TrainState it holds, for the caller to change."""

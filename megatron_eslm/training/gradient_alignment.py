@@ -53,6 +53,12 @@ def alignment_rows(run: RunConfig) -> tuple[int, int] | None:
     return candidates, max(1, int(candidates * run.selection.greats_valid_share + 0.5))
 
 
+def rows_to_choose_by(run: RunConfig) -> int:
+    """Validation sequences that a choice needs and that are not evaluated; 0 without a choice."""
+    rows = alignment_rows(run)
+    return 0 if rows is None else rows[1]
+
+
 def check_alignment(run: RunConfig, report: MixtureReport) -> None:
     """Refuse a greats run that has nothing to choose from, or too little to choose by.
 
@@ -62,7 +68,7 @@ def check_alignment(run: RunConfig, report: MixtureReport) -> None:
 
     Raises:
         ConfigError: one row a micro-batch, or fewer sequences than a choice needs in what
-            evaluation leaves of the validation split.
+            evaluation leaves of the validation split, which is half of it at least.
     """
     rows = alignment_rows(run)
     if rows is None:

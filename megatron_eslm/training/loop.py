@@ -34,13 +34,14 @@ from megatron_eslm.training.schedule import learning_rate
 from megatron_eslm.training.signals import StopSignal
 from megatron_eslm.training.state import TrainState
 from megatron_eslm.training.step_stats import StepStats, reduce_records
+from megatron_eslm.training.stopping import Stop, StopRequests
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Trainer:
-    """Everything that a run needs, built; `train()` runs it to its end or to a signal."""
+    """Everything that a run needs, built; `train()` runs it until it ends or is to stop."""
 
     run: RunConfig
     mesh: Mesh
@@ -66,8 +67,11 @@ class Trainer:
         """Seconds, positions read and FLOPs of each step since the last report."""
         self.outputs.guard(self.engine.monitor)
 
-    def train(self) -> signal.Signals | None:
+    def train(self, began_seconds: float | None = None) -> signal.Signals | None:
         """Train from the state's iteration to `--train-iters`.
+
+        Args:
+            began_seconds: when the program began, on the monotonic clock; default: now.
 
         Returns:
             The signal that ended the run early, if one did.
@@ -77,30 +81,31 @@ class Trainer:
                 has been saved first.
         """
         try:
-            stopped = self._train()
+            stopped = self._train(time.monotonic() if began_seconds is None else began_seconds)
             with self.phases("end of training", waits=self.mesh.world_size > 1):
                 self.outputs.check_written(
                     self.state.iteration, saved=self._saved_iteration == self.state.iteration
                 )
         finally:
             self.outputs.close()
-        if stopped is not None:
-            logger.warning("%s: stopped after iteration %d", stopped.name, self.state.iteration)
-        return stopped
+        if stopped is None:
+            return None
+        logger.warning("%s: stopped after iteration %d", stopped.reason, self.state.iteration)
+        return stopped.signal
 
-    def _train(self) -> signal.Signals | None:
+    def _train(self, began_seconds: float) -> Stop | None:
         t, state = self.run.training, self.state
         assert t.train_iters and t.eval_interval
         stopped = None
-        with StopSignal() as stop:
+        with StopSignal(t.stop_signals) as received:
+            stop = StopRequests(t, received, began_seconds, self.outputs)
             batches = self._batches()
             if state.iteration == 0 and self.datasets.valid is not None:
                 self._report(None, None, self._evaluate())
             while state.iteration < t.train_iters and stopped is None:
                 stats, norm = self._step(batches, stop)
                 last = state.iteration == t.train_iters
-                if stats.stop_requested and not last:
-                    stopped = stop.received or signal.SIGTERM
+                stopped = None if last else stop.agreed(stats.stop_votes)
                 evaluation = None
                 if (
                     self.datasets.valid is not None
@@ -155,7 +160,7 @@ class Trainer:
         return size
 
     def _step(
-        self, batches: Iterator[dict[str, torch.Tensor]], stop: StopSignal
+        self, batches: Iterator[dict[str, torch.Tensor]], stop: StopRequests
     ) -> tuple[StepStats, float]:
         """One optimizer step; advances the state."""
         state, begin = self.state, time.perf_counter()
@@ -187,7 +192,7 @@ class Trainer:
                 self.mesh,
                 self.run.model.seq_length,
                 self.engine.device,
-                stop=stop.received is not None or self.outputs.unwritten is not None,
+                stop_votes=stop.votes(),
             )
 
         self.alpha.end_step(state.iteration, stats.cvar)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from types import FrameType
 
-from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.bootstrap import init_distributed, leave
 from megatron_eslm.parallel.launch import discover
 from megatron_eslm.parallel.phases import Phases
 from megatron_eslm.parallel.watchdog import Watchdog, job_watchdog
+from megatron_eslm.training import signals
+from megatron_eslm.training.command_line import read_command_line
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,7 @@ def fail(message: str, code: int, watchdog: Watchdog | None = None) -> None:
     launchers kill all processes as soon as the first has ended, so the others give rank 0 the time
     to speak; one that is still alive then is the only one that knows.
     """
+    signals.leave_with(code)
     if watchdog is not None:
         watchdog.fail(message, code=code)
     if os.environ.get("RANK", "0") != "0":
@@ -43,10 +43,6 @@ def fail(message: str, code: int, watchdog: Watchdog | None = None) -> None:
     sys.stderr.flush()
     # Skips the destructors of process groups, which may wait for ranks that are gone.
     os._exit(code)
-
-
-class Terminated(BaseException):
-    """SIGTERM where no step is under way that could be finished and saved first."""
 
 
 def print_page(text: str) -> None:
@@ -58,29 +54,30 @@ def print_page(text: str) -> None:
         raise ConfigError(f"standard output cannot be written: {error.strerror}.") from error
 
 
-def raise_terminated(number: int, frame: FrameType | None) -> None:
-    """Handler of SIGTERM: the default one would end this rank without a word to the others."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of pretrain_gpt.py.
 
-    Exit codes: 0 trained to the end, 2 bad input, 1 any other error, 128 + n stopped by signal n
-    (in training, with a checkpoint).
+    Exit codes, the same on all ranks:
+
+    - 0: trained to the end, or saved and stopped by --exit-interval or --exit-duration-minutes;
+    - 2: bad input;
+    - 1: any other error;
+    - 128 + n: stopped by signal n; 143 SIGTERM, 130 Ctrl-C, 138 --exit-signal USR1. In training,
+      with a checkpoint.
     """
+    began_seconds = time.monotonic()
+    signals.end_at_once()
     argv = sys.argv[1:] if argv is None else argv
     phases, watchdog = Phases(), None
     try:
         discover()
         configure_logging()
-        run = parse_run(argv, int(os.environ.get("WORLD_SIZE", "1")))
+        run = read_command_line(argv, int(os.environ.get("WORLD_SIZE", "1")))
+        signals.end_at_once(run.training.stop_signals)
         timeout_seconds = 60.0 * run.engine.distributed_timeout_minutes
         init_distributed(run.engine.collective_timeout_seconds)
         watchdog = job_watchdog(phases, timeout_seconds)
-        if watchdog is not None:
-            signal.signal(signal.SIGTERM, raise_terminated)
+        signals.unwind(run.training.stop_signals)
         # Imported here, so that --help and a mistyped flag need not wait for them.
         from megatron_eslm.training.build import build_trainer, dry_run
         from megatron_eslm.training.nonfinite import NonfiniteError
@@ -94,26 +91,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             stopped = None
         else:
             try:
-                stopped = build_trainer(run, phases).train()
+                stopped = build_trainer(run, phases).train(began_seconds)
             except NonfiniteError as error:
                 fail(str(error), 1, watchdog)
+        signals.ignore()
         if watchdog is not None:
             watchdog.stop()
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except ConfigError as error:
         fail(str(error), 2, watchdog)
-    except Terminated:
-        assert watchdog is not None
-        # Launchers send it to the others when one rank has died, which is the thing to say then.
-        watchdog.fail("stopped by SIGTERM, without a checkpoint.", code=143, patience_seconds=1.0)
-    except (Exception, KeyboardInterrupt) as error:
+    except signals.Interrupted as end:
+        signals.leave_with(end.code)
+        if watchdog is not None:
+            # Launchers send it to the others when one rank has died: then that is to be said.
+            watchdog.fail(str(end), code=end.code, patience_seconds=1.0)
+        fail(str(end), end.code)
+    except Exception as error:
         # Not handed on: the interpreter would wait for its loader processes before it ends, and the
         # launcher, or another rank, for this one.
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        signals.ignore()
         if watchdog is not None:
-            watchdog.fail_with(error, code=code)
+            watchdog.fail_with(error)
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(1)
 
     leave(0 if stopped is None else 128 + stopped)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from megatron_eslm.errors import ConfigError
@@ -15,6 +17,7 @@ from megatron_eslm.limits import (
     Range,
     check_fields,
 )
+from megatron_eslm.training.signals import ALWAYS, EXIT_SIGNALS
 
 MOST_MINUTES = 1_000_000
 """Two years, which every clock can count."""
@@ -64,6 +67,13 @@ class TrainingOptions:
     exit_interval: Annotated[int, ONE_OR_MORE] | None = None
     """Save and stop after the step whose number is a multiple of this."""
 
+    exit_duration_minutes: Annotated[float, Range(above=0, at_most=MOST_MINUTES)] | None = None
+    """Save and stop after the first step that ends so long after the program began."""
+
+    exit_signal: str | None = None
+    """A signal that has the run save and stop after the step under way, as SIGTERM and SIGINT
+    always do: USR1, USR2, HUP or XCPU. The exit code, 128 + its number, tells it from them."""
+
     def __post_init__(self) -> None:
         check_fields(self)
         if len(self.rampup_batch_size) not in (0, 3):
@@ -72,6 +82,20 @@ class TrainingOptions:
                 f"--rampup-batch-size {given} must be three numbers: START "
                 "INCREMENT SAMPLES, as in 16 16 100000."
             )
+        _ = self.stop_signals
+
+    @property
+    def stop_signals(self) -> tuple[signal.Signals, ...]:
+        """The signals that stop the run: SIGTERM, SIGINT and that of --exit-signal."""
+        if self.exit_signal is None:
+            return ALWAYS
+        name = self.exit_signal.upper().removeprefix("SIG")
+        if name not in EXIT_SIGNALS:
+            raise ConfigError(
+                f"--exit-signal {self.exit_signal} is not one of {', '.join(EXIT_SIGNALS)}. "
+                "SIGTERM and SIGINT stop a run without it."
+            )
+        return (*ALWAYS, signal.Signals[f"SIG{name}"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +109,11 @@ class OptimizerOptions:
     """Learning rate at the end of the decay; default: a tenth of --lr."""
 
     lr_warmup_iters: Annotated[int, NOT_NEGATIVE] | None = None
-    """Steps of linear warm-up; default: a twentieth of --train-iters."""
+    """Steps of linear warm-up; default: a twentieth of --train-iters, or of --lr-decay-iters where
+    that is less."""
 
     lr_decay_iters: Annotated[int, NOT_NEGATIVE] | None = None
-    """Step at which --min-lr is reached; default: --train-iters."""
+    """Step at which --min-lr is reached; default: --train-iters, or the end of a longer warm-up."""
 
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.1
     """Decay of matrices; biases and norms are not decayed."""
@@ -187,7 +212,8 @@ class CheckpointOptions:
 
     load: str | None = None
     """Folder of checkpoints to continue from (its newest complete one), or one checkpoint. May
-    equal --save: then an empty folder starts a new run, which suits jobs that are requeued."""
+    equal --save: then an empty folder starts a new run, which suits jobs that are requeued. It
+    brings the flags of the model's shape along."""
 
     save_interval: Annotated[int, ONE_OR_MORE] = 1000
     """Steps between checkpoints."""
@@ -205,12 +231,43 @@ class CheckpointOptions:
     scale; the learning rate stays on its schedule. A requeued job (--load equal to --save) does so
     once: not from a checkpoint that a run with this flag has saved."""
 
+    allow_method_change: bool = False
+    """Continue although what is trained on, or what is minimised, differs from the checkpoint's:
+    --selection, --eslm-score, --eslm-level or --distill."""
+
+    finetune: bool = False
+    """Start a new run from the weights of --load, a checkpoint of training or of weights alone:
+    iteration 0, a schedule and an optimizer of its own, the first sample. --save must be another
+    folder."""
+
+    @property
+    def continues_itself(self) -> bool:
+        """Whether the run loads from where it saves: the habit of jobs that are requeued."""
+        if self.load is None or self.save is None:
+            return False
+        return Path(self.load).resolve() == Path(self.save).resolve()
+
     def __post_init__(self) -> None:
         check_fields(self)
         if self.reset_optimizer and self.load is None:
             raise ConfigError(
                 "--reset-optimizer needs a checkpoint whose weights go on: give --load, or leave "
                 "it out."
+            )
+        if self.finetune:
+            self._check_finetune()
+
+    def _check_finetune(self) -> None:
+        if self.load is None:
+            raise ConfigError(
+                "--finetune starts from the weights of a checkpoint and --load names none. Give "
+                "--load, or leave it out."
+            )
+        if self.continues_itself:
+            raise ConfigError(
+                f"--finetune starts a new run from --load {self.load}, and --save {self.save} is "
+                "where that run saves. Save to another folder; or leave out --finetune to continue "
+                "the run."
             )
 
 

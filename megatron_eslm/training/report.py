@@ -17,9 +17,8 @@ from megatron_eslm.data.source import canonical_data_path, canonical_split
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.lock import FileLock
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import build_policy
-from megatron_eslm.selection.state import Peers, SelectionState
 from megatron_eslm.training.evaluate import Evaluation
+from megatron_eslm.training.method import selection_summary
 from megatron_eslm.training.state import TrainState
 from megatron_eslm.training.step_stats import StepStats
 
@@ -109,18 +108,9 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
     but for the seed are taken for one method. So what has no effect on a policy is not told.
     """
     s, t = run.selection, run.training
-    alone = Peers(0, 1, None)
-    policy = build_policy(s, SelectionState(alpha=s.initial_alpha), alone, seed=t.seed)
-    by_instance, by_token = (
-        source != "nothing" for source in (policy.instance_source, policy.token_source)
-    )
-    early_exit = policy.instance_source == "head"
+    selection = selection_summary(s)
     summary = {
-        "selection": s.selection,
-        "alpha": s.initial_alpha,
-        "score": s.eslm_score if s.selection == "eslm" else None,
-        "level": _LEVELS[by_instance, by_token],
-        "proxy_layers": s.eslm_proxy_layers if early_exit else None,
+        **selection,
         "seed": t.seed,
         "model_size": run.model.model_size,
         "num_layers": run.model.num_layers,
@@ -140,7 +130,7 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
     if t.skip_samples:
         summary["skip_samples"] = " ".join(t.skip_samples)
     told = {"selection", "eslm_alpha", "eslm_score", "eslm_level", "eslm_proxy_layers", *summary}
-    told |= _without_effect(s, early_exit=early_exit)
+    told |= _without_effect(s, early_exit=selection["proxy_layers"] is not None)
     data = dataclasses.replace(run.data, split=canonical_split(run.data.split))
     parts = (run.model, run.selection, run.objective, run.reference, run.optimizer, data)
     for options in parts:
@@ -151,15 +141,6 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
     if run.checkpoint.load != run.checkpoint.save:
         summary["load"] = run.checkpoint.load
     return summary
-
-
-_LEVELS = {
-    (True, True): "both",
-    (True, False): "instance",
-    (False, True): "token",
-    (False, False): None,
-}
-"""By whether sequences and tokens are selected."""
 
 
 def _without_effect(options: SelectionOptions, *, early_exit: bool) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,8 @@ class StepStats:
     cvar: float | None
     """Thresholds and CVaR are means over micro-steps, and over ranks where each decides alone."""
     work: Work
-    stop_requested: bool
-    """Some rank was asked to stop by a signal."""
+    stop_votes: tuple[float, ...]
+    """Ranks that have each of the reasons to stop (training/stopping.py)."""
 
     @property
     def kept_instances_share(self) -> float:
@@ -57,7 +58,7 @@ def reduce_records(
     seq_length: int,
     device: torch.device,
     *,
-    stop: bool,
+    stop_votes: Sequence[float],
 ) -> StepStats:
     """What the micro-steps of a step did, over all ranks. Collective.
 
@@ -65,18 +66,18 @@ def reduce_records(
     """
     losses = [x.loss for x in records if x.loss is not None]
     loss = float(torch.stack(losses).sum()) / len(losses) / mesh.dp_size if losses else 0.0
-    stops = torch.tensor([float(stop)], device=device)
-    all_reduce_(stops, mesh.tp_group)  # a signal may have reached one of them only
-    over_all = [loss, float(stops), *(float(sum(getattr(x, n) for x in records)) for n in _SUMMED)]
+    counted = [loss, *(float(sum(getattr(x, n) for x in records)) for n in _SUMMED)]
     averaged = [f for name in _AVERAGED for f in _sum_and_count(records, name)]
-    totals = torch.tensor(over_all + averaged, dtype=torch.float64, device=device)
+    votes = torch.tensor(stop_votes, dtype=torch.float64, device=device)
+    # In all else tensor-parallel ranks are alike.
+    all_reduce_(votes, mesh.tp_group)
+    totals = torch.cat([votes.new_tensor(counted + averaged), votes])
     all_reduce_(totals, mesh.pp_group)
     all_reduce_(totals, mesh.dp_group)
-    loss, num_stops, *counts = totals[: len(over_all)].tolist()
+    sizes = [len(counted), len(averaged), len(votes)]
+    (loss, *counts), sums, stops = (part.tolist() for part in totals.split(sizes))
     rows, rows_kept, tokens, tokens_deep, tokens_kept, scored = map(int, counts)
-    averages = dict(
-        zip(_AVERAGED, _means(totals[len(over_all) :].view(-1, 2).tolist()), strict=True)
-    )
+    means = _means(list(zip(sums[::2], sums[1::2], strict=True)))
     return StepStats(
         loss=loss,
         rows=rows,
@@ -90,8 +91,8 @@ def reduce_records(
             tokens_scored=scored,
             tokens_trained=tokens_kept,
         ),
-        stop_requested=num_stops > 0,
-        **averages,
+        stop_votes=tuple(stops),
+        **dict(zip(_AVERAGED, means, strict=True)),
     )
 
 
@@ -100,5 +101,5 @@ def _sum_and_count(records: list[MicroStepRecord], name: str) -> tuple[float, fl
     return math.fsum(present), float(len(present))
 
 
-def _means(pairs: list[list[float]]) -> list[float | None]:
+def _means(pairs: list[tuple[float, float]]) -> list[float | None]:
     return [total / count if count else None for total, count in pairs]

@@ -32,7 +32,8 @@ def find_teacher(run: RunConfig, shape: ModelShape, tokenizer: Tokenizer) -> Fro
 def student_as_teacher(found: Found, shape: ModelShape) -> FrozenSource:
     """The weights that a run starts from, as the teacher of what it becomes.
 
-    A run that trains adapters has these weights in its own checkpoints, too.
+    A run that trains adapters has these weights in its own checkpoints, too, beside the adapters;
+    one that starts from such a checkpoint as from weights begins with both merged.
     """
     source = FrozenSource.of_checkpoint(found).beside(shape)
-    return dataclasses.replace(source, merged=False)
+    return dataclasses.replace(source, merged=found.kind == "weights")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
 import torch
 
-from megatron_eslm.config.run import RunConfig, parse_run
+from megatron_eslm.config.run import RunConfig, parse_flags, parse_run, resolve
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.training.schedule import learning_rate
 
 from ..argv import later_wins
 
@@ -186,9 +189,12 @@ def test_batch_triple() -> None:
         ("--adam-beta2 -0.5", ["--adam-beta2 -0.5 is outside [0, 1)"]),
         ("--min-lr 1", ["--min-lr 1 is above --lr 0.001"]),
         (
-            "--lr-warmup-iters 10",
+            "--lr-warmup-iters 10 --lr-decay-iters 10",
             ["--lr-warmup-iters 10", "--lr-decay-iters 10", "change one"],
         ),
+        ("--exit-duration-minutes 0", ["--exit-duration-minutes 0 is outside (0, 1000000]"]),
+        ("--exit-duration-minutes nan", ["--exit-duration-minutes: nan is not a finite number"]),
+        ("--exit-signal KILL", ["--exit-signal KILL is not one of USR1, USR2, HUP, XCPU"]),
         # EngineOptions
         ("--bf16 --fp16", ["--bf16 and --fp16 exclude each other"]),
         ("--zero-stage 4", ["--zero-stage 4 is not one of 0, 1, 2, 3"]),
@@ -207,6 +213,11 @@ def test_batch_triple() -> None:
         ("--reset-optimizer", ["--reset-optimizer needs a checkpoint", "give --load"]),
         ("--keep-last -1", ["--keep-last -1 must be 0 or more"]),
         ("--peak-tflops 0", ["--peak-tflops 0 must be above 0"]),
+        ("--finetune", ["--finetune starts from the weights", "--load names none. Give --load"]),
+        (
+            "--finetune --load a --save ./a",
+            ["--finetune starts a new run from --load a", "--save ./a", "Save to another folder"],
+        ),
         # Across components
         (
             "--num-attention-heads 5",
@@ -228,15 +239,112 @@ def test_a_deep_proxy_is_no_matter_where_nothing_uses_it() -> None:
         assert small("--eslm-proxy-layers", "3", *flags).model.num_layers == 3
 
 
-@pytest.mark.parametrize(
-    "flag",
-    ["--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--lr",
-     "--micro-batch-size", "--train-iters"],
-)  # fmt: skip
+ASKED = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length",
+         "--micro-batch-size", "--train-iters", "--lr")  # fmt: skip
+SIZES = "--model-size 124M|350M|774M|1.5B"
+
+
+def without(flags: tuple[str, ...]) -> list[str]:
+    pairs = zip(SMALL[::2], SMALL[1::2], strict=True)
+    return [word for pair in pairs if pair[0] not in flags for word in pair]
+
+
+@pytest.mark.parametrize("flag", ASKED)
 def test_what_nothing_determines_is_asked_for(flag: str) -> None:
-    at = SMALL.index(flag)
-    text = message(base=SMALL[:at] + SMALL[at + 2 :])
-    assert text.startswith(f"{flag} is not set") and "--model-size 124M|350M|774M|1.5B" in text
+    text = message(base=without((flag,)))
+    assert text.startswith(f"{flag} is not set and follows from nothing else. Give it, or {SIZES}")
+
+
+def test_all_that_is_missing_is_named_at_once() -> None:
+    text = message(base=["--data-path", "x"])
+    listed = f"{', '.join(ASKED[:-1])} and {ASKED[-1]}"
+    assert text == (
+        f"{listed} are not set and follow from nothing else. Give them, or {SIZES}, or --load a "
+        "checkpoint of that shape."
+    )
+    text = message(base=without(("--train-iters", "--lr")))
+    assert text == (
+        f"--train-iters and --lr are not set and follow from nothing else. Give them, or {SIZES}."
+    )
+
+
+STORED = ModelShape(
+    num_layers=5,
+    hidden_size=48,
+    num_attention_heads=3,
+    ffn_hidden_size=100,
+    max_position_embeddings=24,
+    vocab_size=257,
+    padded_vocab_size=384,
+    layernorm_epsilon=1e-6,
+)
+"""Of a checkpoint."""
+
+
+@pytest.mark.parametrize(
+    ("words", "unlike"),
+    [
+        ("--data-path x --micro-batch-size 4 --train-iters 10 --lr 1e-3", {}),
+        ("", {}),  # the demo's own shape gives way
+        ("--model-size 124M --ffn-hidden-size 96", None),
+        ("--num-layers 7 --layernorm-epsilon 1e-5", {"num_layers": 7, "layernorm_epsilon": 1e-5}),
+    ],
+)
+def test_a_checkpoint_brings_the_shape_that_is_not_given(words: str, unlike: dict | None) -> None:
+    found = resolve(world_size=1, stored=STORED, **parse_flags(words.split())).shape(257)
+    if unlike is None:
+        assert (found.num_layers, found.ffn_hidden_size) == (12, 96)
+        assert (found.max_position_embeddings, found.layernorm_epsilon) == (1024, 1e-6)
+    else:
+        assert found == dataclasses.replace(STORED, **unlike)
+
+
+def test_a_shape_that_is_the_default_is_not_told_apart_from_it() -> None:
+    """Runs are compared by the flags that they set: one that is continued is the same run."""
+    plain = dataclasses.replace(STORED, ffn_hidden_size=192, layernorm_epsilon=1e-5)
+    run = resolve(world_size=1, stored=plain, **parse_flags([]))
+    assert run.model.ffn_hidden_size is None and run.shape(257) == plain
+
+
+@pytest.mark.parametrize("size", [[], ["--model-size", "124M"]], ids=["own", "preset"])
+@pytest.mark.parametrize("decay", [None, 0, 1, 2, 30, 300_000])
+@pytest.mark.parametrize("warmup", [None, 0, 1, 10, 250_000])
+@pytest.mark.parametrize("iters", [None, 1, 2, 19, 20, 400])
+def test_what_nobody_gave_of_the_schedule_fits(
+    iters: int | None, warmup: int | None, decay: int | None, size: list[str]
+) -> None:
+    if iters is None and not size:
+        iters = 10
+    given = {"train-iters": iters, "lr-warmup-iters": warmup, "lr-decay-iters": decay}
+    flags = [w for name, n in given.items() if n is not None for w in (f"--{name}", str(n))]
+    base = ["--data-path", "x", *size] if size else without(("--train-iters",))
+    if warmup is not None and decay is not None and warmup >= max(1, decay):
+        assert f"--lr-warmup-iters {warmup} must end before" in message(*flags, base=base)
+        return
+    o = parse_run([*base, *flags], 1).optimizer
+    assert warmup in (None, o.lr_warmup_iters) and decay in (None, o.lr_decay_iters)
+    assert o.lr_warmup_iters < o.lr_decay_iters or o.lr_warmup_iters == 0
+    rates = [learning_rate(o, iteration) for iteration in (0, 1, 5, iters or 0)]
+    assert all(0 < rate <= o.lr for rate in rates)
+
+
+@pytest.mark.parametrize(
+    ("flags", "schedule"),
+    [
+        ("--train-iters 1", (0, 1)),
+        ("--train-iters 19", (1, 19)),
+        ("--train-iters 100", (5, 100)),
+        ("--train-iters 100 --lr-decay-iters 40", (2, 40)),
+        ("--train-iters 100 --lr-decay-iters 400", (5, 400)),
+        ("--train-iters 10 --lr-warmup-iters 10", (10, 11)),
+        ("--model-size 124M --lr-decay-iters 1000", (50, 1000)),
+        ("--model-size 124M --train-iters 100", (2000, 200_000)),
+    ],
+)
+def test_schedules(flags: str, schedule: tuple[int, int]) -> None:
+    words = flags.split()
+    o = parse_run([*without((*words, *(ASKED if "124M" in words else ()))), *words], 1).optimizer
+    assert (o.lr_warmup_iters, o.lr_decay_iters) == schedule
 
 
 def test_fp16_where_the_processor_cannot() -> None:

@@ -197,11 +197,22 @@ def test_what_alignment_reads_is_the_rest_of_the_validation_split(two, domains, 
             part[len(part)]
     for domain in both.report.domains:
         assert domain.samples_needed["valid"] <= domain.sequences["valid"]
-    # Whatever seed training has; all of it where nothing is evaluated, none where all of it is.
+    # Whatever seed training has; all of it where nothing is evaluated.
     assert rows(build(words, seed=2, aligns=True).alignment) == rows(both.alignment)
     unevaluated = build(words, valid=0, aligns=True)
     assert unevaluated.valid is None and rows(unevaluated.alignment) == rows(everything.valid)
-    assert len(build(words, valid=100_000, aligns=True).alignment) == 0
+    # Half of it where evaluation would leave fewer than are wanted at least.
+    reach = len(everything.valid)
+    for wanted, least, evaluated in (
+        (100_000, 1, reach // 2),
+        (reach, reach - reach // 2, reach // 2),
+        (reach - 4, 4, reach - 4),
+        (reach - 3, 4, reach // 2),
+        (100_000, reach, reach // 2),  # too few in any case; training refuses it
+    ):
+        found = build(words, valid=wanted, aligns=least)
+        assert rows(found.valid) == rows(everything.valid)[:evaluated], (wanted, least)
+        assert rows(found.valid) + rows(found.alignment) == rows(everything.valid)
     with pytest.raises(ConfigError, match=r"validation split has 0 tokens .*or add data\.$"):
         build(words, split="1,0", valid=0, aligns=True)
 

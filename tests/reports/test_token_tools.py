@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,28 @@ class TestHighlight:
         assert "pair, document 16" in text and "pair, document 17" in text
         assert "a, iteration 0, loss" in text and "b, iteration 0, loss" in text
         assert text.count("21 of 24 tokens kept") == 2
+
+    def test_documents_are_those_that_the_run_held_out(self, place, tmp_path):
+        """Of 20 documents; --split 98,1,1 would take one that was trained on."""
+        tool, out = load_tool("highlight_tokens"), tmp_path / "page.html"
+        words = ("--load", place / "a", "--data-path", place / "pair", "--output", out)
+
+        def on_rank(rank: int) -> int:
+            ordinary = tool.open_scoring_model
+            data = {"split": "60,20,20", "eod_mask_loss": True}
+
+            def opened(*args):
+                model = ordinary(*args)
+                return replace(model, weights=replace(model.weights, data=data))
+
+            tool.open_scoring_model = opened
+            return tool.main([*map(str, words), "--samples", "20"])
+
+        assert run_ranks(1, on_rank) == [0]
+        text = Outline(out.read_text()).text
+        assert set(re.findall(r"pair, document (\d+)", text)) == {"12", "13", "14", "15"}
+        # Without its first token, which such training does not predict.
+        assert "12 the quick" not in text and "2 the quick" in text
 
     def test_folders_of_one_name_are_told_apart(self, place, tmp_path):
         for name in ("a", "b"):

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.balance_rows import plan_rows
 from megatron_eslm.parallel.bootstrap import init_distributed
 from megatron_eslm.training.build import build_trainer
+from megatron_eslm.training.command_line import read_command_line
 from megatron_eslm.training.loop import Trainer
 
 from ..argv import later_wins
@@ -66,7 +66,7 @@ class Outcome:
 def build(argv: list[str]) -> Trainer:
     """A Trainer in this rank."""
     init_distributed()
-    return build_trainer(parse_run(later_wins(argv), dist.get_world_size()))
+    return build_trainer(read_command_line(later_wins(argv), dist.get_world_size()))
 
 
 def train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eslm.training import signals
 from megatron_eslm.training.main import fail
+from megatron_eslm.training.signals import ECHO_SECONDS
 
 from .runs import read_metrics, words
 
@@ -164,6 +167,7 @@ def test_the_others_let_rank_zero_speak_first(
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(time, "sleep", done.append)
     monkeypatch.setattr(os, "_exit", done.append)
+    monkeypatch.setattr(signals, "leave_with", lambda code: None)  # this process goes on
     fail("--flag is wrong.", 2)
     assert done == [*waits, 2]
     assert capsys.readouterr().err == "error: --flag is wrong.\n"
@@ -205,23 +209,60 @@ def test_a_killed_rank_ends_the_job(data: list[str], tmp_path: Path) -> None:
         stop(process, tmp_path)
 
 
-def test_a_signal_to_everything_leaves_a_checkpoint(data: list[str], tmp_path: Path) -> None:
-    """As Ctrl-C in a terminal or a batch system does: loader processes get it too."""
+def storm(process: subprocess.Popen) -> None:
+    """Signals to the whole group until it ends, as an impatient person and a batch system send."""
+    os.killpg(process.pid, signal.SIGINT)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        time.sleep(0.02)
+
+
+def test_a_storm_of_signals_to_everything_leaves_a_checkpoint(
+    data: list[str], tmp_path: Path
+) -> None:
+    """Loader processes get them, too; after the first, nothing changes any more."""
     metrics, save = tmp_path / "m.jsonl", tmp_path / "run"
     flags = ("--metrics-file", metrics, "--save", save, "--max-epochs", "1000000")
-    # Many micro-steps are left in the step when the signal comes: loading has to go on.
+    # Many micro-steps are left in the step when the first comes: loading has to go on.
     more = ("--num-workers", "2", "--global-batch-size", "320")
     argv = words(data, *flags, *more, iters=10_000)
     process = start(PYTHON, *argv, cwd=tmp_path)
     try:
         wait_for_iteration(process, metrics, 2)
-        os.killpg(process.pid, signal.SIGINT)
+        storm(process)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 128 + signal.SIGINT, err
         assert "SIGINT: stopped after iteration" in err and "Traceback" not in err
+        assert "KeyboardInterrupt" not in err and "Exception ignored" not in err
+        assert err.count("stopping after this step") == 1
         assert_nothing_left(tmp_path)
     finally:
         stop(process, tmp_path)
     (folder,) = save.glob("iter_*")
     last = [line["iteration"] for line in read_metrics(metrics)][-1]
     assert folder.name == f"iter_{last:07d}"
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_after_a_pause_ends_at_once(data: list[str], tmp_path: Path) -> None:
+    """The short form is in test_signals.py; here are the process and its one line."""
+    metrics = tmp_path / "m.jsonl"
+    flags = ("--metrics-file", metrics, "--save", tmp_path / "run", "--max-epochs", "1000000")
+    long = ("--num-workers", "1", "--global-batch-size", "8000", "--eval-iters", "0")
+    process = start(PYTHON, *words(data, *flags, *long, iters=1000), cwd=tmp_path)
+    try:
+        wait_for_iteration(process, metrics, 1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(ECHO_SECONDS + 0.5)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        (text,) = errors(err)
+        assert text.startswith("error: stopped by SIGINT, at once by a second Ctrl-C")
+        assert "Traceback" not in err and not list((tmp_path / "run").glob("iter_*"))
+        assert_nothing_left(tmp_path)
+    finally:
+        stop(process, tmp_path)

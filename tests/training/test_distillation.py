@@ -258,9 +258,10 @@ def test_salt_switches_exactly_at_its_step(data: list[str], teacher: Path, tmp_p
             tmp_path / "dense.jsonl",
         )
         # What follows is plain training from there, by another run that knows no teacher.
-        plain = train(words(data, *common, "--load", tmp_path / "dense"), tmp_path / "plain.jsonl")
+        after = ("--load", tmp_path / "dense", "--allow-method-change")
+        plain = train(words(data, *common, *after), tmp_path / "plain.jsonl")
         # And SALT continues where it stands, behind the switch and at it.
-        again = train(words(data, *salt, "--load", tmp_path / "dense"), tmp_path / "again.jsonl")
+        again = train(words(data, *salt, *after), tmp_path / "again.jsonl")
         return straight, dense, plain, again
 
     straight, dense, plain, again = run_ranks(1, fn)[0]
@@ -422,7 +423,8 @@ def test_post_training_needs_what_it_starts_from(
 ) -> None:
     def fn(rank: int) -> tuple[str, str]:
         uncertain = ("--selection", "uncertainty", "--load")
-        trained = refusal(words(data, *uncertain, start / "trained", "--seed", "7", iters=5))
+        changed = ("--seed", "7", "--allow-method-change")
+        trained = refusal(words(data, *uncertain, start / "trained", *changed, iters=5))
         new = refusal(words(data, *uncertain, tmp_path / "new", "--save", tmp_path / "new"))
         return trained, new
 

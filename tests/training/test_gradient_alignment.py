@@ -367,8 +367,7 @@ def test_what_it_cannot_do_is_refused(data: list[str]) -> None:
             ("--zero-stage", 2),
             ("--zero-stage", 3),
             ("--micro-batch-size", 1),
-            ("--eval-iters", 1000),
-            ("--split", "99,1", "--eval-iters", 2),
+            ("--split", "99,1", "--greats-valid-share", 1, "--micro-batch-size", 32),
             ("--split", "100,0", "--eval-iters", 0),
             ("--eslm-adaptive",),
         ],
@@ -379,11 +378,10 @@ def test_what_it_cannot_do_is_refused(data: list[str]) -> None:
     assert got[2] == f"{whole}--zero-stage is 2; use --zero-stage 0 or 1."
     assert got[3] == f"{whole}--zero-stage is 3; use --zero-stage 0 or 1."
     assert "--micro-batch-size is 1, which leaves no choice" in got[4]
-    wanted = r"chooses by 4 validation sequences .* evaluation takes \d+ and leaves 0\. Raise its "
-    assert re.search(wanted + r"share in --split 90,10, or lower --eval-iters 1000\.", got[5])
-    assert re.search(wanted + r"share in --split 99,1, or lower --eval-iters 2\.", got[6])
-    assert "the validation split has 0 tokens" in got[7] and "--split 100,0" in got[7]
-    assert "--eslm-adaptive" in got[8] and "--selection greats" in got[8]
+    wanted = r"chooses by 32 validation sequences .* evaluation takes \d+ and leaves \d+\. Raise "
+    assert re.search(wanted + r"its share in --split 99,1, or lower --eval-iters 2\.", got[5])
+    assert "the validation split has 0 tokens" in got[6] and "--split 100,0" in got[6]
+    assert "--eslm-adaptive" in got[7] and "--selection greats" in got[7]
 
 
 def test_a_run_continues_with_the_sequences_that_it_chose_by(
@@ -434,6 +432,8 @@ def test_what_it_chooses_by_is_not_what_is_evaluated(data: list[str]) -> None:
         greats = build(words(data, *GREATS, iters=2, **size))
         plain = build(words(data, "--selection", "clm", "--split", "90,10", **size))
         unevaluated = build(words(data, *GREATS, "--eval-iters", 0, **size))
+        # As by default, where 200 micro-batches are more than there are.
+        halved = build(words(data, *GREATS, "--eval-iters", 200, **size))
         seen: list[torch.Tensor] = []
         ordinary = gradient_alignment.gradient_products
 
@@ -448,17 +448,19 @@ def test_what_it_chooses_by_is_not_what_is_evaluated(data: list[str]) -> None:
         sets = (
             *(greats.datasets.valid, greats.datasets.alignment),
             *(plain.datasets.valid, unevaluated.datasets.alignment),
+            *(halved.datasets.valid, halved.datasets.alignment),
         )
         return *([some[i]["tokens"] for i in range(len(some))] for some in sets), seen
 
     def ids(rows: list[torch.Tensor]) -> list[tuple[int, ...]]:
         return [tuple(row.tolist()) for row in rows]
 
-    evaluated, rest, plain, everything, seen = map(ids, run_ranks(1, fn, 1)[0])
+    evaluated, rest, plain, everything, half, other, seen = map(ids, run_ranks(1, fn, 1)[0])
     assert evaluated == plain and len(evaluated) == 2 * ROWS
-    assert [*evaluated, *rest] == everything
+    assert [*evaluated, *rest] == [*half, *other] == everything
+    assert len(half) == len(everything) // 2
     assert len(set(everything)) == len(everything)
     assert len(seen) == 2 * ROWS // 2 and set(seen) <= set(rest)
     for ranks in run_ranks(2, fn, 2):
-        assert list(map(ids, ranks))[:4] == [evaluated, rest, plain, everything]
-        assert set(ids(ranks[4])) <= set(rest)
+        assert list(map(ids, ranks))[:6] == [evaluated, rest, plain, everything, half, other]
+        assert set(ids(ranks[6])) <= set(rest)

@@ -422,14 +422,13 @@ def test_refusals(data: list[str], start: Path, adapted: Path, tmp_path: Path) -
         return {name: refusal(words(data, *more)) for name, more in flags.items()}
 
     messages = run_ranks(1, fn)[0]
-    convert = re.escape("(tools/convert_to_hf.py, then tools/convert_from_hf.py)")
     for name, wanted in {
         "nothing there": "--lora-rank 4 --lora-alpha 8 trains adapters .* holds no checkpoint yet",
         "no adapters": "iter_0000006 holds adapters of --lora-rank 4 --lora-alpha 8 and cannot be "
-        f"continued without --lora-rank. Give --lora-rank 4 --lora-alpha 8; or, .* {convert}",
+        "continued without --lora-rank. Give --lora-rank 4 --lora-alpha 8; or, .* --finetune",
         "other rank": "cannot be continued with --lora-rank 8 --lora-alpha 16. Give --lora-rank 4",
         "other alpha": "cannot be continued with --lora-rank 4 --lora-alpha 3. Give --lora-rank 4",
         "all weights": "iter_0000004 was saved in training without adapters, which --lora-rank 4 "
-        f"--lora-alpha 8 cannot continue. Leave --lora-rank out, or make weights .* {convert}",
+        "--lora-alpha 8 cannot continue. Leave --lora-rank out, or start a new run .* --finetune",
     }.items():
         assert re.search(wanted, messages[name]), (name, messages[name])

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_eslm.training.checkpoint import read_weights
+from megatron_eslm.training.finding import find_checkpoint
 from megatron_eslm.training.loop import Trainer
+from megatron_eslm.training.state import TrainState
 from tests.harness import run_ranks
 
-from .runs import ROWS, Outcome, assert_same_dumps, refusal, train, words
+from .runs import ROWS, Outcome, assert_same_dumps, build, refusal, train, words
 
 EXACT = ("loss", "grad_norm", "tau_instance", "tau_token", "cvar", "lr", "tokens",
          "tokens_trained", "flops", "flops_paper", "kept_instances", "kept_tokens")  # fmt: skip
@@ -107,12 +110,37 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(data: list[str], tmp_p
         return outcomes
 
     for outcomes in run_ranks(2, fn):
-        # The rank that was not asked reports SIGTERM, which is how launchers pass it on.
         assert [o.iteration for o in outcomes] == [2, 2]
-        assert outcomes[1].stopped == signal.SIGTERM
-        assert outcomes[0].stopped in (signal.SIGINT, signal.SIGTERM)
+        # Whoever was asked: all ranks end with the same exit code.
+        assert [o.stopped for o in outcomes] == [signal.SIGINT, signal.SIGTERM]
     for to in (0, 1):
         assert (tmp_path / f"{to}" / "iter_0000002" / "manifest.json").exists()
+
+
+def test_all_ranks_of_any_layout_stop_after_the_same_step(data: list[str], tmp_path: Path) -> None:
+    """Asked by a signal to one tensor-parallel rank of two, or by a clock that is ahead on one."""
+
+    def fn(rank: int) -> list[tuple[int, int | None]]:
+        def trainer(name: str, *flags: str) -> Trainer:
+            layout = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
+            return build(words(data, *layout, "--save", tmp_path / name, *flags))
+
+        asked = trainer("signal", "--exit-signal", "USR1")
+        signal_at(1, signal.SIGUSR1, rank=3)(asked)
+        late = trainer("time", "--exit-duration-minutes", "10")
+        began_seconds = time.monotonic() - (601.0 if rank == 1 else 0.0)
+        in_time = trainer("in time", "--exit-duration-minutes", "10")
+        return [
+            (t.state.iteration, stopped)
+            for t, stopped in ((asked, asked.train()), (late, late.train(began_seconds)),
+                               (in_time, in_time.train()))
+        ]  # fmt: skip
+
+    for ends in run_ranks(4, fn):
+        assert ends == [(2, signal.SIGUSR1), (1, None), (4, None)]
+    for name, iteration in (("signal", 2), ("time", 1), ("in time", 4)):
+        (folder,) = (tmp_path / name).glob("iter_*")
+        assert folder.name == f"iter_{iteration:07d}"
 
 
 def test_requeue_with_load_equal_to_save(data: list[str], tmp_path: Path) -> None:
@@ -153,3 +181,51 @@ def test_alpha_given_anew_holds(data: list[str], tmp_path: Path) -> None:
         return train(argv, tmp_path / "m.jsonl").column("alpha")
 
     assert run_ranks(1, fn)[0] == [0.5, 0.5]
+
+
+FLAT = ("--micro-batch-size", ROWS // 2, "--lr", "5e-3", "--eval-iters", "2", "--num-workers", "0",
+        "--log-interval", "1")  # fmt: skip
+
+
+FINETUNE = ("--finetune",)
+
+
+def without_shape(data: list[str], *flags: str | int | Path) -> list[str]:
+    """A command line that leaves the model's shape to --load."""
+    return ["--data-path", "0.6", data[0], "0.4", data[1], *map(str, (*FLAT, *flags))]
+
+
+def test_finetuning_starts_anew_from_the_weights(
+    data: list[str], start: Path, tmp_path: Path
+) -> None:
+    """Of a training checkpoint as of weights alone; the model's shape comes along with them."""
+
+    def fn(rank: int) -> tuple[list[Outcome], TrainState, list[str]]:
+        outcomes = []
+        for name, load in (("trained", FINETUNE), ("weights", ()), ("weights", FINETUNE)):
+            argv = without_shape(data, "--load", start / name, *load, "--train-iters", 3)
+            saves = ("--save", tmp_path / f"{name}{len(outcomes)}")
+            outcomes.append(train([*argv, *map(str, saves)], tmp_path / f"{len(outcomes)}.jsonl"))
+        state = find_checkpoint(tmp_path / "trained0").state()
+        trained = start / "trained"
+        argv = without_shape(data, "--finetune", "--train-iters", 9, "--save", trained)
+        refused = [
+            refusal([*argv, "--load", str(trained / "iter_0000004")]),
+            refusal(without_shape(data, "--load", trained, "--train-iters", 9)),
+        ]
+        return outcomes, state, refused
+
+    outcomes, state, refused = run_ranks(2, fn)[0]
+    for outcome in outcomes:
+        assert outcome.column("iteration") == [1, 2, 3]
+        for column in EXACT:
+            assert outcome.column(column) == outcomes[1].column(column), column
+        assert outcome.valid_losses() == outcomes[1].valid_losses()
+    assert (state.iteration, state.consumed_samples) == (3, 3 * ROWS)
+    assert f"--save {start / 'trained'} is where that run saves" in refused[0]
+    # What reports ask: which documents it was not trained on.
+    data_of = read_weights(start / "trained").data
+    assert data_of is not None and data_of["split"] == "98,1,1"
+    assert read_weights(start / "weights").data is None
+    # It was trained without selection; whoever goes on with it has to mean the change.
+    assert "was trained with --selection clm, and this run would go on with" in refused[1]

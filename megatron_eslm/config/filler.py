@@ -1,0 +1,79 @@
+"""What was not given: from a checkpoint, DeepSpeed's JSON, the preset, a default, or asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from megatron_eslm.config import deepspeed_json
+from megatron_eslm.config.flags import flag_of
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.options import ModelOptions
+from megatron_eslm.model.shape import PRESETS, ModelShape, Preset
+
+
+class MissingFlags(ConfigError):
+    """Flags without which nothing can be built, and that follow from nothing else."""
+
+
+class Filler:
+    """Fills what was not given: from the DeepSpeed JSON, then the preset, then a default."""
+
+    def __init__(self, given: frozenset[str], json: dict[str, Any], preset: Preset | None) -> None:
+        self.given, self.preset = given, preset
+        self.json = deepspeed_json.values_from(json)
+
+    def __call__(self, options: Any, name: str, default: Any = None) -> Any:
+        """The value of a flag; None where it follows from nothing."""
+        if name in self.given:
+            return getattr(options, name)
+        if name in self.json:
+            return self.json[name]
+        value = getattr(options, name)
+        if value is not None and value is not False:
+            return value
+        from_preset = getattr(self.preset, name, None) if self.preset else None
+        return from_preset if from_preset is not None else (default if value is None else value)
+
+    def require(self, wanted: Iterable[tuple[Any, str]]) -> None:
+        """All of these flags have values.
+
+        Args:
+            wanted: options and the names of their fields.
+
+        Raises:
+            MissingFlags: names all that have none.
+        """
+        missing = [flag_of(name) for options, name in wanted if self(options, name) is None]
+        if not missing:
+            return
+        *others, last = missing
+        names = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+        it, follow = ("them", "follow") if others else ("it", "follows")
+        brought = any(flag_of(field) in missing for field in SHAPE)
+        raise MissingFlags(
+            f"{names} not set and {follow} from nothing else. Give {it}, or --model-size "
+            f"{'|'.join(PRESETS)}{', or --load a checkpoint of that shape' if brought else ''}."
+        )
+
+
+SHAPE = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "seq_length": "max_position_embeddings",
+}
+"""Flags of the model's shape, and what a checkpoint calls them."""
+
+
+def with_shape(model: ModelOptions, stored: ModelShape, given: frozenset[str]) -> ModelOptions:
+    """Flags of the model with what was not given from a checkpoint; --model-size gives SHAPE."""
+    found: dict[str, Any] = {}
+    if model.model_size is None:
+        found = {name: getattr(stored, theirs) for name, theirs in SHAPE.items()}
+    # Left alone where it is the default: runs are compared by what they set unlike it.
+    if stored.ffn_hidden_size != 4 * stored.hidden_size:
+        found["ffn_hidden_size"] = stored.ffn_hidden_size
+    found["layernorm_epsilon"] = stored.layernorm_epsilon
+    return dataclasses.replace(model, **{k: v for k, v in found.items() if k not in given})

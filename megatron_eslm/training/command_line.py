@@ -1,0 +1,49 @@
+"""From the command line to a resolved run, with a look at the files that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_eslm.config.filler import MissingFlags
+from megatron_eslm.config.run import RunConfig, parse_flags, resolve
+from megatron_eslm.data.options import DataOptions
+from megatron_eslm.training.options import CheckpointOptions
+from megatron_eslm.training.stored_shape import holds_nothing_yet, stored_shape
+
+
+def read_command_line(argv: Sequence[str], world_size: int) -> RunConfig:
+    """As `parse_run`, but the checkpoint of --load tells the shape that flags leave open.
+
+    Every rank reads it for itself, for they have not met yet.
+
+    Raises:
+        ConfigError: whatever cannot be used, before anything is built.
+    """
+    parsed = parse_flags(argv)
+    shape = stored_shape(parsed["checkpoint"])
+    try:
+        return resolve(world_size=world_size, stored=shape, **parsed)
+    except MissingFlags:
+        # Nobody should be asked for more because of a file that is not what was meant.
+        _check_data(parsed["data"])
+        _check_checkpoint(parsed["checkpoint"])
+        raise
+
+
+def _check_data(options: DataOptions) -> None:
+    # Imported here: only a run that is refused needs them before the ranks have met.
+    from megatron_eslm.data.index_file import read_index
+    from megatron_eslm.data.meta import read_meta
+    from megatron_eslm.data.source import parse_data_path, parse_split
+
+    parse_split(options.split)
+    for _, prefix in parse_data_path(options.data_path) if options.data_path else ():
+        read_index(prefix)
+        read_meta(prefix)
+
+
+def _check_checkpoint(options: CheckpointOptions) -> None:
+    from megatron_eslm.training.finding import find_checkpoint
+
+    if options.load is not None and not holds_nothing_yet(options):
+        find_checkpoint(options.load)

@@ -1,0 +1,65 @@
+"""What a run says of itself before its first step: method, model, machine, layout, batch, data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.training.method import method_text
+
+
+def header(run: RunConfig, shape: ModelShape, domains: Iterable[str]) -> str:
+    """Two lines for the log.
+
+    Args:
+        run: the run.
+        shape: of its model.
+        domains: names of what it reads.
+    """
+    t, names = run.training, ", ".join(domains)
+    data = f"demo corpus ({names})" if run.demo else names
+    first = (
+        method_text(run.selection, run.objective.distill),
+        f"{shape.num_params:,} parameters ({shape.num_layers} blocks x {shape.hidden_size})",
+        machine_text(run),
+    )
+    second = (
+        layout_text(run),
+        f"{t.train_iters} steps of {batch_text(run)}",
+        f"data: {data}",
+    )
+    return "\n".join(" | ".join(parts) for parts in (first, second))
+
+
+def machine_text(run: RunConfig) -> str:
+    """Type and device that compute, and what ranks talk over."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    backend = f" over {dist.get_backend()}" if dist.is_initialized() else ""
+    return f"{str(run.dtype).removeprefix('torch.')} on {device}{backend}"
+
+
+def layout_text(run: RunConfig) -> str:
+    """Ranks and what they share."""
+    engine, interval = run.engine, run.model.activation_checkpoint_interval
+    facts = [
+        f"{engine.tensor_model_parallel_size} tensor x {engine.pipeline_model_parallel_size} "
+        f"pipeline x {run.dp_size} data-parallel ranks",
+        f"ZeRO {engine.zero_stage}",
+        *(["CPU offload"] if engine.cpu_offload else []),
+        *(["sequence parallel"] if engine.sequence_parallel else []),
+        *([f"activation checkpoints every {interval} blocks"] if interval else []),
+    ]
+    return ", ".join(facts)
+
+
+def batch_text(run: RunConfig) -> str:
+    """What a step reads, and by whom."""
+    return (
+        f"{run.training.global_batch_size} sequences x {run.model.seq_length} tokens = "
+        f"{run.gradient_accumulation_steps} micro-steps x {run.dp_size} ranks x "
+        f"{run.training.micro_batch_size}"
+    )

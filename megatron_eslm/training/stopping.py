@@ -1,0 +1,67 @@
+"""Whether a run stops before its last step, and how all ranks come to stop after the same one."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_eslm.training.options import TrainingOptions
+from megatron_eslm.training.outputs import Outputs
+from megatron_eslm.training.signals import StopSignal
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run stops early."""
+
+    reason: str
+    """A signal or a flag, for the log."""
+    signal: signal.Signals | None
+    """None where it was no signal."""
+
+
+class StopRequests:
+    """What asks this rank to stop. Ranks vote, and the sums of their votes say the same to all.
+
+    Args:
+        options: --exit-duration-minutes is used.
+        signals: which signal this rank has received.
+        began_seconds: when the program began, on the monotonic clock.
+        outputs: whether records could not be written.
+    """
+
+    def __init__(
+        self,
+        options: TrainingOptions,
+        signals: StopSignal,
+        began_seconds: float,
+        outputs: Outputs,
+    ) -> None:
+        self._signals = signals
+        self._minutes = options.exit_duration_minutes
+        self._began_seconds = began_seconds
+        self._outputs = outputs
+        # --exit-signal, which comes last, tells most.
+        self._numbers = signals.numbers[::-1]
+
+    def votes(self) -> list[float]:
+        """1.0 for each reason that this rank has, in an order that is the same on all ranks."""
+        seconds = time.monotonic() - self._began_seconds
+        late = self._minutes is not None and seconds >= 60.0 * self._minutes
+        unwritten = self._outputs.unwritten is not None
+        received = (self._signals.received == number for number in self._numbers)
+        return [float(reason) for reason in (*received, late, unwritten)]
+
+    def agreed(self, votes: Sequence[float]) -> Stop | None:
+        """Why all ranks stop, by their votes added up; None where they go on."""
+        *received, late, unwritten = votes
+        for number, count in zip(self._numbers, received, strict=True):
+            if count:
+                # Whatever comes to this rank from now on is an echo.
+                self._signals.note(number)
+                return Stop(number.name, number)
+        if late:
+            return Stop(f"--exit-duration-minutes {self._minutes:g}", None)
+        return Stop("records that could not be written", None) if unwritten else None
