@@ -5,7 +5,10 @@
 Runs under deepspeed, torchrun and plain python. README.md has the first commands, --help the rest.
 """
 
-from megatron_eslm.training.main import main
+from megatron_eslm.parallel.parent import end_with_launcher
 
 if __name__ == "__main__":
-    main()
+    launcher = end_with_launcher()  # before the imports that take seconds
+    from megatron_eslm.training.main import main
+
+    main(launcher=launcher)

@@ -14,8 +14,11 @@ from types import FrameType
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.bootstrap import init_distributed, leave
+from megatron_eslm.parallel.last_words import say
 from megatron_eslm.parallel.launch import discover
+from megatron_eslm.parallel.parent import SAVE_SECONDS, Launcher
 from megatron_eslm.parallel.phases import Phases
+from megatron_eslm.parallel.rendezvous import meet
 from megatron_eslm.parallel.watchdog import Watchdog, job_watchdog
 
 logger = logging.getLogger(__name__)
@@ -39,8 +42,7 @@ def fail(message: str, code: int, watchdog: Watchdog | None = None) -> None:
         watchdog.fail(message, code=code)
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3.0)
-    sys.stderr.write(f"error: {message}\n")
-    sys.stderr.flush()
+    say(f"error: {message}\n")
     # Skips the destructors of process groups, which may wait for ranks that are gone.
     os._exit(code)
 
@@ -55,8 +57,12 @@ def raise_terminated(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, launcher: Launcher | None = None) -> None:
     """Entry point of pretrain_gpt.py.
+
+    Args:
+        argv: flags; by default those of the command line.
+        launcher: who started this rank; it is watched already.
 
     Exit codes: 0 trained to the end, 2 bad input, 1 any other error, 128 + n stopped by signal n
     (in training, with a checkpoint).
@@ -67,12 +73,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         discover()
         configure_logging()
         run = parse_run(argv, int(os.environ.get("WORLD_SIZE", "1")))
+        connect_seconds = 60.0 * run.engine.rendezvous_timeout_minutes
+        meeting = meet(connect_seconds, launcher)
         timeout_seconds = 60.0 * run.engine.distributed_timeout_minutes
-        init_distributed(run.engine.collective_timeout_seconds)
-        watchdog = job_watchdog(phases, timeout_seconds)
+        watchdog = job_watchdog(meeting, phases, timeout_seconds, launcher)
         if watchdog is not None:
             signal.signal(signal.SIGTERM, raise_terminated)
+        init_distributed(
+            run.engine.collective_timeout_seconds, meeting=meeting, connect_seconds=connect_seconds
+        )
         # Imported here, so that --help and a mistyped flag need not wait for them.
+        from megatron_eslm.data.loader_processes import LoaderError
         from megatron_eslm.training.build import build_trainer, dry_run
         from megatron_eslm.training.nonfinite import NonfiniteError
 
@@ -86,8 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             stopped = None
         else:
             try:
-                stopped = build_trainer(run, phases).train()
-            except NonfiniteError as error:
+                trainer = build_trainer(run, phases)
+                if launcher is not None:
+                    launcher.patience_seconds = SAVE_SECONDS
+                stopped = trainer.train()
+            except (LoaderError, NonfiniteError) as error:
                 fail(str(error), 1, watchdog)
         if watchdog is not None:
             watchdog.stop()

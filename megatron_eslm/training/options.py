@@ -150,6 +150,10 @@ class EngineOptions:
     """How long no rank may go on before the job ends with a message that names the one to blame;
     collectives wait twice that and a minute."""
 
+    rendezvous_timeout_minutes: float = 5.0
+    """How long a rank waits in the start for the others, before the job ends with a message that
+    names the missing ones."""
+
     local_rank: int | None = None
     """Set by the deepspeed launcher."""
 
@@ -160,6 +164,11 @@ class EngineOptions:
             raise ConfigError(f"--zero-stage {self.zero_stage} is not one of 0, 1, 2, 3.")
         if self.distributed_timeout_minutes <= 0:
             raise ConfigError("--distributed-timeout-minutes must be positive.")
+        if not 0 < self.rendezvous_timeout_minutes <= 1e6:
+            raise ConfigError(
+                f"--rendezvous-timeout-minutes {self.rendezvous_timeout_minutes:g} must be above 0 "
+                "and at most 1e6."
+            )
         _ = self.pipeline_blocks
 
     @property

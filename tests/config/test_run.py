@@ -178,6 +178,8 @@ def test_batch_triple() -> None:
         ("--bf16 --fp16", ["--bf16 and --fp16 exclude each other"]),
         ("--zero-stage 4", ["--zero-stage 4 is not one of 0, 1, 2, 3"]),
         ("--distributed-timeout-minutes 0", ["--distributed-timeout-minutes must be positive"]),
+        ("--rendezvous-timeout-minutes 0", ["--rendezvous-timeout-minutes 0 must be above 0"]),
+        ("--rendezvous-timeout-minutes inf", ["--rendezvous-timeout-minutes inf must be above"]),
         ("--cpu-offload", ["--cpu-offload", "--zero-stage 0", "Use --zero-stage 1, 2 or 3"]),
         ("--cpu-offload --zero-stage 0", ["--cpu-offload", "--zero-stage 0"]),
         (
