@@ -116,6 +116,8 @@ def end_with_launcher() -> Launcher:
     """
     launcher = Launcher()
     if launcher._pids or launcher._was_gone:
+        # A rank that was stopped has to go on to see it. To any other one this does nothing.
+        end_with_parent(os.getppid(), signal.SIGCONT)
         threading.Thread(target=launcher._watch, name="launcher", daemon=True).start()
     return launcher
 

@@ -103,6 +103,14 @@ def test_a_rank_ends_with_each_process_up_to_its_launcher(
             process.wait()
 
 
+def test_a_rank_that_is_stopped_ends_with_its_launcher(script: Path) -> None:
+    process, rank, _, _ = begin([*LAUNCH, "RANK=1 WORLD_SIZE=2", PY, "rank.py"], script)
+    os.kill(rank, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    assert gone(rank)
+
+
 @pytest.mark.parametrize(
     "command",
     [
