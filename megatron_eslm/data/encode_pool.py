@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_eslm.data.loader import _outlive_signals
 from megatron_eslm.data.tokenizer_base import Tokenizer, clean_text
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.parallel.parent import end_with_parent
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096
@@ -80,7 +81,10 @@ def encoding(texts: Iterable[str], encoder: Encoder, workers: int) -> Iterator[I
         return
     # fork: workers have the tokenizer at once and need not import anything.
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=(encoder,)
+        workers,
+        multiprocessing.get_context("fork"),
+        initializer=_start_worker,
+        initargs=(encoder, os.getpid()),
     )
     try:
         yield _in_order(pool, _batches(texts), workers * _BATCHES_AHEAD_PER_WORKER)
@@ -121,10 +125,13 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 _encoder: Encoder | None = None  # set in worker processes only, by their initializer
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _start_worker(encoder: Encoder, parent: int) -> None:
     global _encoder
     _encoder = encoder
-    _outlive_signals(0)
+    end_with_parent(parent)
+    # Ctrl-C reaches the whole process group, and the parent decides. By SIGTERM the pool ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process is one core here
 
 

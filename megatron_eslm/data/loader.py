@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_eslm.data.loader_processes import LoaderProcesses
 from megatron_eslm.data.mixture import Mixture
 from megatron_eslm.data.skipped_samples import SkippedSamples
 from megatron_eslm.errors import ConfigError
@@ -26,6 +23,7 @@ def build_loader(
     dp_rank: int,
     dp_size: int,
     num_workers: int,
+    timeout_seconds: float = 600.0,
     pin_memory: bool = False,
     skipped: SkippedSamples | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -42,6 +40,7 @@ def build_loader(
         dp_rank: r.
         dp_size: DP.
         num_workers: processes that load; 0 loads in this one.
+        timeout_seconds: how long to wait for one of them.
         pin_memory: batches in page-locked memory.
         skipped: samples that are passed over.
 
@@ -52,7 +51,9 @@ def build_loader(
 
     Raises:
         ValueError: the range does not fit the data set or the batches, before anything is loaded.
-        ConfigError: (while iterating) an id outside the vocabulary; names the sample.
+        ConfigError: no process can be started; (while iterating) an id outside the vocabulary,
+            with the sample's number.
+        LoaderError: (while iterating) a process has ended, or hands nothing over.
     """
     rows, skipped = micro_batch_size * dp_size, skipped or SkippedSamples()
     if num_samples % rows:
@@ -62,46 +63,20 @@ def build_loader(
         raise ValueError(f"samples {start_sample} to {stop_sample} of {len(dataset)}")
     if not 0 <= dp_rank < dp_size:
         raise ValueError(f"rank {dp_rank} of {dp_size}")
-    loader = torch.utils.data.DataLoader(
-        _Numbered(dataset),
-        batch_sampler=_RankBatches(
-            start_sample, num_samples // rows, rows, dp_rank, micro_batch_size, skipped
-        ),
-        collate_fn=_collate,
-        num_workers=num_workers,
-        # fork: workers share the maps of the parent and start at once.
-        multiprocessing_context="fork" if num_workers else None,
-        worker_init_fn=_outlive_signals,
-        # Its own generator: the loader would draw a seed from the global one, and a resumed run
-        # would then see another random state than an uninterrupted one.
-        generator=torch.Generator(),
+    batches = _RankBatches(
+        start_sample, num_samples // rows, rows, dp_rank, micro_batch_size, skipped
     )
-    return _checked(_tensors(iter(loader), pin_memory), dataset)
+
+    def make(numbers: list[int]) -> dict[str, np.ndarray]:
+        return _collate([{**dataset[i], "sample": i} for i in numbers])
+
+    made: Iterator[dict[str, np.ndarray]] = map(make, batches)
+    if num_workers > 0:
+        made = LoaderProcesses(make, batches, workers=num_workers, timeout_seconds=timeout_seconds)
+    return _checked(_tensors(made, pin_memory), dataset)
 
 
-def _outlive_signals(worker: int) -> None:
-    """Launchers signal the whole process tree; the training process decides when loading ends.
-
-    A loader that died of SIGTERM would take the step and the checkpoint before leaving with it. So
-    only a SIGTERM of the parent, which is how multiprocessing ends its children, and its death end
-    this process. The latter without a word: what it waits to hand over, nobody takes.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None and parent.pid is not None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parent, args=(parent.pid,), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        received = signal.sigtimedwait({signal.SIGTERM}, 0.5)
-        if received is not None and received.si_pid == parent:
-            break
-    os._exit(0)
-
-
-class _RankBatches(torch.utils.data.Sampler):
+class _RankBatches:
     """Sample numbers of each micro-batch of a rank; lazily, for runs of any length."""
 
     def __init__(
@@ -128,22 +103,8 @@ class _RankBatches(torch.utils.data.Sampler):
             position = self._skipped.after(position, self._rows)
 
 
-class _Numbered(torch.utils.data.Dataset):
-    """Adds to each sample its number."""
-
-    def __init__(self, dataset: Mixture) -> None:
-        self._dataset = dataset
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {**self._dataset[i], "sample": i}
-
-
 def _collate(items: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Arrays, which a worker sends as the 100 kB that they are.
-
-    Tensors would go through shared memory, of which containers have little, and by a handshake
-    with a server in the worker, which prints a traceback where the other side dies in it.
-    """
+    """Arrays, which a loader process sends as the 100 kB that they are."""
     stacked = ("tokens", "valid", "labels", "reference")
     return {
         **{key: np.stack([item[key] for item in items]) for key in stacked if key in items[0]},

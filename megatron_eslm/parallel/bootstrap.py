@@ -13,6 +13,7 @@ import datetime
 import importlib
 import logging
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -21,10 +22,9 @@ from typing import NoReturn
 import torch
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.parallel.rendezvous import RENDEZVOUS_SECONDS, Meeting, meet
 
 logger = logging.getLogger(__name__)
-
-_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def quiet_imports() -> None:
@@ -63,39 +63,33 @@ def prepare_device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_distributed(timeout_seconds: float = 600.0) -> torch.device:
-    """Join the process group that the launcher describes; without a launcher, form one of one.
+def init_distributed(
+    timeout_seconds: float = 600.0,
+    *,
+    meeting: Meeting | None = None,
+    connect_seconds: float = RENDEZVOUS_SECONDS,
+) -> torch.device:
+    """Form the process group of the ranks that have met; NCCL on CUDA, gloo on CPU.
 
-    Works under `deepspeed`, `torchrun` and plain `python`. NCCL on CUDA, gloo on CPU.
+    Args:
+        timeout_seconds: how long collectives wait for a rank.
+        meeting: of these ranks; by default they meet now, as the launcher describes it.
+        connect_seconds: how long each rank may take to connect to all others.
 
     Raises:
-        ConfigError: some but not all of the launcher's environment variables are set.
+        ConfigError: ranks that do not meet (see `meet`) or cannot connect.
     """
-    present = [name for name in _LAUNCH_VARIABLES if name in os.environ]
-    alone = "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
-    if alone:
-        # Nobody else has to find this process: no port, which another one could take meanwhile.
-        os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
-        )
-    elif missing := [name for name in _LAUNCH_VARIABLES if name not in os.environ]:
-        raise ConfigError(
-            f"The environment sets {', '.join(present)} but not {', '.join(missing)}. Start with "
-            "`deepspeed`, `torchrun` or plain `python`, or set all five."
-        )
+    import torch.distributed as dist
+
+    if not dist.is_initialized() and meeting is None:
+        meeting = meet(connect_seconds)
     device = prepare_device()
     quiet_imports()
     import deepspeed
-    import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(seconds=timeout_seconds),
-            store=dist.HashStore() if alone else None,
-            rank=0 if alone else -1,
-            world_size=1 if alone else -1,
-        )
+        assert meeting is not None
+        _connect(meeting, device, timeout_seconds, connect_seconds)
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce, for inference only, on first use:
         # half a minute, and a C++ compiler, for nothing that training calls.
@@ -105,6 +99,44 @@ def init_distributed(timeout_seconds: float = 600.0) -> torch.device:
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
     )
     return device
+
+
+def _connect(
+    meeting: Meeting, device: torch.device, timeout_seconds: float, connect_seconds: float
+) -> None:
+    import torch.distributed as dist
+
+    collectives = datetime.timedelta(seconds=timeout_seconds)
+    if device.type == "cuda":
+        # NCCL connects ranks at their first collective.
+        meeting.store.set_timeout(collectives)
+        backend, limit = "nccl", collectives
+    else:
+        # gloo connects every rank with every other one, and waits for each anew.
+        limit = datetime.timedelta(seconds=connect_seconds)
+        meeting.store.set_timeout(limit)
+        backend = "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            timeout=limit,
+            store=meeting.store,
+            rank=meeting.rank,
+            world_size=meeting.world_size,
+        )
+    except RuntimeError as error:
+        text = str(error).strip().partition("\n")[0]
+        known = ("unable to find address", "unable to resolve", "timeout", "timed out")
+        if not any(words in text.lower() for words in known):
+            raise
+        raise ConfigError(
+            f"rank {meeting.rank} (host {socket.gethostname()}) cannot connect to all other ranks "
+            f"({text}). A firewall keeps machines apart, or the network interface is one that "
+            "others cannot reach: set GLOO_SOCKET_IFNAME."
+        ) from error
+    meeting.store.set_timeout(collectives)
+    if backend == "gloo":
+        dist.distributed_c10d._set_pg_timeout(collectives)
 
 
 @contextlib.contextmanager

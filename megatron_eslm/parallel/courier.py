@@ -10,7 +10,6 @@ import contextlib
 import json
 import queue
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -19,24 +18,7 @@ import torch.distributed as dist
 from megatron_eslm.parallel.blackboard import Blackboard
 from megatron_eslm.parallel.heartbeat import Beat, Finding
 from megatron_eslm.parallel.process import Process
-
-
-class Stopwatch:
-    """Counts seconds while it is looked at; a longer pause than `longest_seconds` counts as that.
-
-    So a process that was stopped, or waited for the interpreter or the store, does not take the
-    time that it missed for the silence of others.
-    """
-
-    def __init__(self, longest_seconds: float) -> None:
-        self.seconds = 0.0
-        self._longest = longest_seconds
-        self._last = time.monotonic()
-
-    def look(self) -> None:
-        now = time.monotonic()
-        self.seconds += min(now - self._last, self._longest)
-        self._last = now
+from megatron_eslm.parallel.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def find_silent(
             seconds = min(beats[rank].silent_seconds for rank in ranks)
             did = f"has not answered for {seconds:.0f} s"
             if len(ranks) > 1:
-                did += f", nor has any other rank of its host ({_ranks(ranks)})"
+                did += f", nor has any other rank of its host ({ranks_text(ranks)})"
             return Finding(ranks[0], f"{did}; last seen", unless_left=True, unresponsive=True)
     return None
 
@@ -150,7 +150,7 @@ def _grouped(moments: Mapping[int, Moment]) -> str:
     for rank, moment in sorted(moments.items()):
         groups.setdefault(moment, []).append(rank)
     shown = [
-        f"{_ranks(ranks)} {'waiting ' if moment.waits else ''}in {moment}"
+        f"{ranks_text(ranks)} {'waiting ' if moment.waits else ''}in {moment}"
         for moment, ranks in list(groups.items())[:MAX_GROUPS]
     ]
     if (more := len(groups) - MAX_GROUPS) > 0:
@@ -158,7 +158,7 @@ def _grouped(moments: Mapping[int, Moment]) -> str:
     return ", ".join(shown)
 
 
-def _ranks(ranks: Iterable[int]) -> str:
+def ranks_text(ranks: Iterable[int]) -> str:
     """ "rank 4", "ranks 0-2, 5": sorted numbers, consecutive ones drawn together."""
     runs: list[list[int]] = []
     for rank in ranks:

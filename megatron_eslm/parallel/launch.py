@@ -15,6 +15,17 @@ from dataclasses import dataclass
 
 from megatron_eslm.errors import ConfigError
 
+_FIVE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_MOST_PROCESSES = 1_000_000
+_LIMITS = {
+    "RANK": _MOST_PROCESSES,
+    "WORLD_SIZE": _MOST_PROCESSES,
+    "LOCAL_RANK": _MOST_PROCESSES,
+    "MASTER_PORT": 65_535,
+}
+_MOST_NUMBER = 2**32
+"""Slurm's numbers of steps begin just below it for its own kinds of steps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Launcher:
@@ -65,13 +76,12 @@ def discover() -> None:
         ConfigError: variables that are missing, are no numbers or contradict each other; an
             address that cannot be found; mpi4py that is needed and missing, or of another MPI.
     """
-    if os.environ.get("MASTER_PORT"):
-        _number("MASTER_PORT")
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _check_range("RANK", "WORLD_SIZE")
-        return
-    launcher = _find_launcher()
+    _check_numbers()
+    launcher = None
+    if not ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
+        launcher = _find_launcher()
     if launcher is None:
+        described()
         return
     rank = _agreed("RANK", launcher.rank, launcher)
     world_size = _agreed("WORLD_SIZE", launcher.world_size, launcher)
@@ -79,9 +89,51 @@ def discover() -> None:
         os.environ["LOCAL_RANK"] = str(_agreed("LOCAL_RANK", launcher.local_rank, launcher))
     # Set before anything else can fail: who speaks of an error depends on the rank.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
-    _check_range("RANK", "WORLD_SIZE")
+    _check_numbers()
     if not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         _set_master(launcher, world_size)
+    described()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What the five variables say."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def described() -> Launch | None:
+    """What the environment describes; None for a process that was started alone.
+
+    Raises:
+        ConfigError: some of the five variables are set and others not; one is no number, or not in
+            its range; an address that cannot be found.
+    """
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return None
+    _check_numbers()
+    if missing := [name for name in _FIVE if not os.environ.get(name)]:
+        present = [name for name in _FIVE if name not in missing]
+        raise ConfigError(
+            f"The environment sets {', '.join(present)} but not {', '.join(missing)}. Start with "
+            "`deepspeed`, `torchrun` or plain `python`, or set all five."
+        )
+    launch = Launch(
+        rank=_number("RANK"),
+        world_size=_number("WORLD_SIZE"),
+        local_rank=_number("LOCAL_RANK"),
+        address=os.environ["MASTER_ADDR"],
+        port=_number("MASTER_PORT"),
+    )
+    if launch.world_size > 1:
+        if launch.port == 0:
+            raise ConfigError("MASTER_PORT=0 is no port where ranks can meet; set one from 1 on.")
+        _check_address(launch.address)
+    return launch
 
 
 def _find_launcher() -> _Launcher | None:
@@ -119,10 +171,30 @@ def _several_tasks() -> bool:
 
 
 def _number(name: str) -> int:
-    text = os.environ[name]
-    if not text.isdecimal():
+    text, most = os.environ[name], _LIMITS.get(name, _MOST_NUMBER)
+    if not (text.isascii() and text.isdecimal()):
         raise ConfigError(f"{name}={text!r} in the environment is not a whole number; unset it.")
+    # Python refuses to read a number of thousands of digits.
+    if len(text.lstrip("0")) > 10 or int(text) > most:
+        raise ConfigError(f"{name}={text:.20} in the environment is too large (at most {most}).")
     return int(text)
+
+
+def _check_numbers() -> None:
+    """Those of the five that are set, each in its range."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if name in os.environ:
+            _number(name)
+    if os.environ.get("MASTER_PORT"):
+        _number("MASTER_PORT")
+    if "WORLD_SIZE" in os.environ and _number("WORLD_SIZE") == 0:
+        raise ConfigError("WORLD_SIZE=0 in the environment: a job has at least one process.")
+    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is not None and world_size is not None and int(rank) >= int(world_size):
+        raise ConfigError(
+            f"RANK={rank} contradicts WORLD_SIZE={world_size}: ranks count from 0. Unset both, or "
+            "set them for each process."
+        )
 
 
 def _agreed(name: str, theirs: str, launcher: _Launcher) -> int:
@@ -145,14 +217,6 @@ def _agreed(name: str, theirs: str, launcher: _Launcher) -> int:
     return value
 
 
-def _check_range(rank: str, world_size: str) -> None:
-    if _number(rank) >= _number(world_size):
-        raise ConfigError(
-            f"{rank}={os.environ[rank]} contradicts {world_size}={os.environ[world_size]}: ranks "
-            "count from 0. Unset both, or set them for each process."
-        )
-
-
 def _set_master(launcher: _Launcher, world_size: int) -> None:
     """Set what is missing of MASTER_ADDR and MASTER_PORT: where all processes meet rank 0."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
@@ -166,14 +230,19 @@ def _set_master(launcher: _Launcher, world_size: int) -> None:
         # Rank 0's word counts: a port that is free there need not be free elsewhere.
         agreed = _agree_over_mpi(launcher, world_size, (here or own, _free_port()))
         address, port = address or agreed[0], port or str(agreed[1])
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
+
+
+def _check_address(address: str) -> None:
     try:
         socket.getaddrinfo(address, None)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: it could not even be asked for
+        why = error.strerror if isinstance(error, OSError) else "no host name"
         raise ConfigError(
-            f"The machine of rank 0, MASTER_ADDR {address}, is not known on {own} "
-            f"({error.strerror}). Export MASTER_ADDR with an address that every machine can reach."
+            f"The machine of rank 0, MASTER_ADDR {address}, is not known on "
+            f"{socket.gethostname()} ({why}). Export MASTER_ADDR with an address that every "
+            "machine can reach."
         ) from error
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
 
 
 def _free_port() -> int:

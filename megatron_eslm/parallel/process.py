@@ -9,20 +9,30 @@ import socket
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 State = Literal["runs", "stopped", "gone"]
 
 
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State letter and start time (ticks since boot) of a process; None if there is none."""
+class Stat(NamedTuple):
+    """Of a process, as /proc has it."""
+
+    state: str
+    """A letter."""
+    parent: int
+    started: int
+    """Clock ticks since boot."""
+
+
+def stat(pid: int) -> Stat | None:
+    """What is known of a process; None if there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
     # The name, in parentheses, may itself hold spaces and parentheses.
     fields = text[text.rindex(")") + 2 :].split()
-    return fields[0], int(fields[19])
+    return Stat(fields[0], int(fields[1]), int(fields[19]))
 
 
 @dataclass(frozen=True)
@@ -40,24 +50,29 @@ class Process:
     @classmethod
     def this(cls) -> Process:
         """The calling process. Where the system shows no processes it has a place of its own."""
-        host, pid = socket.gethostname(), os.getpid()
-        stat = _stat(pid)
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """Process `pid` of this place."""
+        host = socket.gethostname()
+        seen = stat(pid)
         try:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             place = f"{boot}/{os.readlink('/proc/self/ns/pid')}"
         except OSError:
-            stat = None
-        if stat is None:
+            seen = None
+        if seen is None:
             return cls(host, pid, str(uuid.uuid4()), 0)
-        return cls(host, pid, place, stat[1])
+        return cls(host, pid, place, seen.started)
 
     def state(self) -> State:
         """To be asked by a process of the same place. A zombie is gone."""
-        stat = _stat(self.pid)
-        if stat is None or stat[0] in "ZX" or stat[1] != self.started:
+        seen = stat(self.pid)
+        if seen is None or seen.state in "ZX" or seen.started != self.started:
             return "gone"
         # Not "t", which is a debugger's doing.
-        return "stopped" if stat[0] == "T" else "runs"
+        return "stopped" if seen.state == "T" else "runs"
 
     def kill(self) -> None:
         """SIGKILL, unless it is gone."""

@@ -29,10 +29,14 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from megatron_eslm.parallel.blackboard import Blackboard
-from megatron_eslm.parallel.courier import Courier, Stopwatch, Verdict
+from megatron_eslm.parallel.courier import Courier, Verdict
 from megatron_eslm.parallel.heartbeat import HOW_TO_GO_ON, Beat, Finding, find_hung, find_silent
+from megatron_eslm.parallel.last_words import say
+from megatron_eslm.parallel.parent import Launcher
 from megatron_eslm.parallel.phases import Phases
 from megatron_eslm.parallel.process import Process
+from megatron_eslm.parallel.rendezvous import Meeting
+from megatron_eslm.parallel.stopwatch import Stopwatch
 
 TICK_SECONDS = 0.2
 """Launchers end the survivors soon after a death; the message has to be out by then."""
@@ -62,6 +66,7 @@ class Watchdog:
         store: dist.Store,
         timeout_seconds: float,
         rank_zero_keeps_store: bool = True,
+        launcher: Launcher | None = None,
         process: Process | None = None,
     ) -> None:
         """Args:
@@ -71,12 +76,14 @@ class Watchdog:
         store: the job's; the watchdog makes a connection of its own.
         timeout_seconds: for how long no rank may go on before the job ends.
         rank_zero_keeps_store: or else the launcher does.
+        launcher: of this rank, if it has one.
         process: this one, by default.
         """
         self._phases, self._rank, self._world_size = phases, rank, world_size
         self._timeout_seconds = timeout_seconds
         self._silence_seconds = min(SILENCE_SECONDS, timeout_seconds / 2)
         self._keeper = 0 if rank_zero_keeps_store else None
+        self._launcher = launcher
         self._process = process or Process.this()
         self._beat_seconds = min(2.0, max(0.25, world_size / 128))
 
@@ -168,7 +175,7 @@ class Watchdog:
         self._own_failure = Verdict(self._rank, message, code), trace
         # It ends this process, whoever is to blame.
         self._thread.join()
-        _say(f"{trace}error: {message}\n")
+        say(f"{trace}error: {message}\n")
         os._exit(code)
 
     def _patience(self, error: BaseException) -> float:
@@ -224,6 +231,8 @@ class Watchdog:
         """What is wrong, if anything is."""
         if self._own_failure is not None:
             return self._own_failure[0]
+        if self._launcher is not None and self._launcher.gone() is not None:
+            return None  # The ranks of this host are about to end: none of them is to blame.
         if finding := self._look_at_neighbours(tick_seconds):
             return finding
         if not (news and self._courier.beats):
@@ -302,7 +311,7 @@ class Watchdog:
         if speaks:
             own = self._own_failure
             trace = own[1] if own is not None and own[0] == verdict else ""
-            _say(f"{trace}error: {verdict.text}\n")
+            say(f"{trace}error: {verdict.text}\n")
         # Until then every rank has read the verdict, or has seen that this one still runs.
         time.sleep(1.0 + 2 * self._beat_seconds)
         if verdict.unresponsive in (neighbours := self._courier.neighbours or {}):
@@ -311,30 +320,27 @@ class Watchdog:
         os._exit(verdict.code)
 
 
-def _say(text: str) -> None:
-    """To the log of the job; not through sys.stderr, whose lock the main thread may hold."""
-    data = text.encode()
-    while data:
-        data = data[os.write(2, data) :]
-
-
-def job_watchdog(phases: Phases, timeout_seconds: float) -> Watchdog | None:
-    """A watchdog, started, over the ranks that `init_distributed` has joined; None for one alone.
+def job_watchdog(
+    meeting: Meeting, phases: Phases, timeout_seconds: float, launcher: Launcher | None = None
+) -> Watchdog | None:
+    """A watchdog, started, over the ranks that have met; None for one alone.
 
     Args:
+        meeting: who has.
         phases: what this rank does.
         timeout_seconds: for how long no rank may go on before the job ends.
+        launcher: of this rank, if it has one.
     """
-    if dist.get_world_size() == 1:
+    if meeting.world_size == 1:
         return None
     watchdog = Watchdog(
         phases,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        store=dist.distributed_c10d._get_default_store(),
+        rank=meeting.rank,
+        world_size=meeting.world_size,
+        store=meeting.store,
         timeout_seconds=timeout_seconds,
-        # Set by torchrun, whose first launcher then keeps the store and outlives the ranks.
-        rank_zero_keeps_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        rank_zero_keeps_store=not meeting.launcher_keeps_store,
+        launcher=launcher,
     )
     watchdog.start()
     return watchdog

@@ -8,6 +8,7 @@ that see one disk: whoever holds the lock of a folder trains that run.
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -16,13 +17,14 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.json_file import read_json
+from megatron_eslm.parallel.parent import end_with_parent
 from megatron_eslm.recipes.recipe import Recipe, RecipeRun, Step
 
 logger = logging.getLogger(__name__)
@@ -109,7 +111,9 @@ class Runner:
 
     def _dry_run_flops(self, run: RecipeRun) -> float:
         command = [*self._launch(), *run.words(planned=True), "--dry-run"]
-        done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=_environment(), preexec_fn=_with_this()
+        )
         found = _STEP_FLOPS.search(done.stdout)
         if done.returncode or found is None:
             raise ConfigError(
@@ -125,7 +129,7 @@ class Runner:
                 logger.info("%s waits for %s", run.folder.name, needed)
                 return "waits"
         with _lock(run.folder) as held:
-            if not held:
+            if held is None:
                 logger.info("%s is being trained by another process", run.folder.name)
                 return "held"
             stored, steps = run.folder / "command.json", self.steps(run)
@@ -142,7 +146,7 @@ class Runner:
             resumed = any(run.checkpoints.glob("iter_*"))
             command = [*self._launch(), *run.words(steps, resumed=resumed)]
             logger.info("%s: %s", run.folder.name, shlex.join(command))
-            code = _call(command, run.folder / "log.txt")
+            code = _call(command, run.folder / "log.txt", lock=held)
             if code == 0:
                 _write(run.folder / "finished.json", {"command": first})
                 return "finished"
@@ -154,12 +158,12 @@ class Runner:
             return
         # Other runners of the recipe wait for it here.
         step.creates.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(step.creates.parent, f".{step.creates.name}.lock", wait=True):
+        with _lock(step.creates.parent, f".{step.creates.name}.lock", wait=True) as held:
             if step.creates.exists():
                 return
             words = [sys.executable if word == "python" else word for word in step.words]
             logger.info("%s", shlex.join(words))
-            if code := _call(words, None):
+            if code := _call(words, None, lock=held):
                 raise ConfigError(f"{shlex.join(words)} ended with code {code}.")
             if not step.creates.exists():
                 raise ConfigError(f"{shlex.join(words)} did not make {step.creates}.")
@@ -172,16 +176,21 @@ def _write(path: Path, content: object) -> None:
 
 
 @contextmanager
-def _lock(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process has the folder to itself meanwhile."""
+def _lock(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[int | None]:
+    """The open file of the lock while this process has the folder to itself; None if it has not."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            yield False
+            yield None
             return
-        yield True
+        yield file.fileno()
+
+
+def _with_this() -> Callable[[], None]:
+    """For a program that is to end with this process: a training saves a checkpoint before."""
+    return functools.partial(end_with_parent, os.getpid(), signal.SIGTERM)
 
 
 def _environment() -> dict[str, str]:
@@ -190,10 +199,11 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": path}
 
 
-def _call(command: Sequence[str], log: Path | None) -> int:
+def _call(command: Sequence[str], log: Path | None, lock: int | None = None) -> int:
     """Run a command to its end; its output goes to the end of `log`, or where ours goes.
 
-    SIGTERM and SIGINT are handed on: a training then saves a checkpoint and ends.
+    SIGTERM and SIGINT are handed on: a training then saves a checkpoint and ends. It does so, too,
+    when this process is killed, and holds `lock` until then.
 
     Raises:
         StoppedError: after such a signal.
@@ -207,6 +217,8 @@ def _call(command: Sequence[str], log: Path | None) -> int:
             stderr=subprocess.STDOUT,
             env=_environment(),
             start_new_session=True,
+            preexec_fn=_with_this(),
+            pass_fds=() if lock is None else (lock,),
         )
 
         def hand_on(number: int, _: object) -> None:

@@ -141,6 +141,7 @@ class Trainer:
             dp_rank=self.mesh.dp_rank,
             dp_size=self.mesh.dp_size,
             num_workers=self.run.data.num_workers,
+            timeout_seconds=60.0 * self.run.engine.distributed_timeout_minutes,
             pin_memory=self.engine.device.type == "cuda",
             skipped=self.reading.skipped,
         )

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.bootstrap import init_distributed, leave
+from megatron_eslm.parallel.last_words import say
 from megatron_eslm.parallel.launch import discover
+from megatron_eslm.parallel.parent import SAVE_SECONDS, Launcher
 from megatron_eslm.parallel.phases import Phases
+from megatron_eslm.parallel.rendezvous import meet
 from megatron_eslm.parallel.watchdog import Watchdog, job_watchdog
 from megatron_eslm.training import signals
 from megatron_eslm.training.command_line import read_command_line
@@ -39,8 +42,7 @@ def fail(message: str, code: int, watchdog: Watchdog | None = None) -> None:
         watchdog.fail(message, code=code)
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3.0)
-    sys.stderr.write(f"error: {message}\n")
-    sys.stderr.flush()
+    say(f"error: {message}\n")
     # Skips the destructors of process groups, which may wait for ranks that are gone.
     os._exit(code)
 
@@ -54,8 +56,12 @@ def print_page(text: str) -> None:
         raise ConfigError(f"standard output cannot be written: {error.strerror}.") from error
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, launcher: Launcher | None = None) -> None:
     """Entry point of pretrain_gpt.py.
+
+    Args:
+        argv: flags; by default those of the command line.
+        launcher: who started this rank; it is watched already.
 
     Exit codes, the same on all ranks:
 
@@ -74,11 +80,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         configure_logging()
         run = read_command_line(argv, int(os.environ.get("WORLD_SIZE", "1")))
         signals.end_at_once(run.training.stop_signals)
+        connect_seconds = 60.0 * run.engine.rendezvous_timeout_minutes
+        meeting = meet(connect_seconds, launcher)
         timeout_seconds = 60.0 * run.engine.distributed_timeout_minutes
-        init_distributed(run.engine.collective_timeout_seconds)
-        watchdog = job_watchdog(phases, timeout_seconds)
+        watchdog = job_watchdog(meeting, phases, timeout_seconds, launcher)
         signals.unwind(run.training.stop_signals)
+        init_distributed(
+            run.engine.collective_timeout_seconds, meeting=meeting, connect_seconds=connect_seconds
+        )
         # Imported here, so that --help and a mistyped flag need not wait for them.
+        from megatron_eslm.data.loader_processes import LoaderError
         from megatron_eslm.training.build import build_trainer, dry_run
         from megatron_eslm.training.nonfinite import NonfiniteError
 
@@ -91,8 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             stopped = None
         else:
             try:
-                stopped = build_trainer(run, phases).train(began_seconds)
-            except NonfiniteError as error:
+                trainer = build_trainer(run, phases)
+                if launcher is not None:
+                    launcher.patience_seconds = SAVE_SECONDS
+                stopped = trainer.train(began_seconds)
+            except (LoaderError, NonfiniteError) as error:
                 fail(str(error), 1, watchdog)
         signals.ignore()
         if watchdog is not None:

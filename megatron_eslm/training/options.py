@@ -173,6 +173,10 @@ class EngineOptions:
     """How long no rank may go on before the job ends with a message that names the one to blame;
     collectives wait twice that and a minute."""
 
+    rendezvous_timeout_minutes: Annotated[float, Range(above=0, at_most=MOST_MINUTES)] = 5.0
+    """How long a rank waits in the start for the others, before the job ends with a message that
+    names the missing ones."""
+
     local_rank: int | None = None
     """Set by the deepspeed launcher."""
 

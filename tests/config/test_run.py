@@ -202,6 +202,14 @@ def test_batch_triple() -> None:
             "--distributed-timeout-minutes 0",
             ["--distributed-timeout-minutes 0 is outside (0, 1000000]"],
         ),
+        (
+            "--rendezvous-timeout-minutes 0",
+            ["--rendezvous-timeout-minutes 0 is outside (0, 1000000]"],
+        ),
+        (
+            "--rendezvous-timeout-minutes inf",
+            ["--rendezvous-timeout-minutes: inf is not a finite number"],
+        ),
         ("--cpu-offload", ["--cpu-offload", "--zero-stage 0", "Use --zero-stage 1, 2 or 3"]),
         ("--cpu-offload --zero-stage 0", ["--cpu-offload", "--zero-stage 0"]),
         (

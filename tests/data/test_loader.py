@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_eslm.data.loader import build_loader
+from megatron_eslm.data.loader_processes import LoaderError
 from megatron_eslm.data.mixture import Datasets, build_datasets
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.skipped_samples import SkippedSamples
@@ -141,14 +142,18 @@ class Broken(torch.utils.data.Dataset):
     [
         ("raise", 0, OSError, "the disk is gone"),
         ("raise", 2, OSError, "the disk is gone"),
-        ("die", 2, RuntimeError, "worker .*killed|exited unexpectedly"),
+        (
+            "die",
+            2,
+            LoaderError,
+            r"loader process 2 of 2 \(pid \d+\), which was to hand over samples 12 to 15, was "
+            r"killed by SIGKILL\. Most likely .* out of memory; --num-workers 0 .* with --load",
+        ),
         ("id", 2, ConfigError, r"Sample 13, from --data-path .*(alpha|beta), .* of 257 \(257\)"),
     ],
 )
 @pytest.mark.timeout(60)
-def test_failures_surface(data, how, workers, error, message, monkeypatch):
-    # How long the loader waits for a dead worker to end.
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+def test_failures_surface(data, how, workers, error, message):
     broken = Datasets(Broken(data.train, how), None, data.report)
     with pytest.raises(error, match=message):
         load(broken, workers=workers)

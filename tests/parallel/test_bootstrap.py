@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.parallel.bootstrap import init_distributed, single_process
+from megatron_eslm.parallel.bootstrap import init_distributed, quiet_imports, single_process
+from megatron_eslm.parallel.phases import Phases
+from megatron_eslm.parallel.rendezvous import Meeting
+from megatron_eslm.parallel.watchdog import job_watchdog
 
 from ..harness import run_ranks
+from .ranks import Ranks, environment, free_port
 
 
 def test_single_process_makes_a_group_and_takes_it_away() -> None:
@@ -50,6 +57,64 @@ def test_without_a_launcher_there_is_one_process() -> None:
         return str(device), dist.get_world_size(), os.environ["RANK"]
 
     assert run_ranks(1, on_rank) == [("cpu", 1, "0")]
+
+
+def all_reduced(meeting: Meeting) -> float:
+    """Sum over the ranks, of which the second comes later than ranks may take to connect."""
+    init_distributed(60.0, meeting=meeting, connect_seconds=1.0)
+    if meeting.rank == 1:
+        time.sleep(1.5)
+    x = torch.ones(1)
+    dist.all_reduce(x)
+    dist.barrier()
+    return x.item()
+
+
+def watched(meeting: Meeting) -> None:
+    """Rank 1 dies between the meeting and the connection of all with all."""
+    watchdog = job_watchdog(meeting, Phases(), 60.0)
+    assert watchdog is not None
+    if meeting.rank == 1:
+        while watchdog._courier.num_exchanges < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    init_distributed(meeting=meeting, connect_seconds=30.0)
+
+
+def stopped(meeting: Meeting) -> None:
+    if meeting.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    init_distributed(meeting=meeting, connect_seconds=1.0)
+
+
+@pytest.mark.timeout(60)
+def test_ranks_that_have_met_connect_within_a_limit_or_say_why(
+    ranks: Ranks, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet_imports()
+    jobs = {}
+    for name, work, more in (
+        ("all", all_reduced, {}),
+        ("one stopped", stopped, {}),
+        ("one dead", watched, {}),
+        ("no interface", stopped, {"GLOO_SOCKET_IFNAME": "none0"}),
+    ):
+        port = free_port()
+        jobs[name] = [
+            ranks.start(environment(rank, 2, port, **more), work=work) for rank in range(2)
+        ]
+    assert [ranks.said(pid) for pid in jobs["all"]] == [2.0, 2.0]
+    connects = (
+        f"ConfigError: rank 0 (host {socket.gethostname()}) cannot connect to all other ranks ("
+    )
+    message = ranks.said(jobs["one stopped"][0])
+    assert message.startswith(f"{connects}wait timeout after 1000ms")
+    assert message.endswith("set GLOO_SOCKET_IFNAME.")
+    message = ranks.said(jobs["no interface"][0])
+    assert message.startswith(connects) and "Unable to find address for: none0" in message
+    assert ranks.said(jobs["one dead"][0]) is None
+    died = f'error: rank 1 (host {socket.gethostname()}, pid {jobs["one dead"][1]}) died in "start"'
+    assert died in capfd.readouterr().err
 
 
 def test_importing_the_package_is_silent_and_light() -> None:

@@ -8,9 +8,9 @@ from megatron_eslm.parallel.heartbeat import (
     HOW_TO_GO_ON,
     Beat,
     Finding,
-    _ranks,
     find_hung,
     find_silent,
+    ranks_text,
 )
 from megatron_eslm.parallel.phases import Moment
 from megatron_eslm.parallel.process import Process
@@ -137,7 +137,7 @@ def test_a_message_lists_eight_groups_at_most() -> None:
 
 
 def test_ranks_in_words() -> None:
-    assert [_ranks(r) for r in ([4], [0, 1], [0, 2, 3, 4, 7])] == [
+    assert [ranks_text(r) for r in ([4], [0, 1], [0, 2, 3, 4, 7])] == [
         "rank 4",
         "ranks 0-1",
         "ranks 0, 2-4, 7",

@@ -54,6 +54,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
     """
 
     def resolve(host: str, port: object) -> list[object]:
+        host.encode("idna")
         if host.startswith(("node", "127.")):
             return []
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -156,7 +157,7 @@ def test_a_plain_python_stays_one_process(launched: Launched, environment: dict[
 
 
 def test_rank_and_world_size_that_are_set_win(launched: Launched) -> None:
-    given = {"RANK": "1", "WORLD_SIZE": "2"}
+    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}
     for launcher in (OPEN_MPI, MPICH, SRUN):
         assert launched(launcher, given) == given
 
@@ -405,13 +406,64 @@ def test_a_rank_outside_the_world_is_refused(refused: Callable[..., str]) -> Non
     assert "RANK=5 contradicts WORLD_SIZE=4" in refused(OPEN_MPI, {"OMPI_COMM_WORLD_SIZE": "4"})
 
 
+GIVEN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("RANK", "-1"), ("WORLD_SIZE", "two"), ("WORLD_SIZE", ""), ("MASTER_PORT", "http")],
+    ("name", "value", "message"),
+    [
+        ("RANK", "-1", "RANK='-1' in the environment is not a whole number; unset it."),
+        ("RANK", "\u0663", "RANK='\u0663' in the environment is not a whole number; unset it."),
+        ("WORLD_SIZE", "two", "WORLD_SIZE='two' in the environment is not a whole number"),
+        ("WORLD_SIZE", "", "WORLD_SIZE='' in the environment is not a whole number; unset it."),
+        ("WORLD_SIZE", "1.0", "WORLD_SIZE='1.0' in the environment is not a whole number"),
+        ("LOCAL_RANK", "x", "LOCAL_RANK='x' in the environment is not a whole number; unset it."),
+        ("MASTER_PORT", "http", "MASTER_PORT='http' in the environment is not a whole number"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE=0 in the environment: a job has at least one process."),
+        ("WORLD_SIZE", "2000000", "WORLD_SIZE=2000000 in the environment is too large (at most 1"),
+        ("WORLD_SIZE", "9" * 5000, f"WORLD_SIZE={'9' * 20} in the environment is too large ("),
+        ("MASTER_PORT", "65536", "MASTER_PORT=65536 in the environment is too large (at most 6"),
+        ("MASTER_PORT", "0", "MASTER_PORT=0 is no port where ranks can meet; set one from 1 on."),
+        (
+            "MASTER_ADDR",
+            "elsewhere",
+            "The machine of rank 0, MASTER_ADDR elsewhere, is not known on node9 (Name or service "
+            "not known). Export MASTER_ADDR with an address that every machine can reach.",
+        ),
+        ("MASTER_ADDR", "a" * 70 + ".b", f"The machine of rank 0, MASTER_ADDR {'a' * 70}.b, is n"),
+        ("MASTER_ADDR", "", "The environment sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_PORT but "),
+    ],
 )
-def test_what_is_no_number_is_refused(refused: Callable[..., str], name: str, value: str) -> None:
-    message = refused({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, {name: value})
-    assert message == f"{name}={value!r} in the environment is not a whole number; unset it."
+def test_each_variable_of_a_launch_is_checked(
+    refused: Callable[..., str], name: str, value: str, message: str
+) -> None:
+    assert refused(GIVEN, {name: value}).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' in the environment is not a whole number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment is not a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment: a job has at least"),
+        (
+            {"WORLD_SIZE": "2"},
+            "The environment sets WORLD_SIZE but not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT",
+        ),
+        ({"RANK": "0"}, "The environment sets RANK but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x' in the environment is not a whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 in the environment is too large"),
+    ],
+)
+def test_each_variable_alone_is_checked(
+    refused: Callable[..., str], environment: dict[str, str], message: str
+) -> None:
+    assert refused(environment).startswith(message)
+
+
+def test_one_process_needs_no_address(launched: Launched) -> None:
+    alone = {**GIVEN, "WORLD_SIZE": "1", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "0"}
+    assert launched(alone) == alone
 
 
 def test_a_launcher_number_that_is_none(refused: Callable[..., str]) -> None:

@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 import torch.distributed as dist
 
-from megatron_eslm.parallel.courier import Stopwatch
-from megatron_eslm.parallel.heartbeat import HOW_TO_GO_ON
+from megatron_eslm.parallel.heartbeat import HOW_TO_GO_ON, Finding
 from megatron_eslm.parallel.phases import Phases
 from megatron_eslm.parallel.process import Process
+from megatron_eslm.parallel.rendezvous import Meeting
+from megatron_eslm.parallel.stopwatch import Stopwatch
 from megatron_eslm.parallel.watchdog import SILENCE_SECONDS, Watchdog, job_watchdog
 
 Work = Callable[[int, Phases, Watchdog], None]
@@ -382,8 +384,22 @@ def test_errors_that_follow_from_others_wait_to_learn_of_them(
     assert watchdog._patience(RuntimeError(text)) == seconds
 
 
-def test_one_rank_alone_has_no_watchdog(process_group: None) -> None:
-    assert job_watchdog(Phases(), 1.0) is None
+def test_ranks_that_end_with_their_launcher_are_not_to_blame(tmp_path: Path) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 2)
+    gone: list[str] = []
+    launcher: Any = SimpleNamespace(gone=lambda: gone[0] if gone else None)
+    watchdog = Watchdog(
+        Phases(), rank=0, world_size=2, store=store, timeout_seconds=600, launcher=launcher
+    )
+    watchdog._courier.neighbours = {1: replace(Process.this(), started=0)}
+    found = watchdog._look(0.2, news=False)
+    assert isinstance(found, Finding) and (found.rank, found.did) == (1, "died")
+    gone.append("torchrun (pid 4)")
+    assert watchdog._look(0.2, news=False) is None
+
+
+def test_one_rank_alone_has_no_watchdog() -> None:
+    assert job_watchdog(Meeting(0, 1, dist.HashStore()), Phases(), 1.0) is None
 
 
 def test_ranks_that_go_on_are_left_alone(start: Start, tmp_path: Path) -> None:

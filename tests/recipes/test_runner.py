@@ -40,7 +40,12 @@ if os.path.exists("fail"):
 if os.path.exists("hang"):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     pathlib.Path("hangs").touch()
-    time.sleep(60)
+    try:
+        time.sleep(60)
+    finally:
+        while os.path.exists("hang"):  # It saves a checkpoint.
+            time.sleep(0.02)
+        pathlib.Path("saved").touch()
 pathlib.Path(folder.parent, "iters").write_text(flags["--train-iters"])
 """
 
@@ -174,8 +179,10 @@ def tool(*words: str, **kwargs) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_signal_is_handed_on_and_ends_the_runner(recipe):
-    recipe()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_training_ends_with_its_runner(recipe, number):
+    """Handed on by it, or by the kernel; and meanwhile nobody else trains in the folder."""
+    made = recipe()
     Path("hang").touch()
     runner = subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "run_recipe.py"), "r.yaml", "--only", "clm"],
@@ -186,10 +193,18 @@ def test_a_signal_is_handed_on_and_ends_the_runner(recipe):
     while not Path("hangs").exists():
         assert runner.poll() is None
         time.sleep(0.05)
-    runner.send_signal(signal.SIGTERM)
+    runner.send_signal(number)
+    if number == signal.SIGKILL:
+        runner.wait()
+        one = [run for run in made.runs if run.method == "clm"]
+        assert Runner(made, ROOT).train(one) == {"clm-seed7": "held"}
+    Path("hang").unlink()
     _, errors = runner.communicate(timeout=60)
-    assert runner.returncode == 1 and "the same command goes on" in errors
+    while not Path("saved").exists():
+        time.sleep(0.02)
     assert not Path("out/clm-seed7/finished.json").exists()
+    if number == signal.SIGTERM:
+        assert runner.returncode == 1 and "the same command goes on" in errors
 
 
 def test_parts_and_mistakes_on_the_command_line(recipe):

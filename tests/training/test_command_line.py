@@ -17,6 +17,7 @@ from megatron_eslm.training import signals
 from megatron_eslm.training.main import fail
 from megatron_eslm.training.signals import ECHO_SECONDS
 
+from ..parallel.ranks import free_port
 from .runs import read_metrics, words
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,10 @@ TORCHRUN = [
     *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
     *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", SCRIPT),
 ]
-DEEPSPEED = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29617", SCRIPT]
+DEEPSPEED = [
+    *(str(BIN / "deepspeed"), "--num_accelerators", "2"),
+    *("--master_port", str(free_port()), SCRIPT),
+]
 
 
 MARK = "TEST_COMMAND_LINE"
@@ -104,8 +108,8 @@ def process_of_rank(cwd: Path, rank: int) -> int:
     return min(pid for pid, env in members(cwd).items() if env.get("RANK") == str(rank))
 
 
-def assert_nothing_left(cwd: Path) -> None:
-    deadline = time.monotonic() + 10
+def assert_nothing_left(cwd: Path, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
     while (left := members(cwd)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left, left.keys()
@@ -161,7 +165,7 @@ def test_bad_data_ends_every_rank(data: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [3.0])])
 def test_the_others_let_rank_zero_speak_first(
-    rank: str, waits: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    rank: str, waits: list[float], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     done: list[float] = []
     monkeypatch.setenv("RANK", rank)
@@ -170,7 +174,7 @@ def test_the_others_let_rank_zero_speak_first(
     monkeypatch.setattr(signals, "leave_with", lambda code: None)  # this process goes on
     fail("--flag is wrong.", 2)
     assert done == [*waits, 2]
-    assert capsys.readouterr().err == "error: --flag is wrong.\n"
+    assert capfd.readouterr().err == "error: --flag is wrong.\n"
 
 
 def test_dry_run_prints_and_trains_nothing(data: list[str], tmp_path: Path) -> None:

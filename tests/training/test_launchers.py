@@ -10,7 +10,6 @@ import importlib.util
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from ..parallel.ranks import free_port
 from .runs import ROWS, read_metrics, words
 from .test_command_line import BIN, PYTHON, SCRIPT, assert_nothing_left, errors, start, stop
 
@@ -39,12 +39,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 """By TP x PP x DP: processes, and the flags that lay them out."""
 
 
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 def one_process(world_size: int) -> list[list[str]]:
     assert world_size == 1
     return [PYTHON]
@@ -52,7 +46,7 @@ def one_process(world_size: int) -> list[list[str]]:
 
 def two_torchruns(world_size: int) -> list[list[str]]:
     port = free_port()
-    here = ("--master-addr", "127.0.0.1", "--master-port", port)
+    here = ("--master-addr", "127.0.0.1", "--master-port", str(port))
     return [
         [
             *(sys.executable, "-m", "torch.distributed.run", *here),
@@ -66,7 +60,7 @@ def two_torchruns(world_size: int) -> list[list[str]]:
 def srun_tasks(world_size: int, changes: Mapping[str, str] = {}) -> list[list[str]]:
     job = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
+        "MASTER_PORT": str(free_port()),
         "SLURM_STEP_ID": "0",
         "SLURM_JOB_ID": "4711",
         "SLURM_STEP_NUM_TASKS": str(world_size),
