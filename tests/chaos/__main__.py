@@ -1,6 +1,6 @@
 """Fault injection: what becomes of runs that are killed and of files that are damaged.
 
-    python -m tests.chaos [--kills 102] [--scale 1] [--seed 1] [--part kills preprocessing files disk]
+    python -m tests.chaos [--kills 102] [--scale 1] [--seed 1] [--part kills preprocessing ...]
 
 prints a table of verdicts (tests/chaos/table.py) and ends with exit code 1 if any fault was not
 survived or refused by name. `make chaos` runs all of it, `make test` a short form.

@@ -8,13 +8,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.training import manifest as manifests
 from megatron_eslm.training.finding import find_checkpoint
-from megatron_eslm.training.manifest import MANIFEST, checkpoint_name, describe
+from megatron_eslm.training.manifest import MANIFEST, checkpoint_name
 from tests.chaos import mutations, warm
 from tests.chaos.outcome import Outcome, judge
 from tests.chaos.table import Table, Verdict
+from tests.training.forging import seal
 from tests.training.runs import words
 
 ITERS = 6
@@ -160,14 +163,18 @@ def forge(
     value = json.loads((original.folder / "save" / path).read_text())
     for what, odd in mutations.odd_documents(value, times, rng):
         data = original.copy(folder)
-        (folder / "save" / path).write_text(json.dumps(odd))
-        reseal(folder / "save" / path.parent)
+        _write_fitting(folder / "save" / path, odd)
         _continue(table, original, folder, data, f"forged {name}", f"{name}: {what}")
 
 
-def reseal(folder: Path) -> None:
-    """Make the manifest of a changed checkpoint fit its files again."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name in manifest["files"]:
-        manifest["files"][name] = describe(folder / name)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+def _write_fitting(path: Path, value: Any) -> None:
+    """Write a file of a checkpoint and make the sums in its manifest fit."""
+    text = json.dumps(value, indent=1)
+    if path.name != MANIFEST:
+        path.write_text(text)
+        seal(path.parent)
+    elif isinstance(value, dict):
+        value.pop("crc32", None)
+        path.write_bytes(manifests._with_sum(text.removesuffix("\n}").encode()))
+    else:
+        path.write_text(text)

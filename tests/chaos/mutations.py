@@ -86,7 +86,7 @@ def odd_documents(value: Any, most: int, rng: random.Random) -> Iterator[tuple[s
             parent = parent[key]
         name = ".".join(map(str, place))
         if how == "odd":
-            odd = rng.choice([v for v in ODD_VALUES if type(v) is not type(parent[place[-1]])])
+            odd = rng.choice([v for v in ODD_VALUES if _kind(v) != _kind(parent[place[-1]])])
             parent[place[-1]] = odd
             yield f"{name} is {odd!r}", copy
         elif how == "missing" or isinstance(parent, list):
@@ -97,6 +97,12 @@ def odd_documents(value: Any, most: int, rng: random.Random) -> Iterator[tuple[s
             yield f"unknown key beside {name}", copy
     for odd in (None, "text", [], 5, {}):
         yield f"the whole is {odd!r}", odd
+
+
+def _kind(value: Any) -> str:
+    """Numbers are of one kind, and so is null, which may stand for one: these may be right."""
+    numbers = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    return "number" if numbers else type(value).__name__
 
 
 def _places(value: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

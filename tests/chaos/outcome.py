@@ -39,7 +39,7 @@ class Outcome:
             digest.update(name.encode())
             digest.update(tensor.numpy().tobytes())
         state = json.loads((newest / "state.json").read_text())
-        state.pop("elapsed_seconds")
+        del state["elapsed_seconds"], state["run_id"]
         return cls(
             {line["iteration"]: {c: line[c] for c in COLUMNS} for line in lines},
             {s["iteration"]: s["valid_loss"] for s in lines if s["valid_loss"] is not None},
