@@ -8,12 +8,13 @@ export PATH := $(abspath $(BIN)):$(PATH)
 DEMO := demo
 DEMO_FLAGS ?= --eval-interval 25 --log-interval 25
 
-.PHONY: help install demo test test-all parity bench check clean
+.PHONY: help install demo test test-all parity chaos bench check clean
 
 help:
 	@echo "make demo      train the same small GPT with clm, eslm and random selection, compare, export"
 	@echo "make test      run the tests (make test-all: the slow ones too)"
 	@echo "make parity    train one model in every layout and print how the runs differ"
+	@echo "make chaos     kill runs and damage files, and print what became of each"
 	@echo "make bench     measure speed and memory against plain training and a peer"
 	@echo "make check     formatter, linter, types, spelling, direction of imports"
 	@echo "make clean     remove $(VENV) and $(DEMO)"
@@ -70,6 +71,9 @@ endif
 
 parity: install
 	$(BIN)/python -m tests.training.parity
+
+chaos: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
 
 check: install
 	$(BIN)/ruff check .
