@@ -14,14 +14,13 @@ LONG = "Ω" * 200_000 + "\n"
 
 
 def in_child(log: int | None) -> int:
-    """Exit code of a process that says something long to the file `log`; None: there is none."""
+    """Exit code of a process that says something long to the file `log`, or has none."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            if log is None:
-                os.close(2)
-            else:
+            os.close(2)
+            if log is not None:
                 os.dup2(log, 2)
             last_words.say(LONG)
             code = 7
@@ -54,7 +53,11 @@ def test_a_log_that_takes_nothing_holds_nobody_up(
     monkeypatch.setattr(last_words, "PATIENCE_SECONDS", 0.1)
     assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
     reader, writer = os.pipe()
-    log = os.open("/dev/full", os.O_WRONLY) if how == "no space" else os.dup(writer)
-    if how == "broken":
+    log: int | None = writer
+    if how == "no space":
+        log = os.open("/dev/full", os.O_WRONLY)
+    elif how == "broken":
         os.close(reader)
-    assert in_child(None if how == "closed" else log) == 7
+    elif how == "closed":
+        log = None
+    assert in_child(log) == 7
