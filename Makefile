@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that run tests; many tests start up to four of their own.
+TEST_WORKERS ?= 2
 # So that the launchers find this environment's deepspeed and ninja.
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -41,10 +43,10 @@ demo: install
 	@echo "table and curves: $(DEMO)/report.md, $(DEMO)/report.png   Hugging Face model: $(DEMO)/hf"
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 test-all: install
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m ''
 
 # CORPUS: jsonl.zst files, or a folder of them, for the measurement of preprocessing; it comes first, so that what is
 # wrong with them is said at once.
