@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -16,7 +15,7 @@ import numpy as np
 
 from megatron_eslm.data.tokenizer_base import Tokenizer, clean_text
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.parallel.parent import end_with_parent
+from megatron_eslm.parallel.parent import heed_parent_only
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096
@@ -128,10 +127,7 @@ _encoder: Encoder | None = None  # set in worker processes only, by their initia
 def _start_worker(encoder: Encoder, parent: int) -> None:
     global _encoder
     _encoder = encoder
-    end_with_parent(parent)
-    # Ctrl-C reaches the whole process group, and the parent decides. By SIGTERM the pool ends them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    heed_parent_only(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process is one core here
 
 

@@ -25,7 +25,7 @@ import torch
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.heartbeat import HOW_TO_GO_ON
-from megatron_eslm.parallel.parent import end_with_parent
+from megatron_eslm.parallel.parent import heed_parent_only
 from megatron_eslm.parallel.process import Process
 from megatron_eslm.parallel.stopwatch import Stopwatch
 
@@ -246,16 +246,10 @@ def _start(make: Callable[[Numbers], Any], batches: Batches, w: int, workers: in
 def _serve(
     make: Callable[[Numbers], Any], batches: Iterator[Numbers], writer: int, parent: int
 ) -> NoReturn:
-    """Life of a loader process.
-
-    Launchers signal the whole process tree, and the training process decides when loading ends: a
-    loader that died of SIGTERM would take the step and the checkpoint before leaving with it.
-    """
+    """Life of a loader process."""
     code = 1
     try:
-        end_with_parent(parent)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        heed_parent_only(parent)
         torch.set_num_threads(1)  # The threads of a pool are not forked with it.
         with contextlib.suppress(OSError):
             fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)

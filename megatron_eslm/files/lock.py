@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -120,12 +121,7 @@ class FileLock:
                 if error.errno not in _NO_LOCKS:
                     raise
                 self.excludes = False
-                logger.warning(
-                    "%s: its file system has no locks (%s); see to it that no other process "
-                    "writes there",
-                    self.path.parent,
-                    error.strerror,
-                )
+                _warn_once(self.path.parent, error.strerror)
             if not self._is_current(file):
                 return False  # the one before removed the file after we had opened it
             since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
@@ -156,6 +152,15 @@ class FileLock:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+@functools.cache
+def _warn_once(folder: Path, reason: str) -> None:
+    logger.warning(
+        "%s: its file system has no locks (%s); see to it that no other process writes there",
+        folder,
+        reason,
+    )
 
 
 def _forget() -> None:

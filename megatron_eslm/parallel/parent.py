@@ -58,6 +58,28 @@ def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> Non
             os.kill(os.getpid(), number)
 
 
+def heed_parent_only(parent: int) -> None:
+    """In a worker process: end with `parent`, or by its SIGTERM, and by nobody else's.
+
+    Launchers signal the whole process tree, and the parent decides when the work ends: a loader
+    that died of SIGTERM would take the step and the checkpoint before leaving with it.
+
+    Args:
+        parent: as for `end_with_parent`.
+    """
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Blocked, so that it can be asked who has sent it: multiprocessing ends its children by it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def listen() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+
+
 class Launcher:
     """The processes that started this rank: its parent, and so on up to the launcher.
 

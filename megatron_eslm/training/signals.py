@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 
+from megatron_eslm.parallel.last_words import say
+
 ALWAYS = (signal.SIGINT, signal.SIGTERM)
 
 EXIT_SIGNALS = ("USR1", "USR2", "HUP", "XCPU")
@@ -88,9 +90,9 @@ def _install(numbers: Iterable[signal.Signals], handler: _Handler | signal.Handl
 
 
 def _say(text: str) -> None:
-    """By rank 0; not through sys.stderr, in whose middle a signal may come."""
+    """By rank 0."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, text.encode())
+        say(text)
 
 
 class StopSignal:

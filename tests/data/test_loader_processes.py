@@ -5,6 +5,8 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -176,8 +178,8 @@ def test_a_process_that_hangs_is_named_after_the_timeout(monkeypatch: pytest.Mon
 def test_signals_to_the_whole_tree_do_not_end_them() -> None:
     batches = processes(lambda n: os.getpid(), workers=1)
     pid = next(batches)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(pid, number)
+    script = f"import os; [os.kill({pid}, n) for n in ({signal.SIGINT:d}, {signal.SIGTERM:d})]"
+    subprocess.run([sys.executable, "-c", script], check=True)
     assert list(batches) == [pid] * 19
 
 

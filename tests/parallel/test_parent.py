@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eslm.parallel import parent
-from megatron_eslm.parallel.parent import end_with_parent
+from megatron_eslm.parallel.parent import end_with_parent, heed_parent_only
 from megatron_eslm.parallel.process import stat
 
 ROOT = Path(__file__).parents[2]
@@ -239,6 +239,24 @@ def test_the_kernel_ends_a_process_with_its_parent() -> None:
     os.kill(starter, signal.SIGKILL)
     os.waitpid(starter, 0)
     assert all(gone(int(pid)) for pid in pids)
+
+
+def test_a_worker_heeds_its_parent_only() -> None:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        heed_parent_only(os.getppid())
+        os.write(writer, b".")
+        time.sleep(60)
+        os._exit(1)
+    os.read(reader, 1)
+    others = "import os, signal; [os.kill({}, n) for n in (signal.SIGINT, signal.SIGTERM)]"
+    subprocess.run([PY, "-c", others.format(pid)], check=True)
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    os.kill(pid, signal.SIGTERM)
+    assert os.waitpid(pid, 0) == (pid, 0)
 
 
 def test_a_parent_that_has_ended_already_counts() -> None:
