@@ -10,6 +10,7 @@ several epochs megatron-core shuffles them together and the order depends on the
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
 import os
@@ -296,6 +297,15 @@ def _blend(folder: str, weights: list[float], num_samples: int) -> tuple[np.ndar
     return np.load(paths[0], mmap_mode="r"), np.load(paths[1], mmap_mode="r")
 
 
+def _check_arrays(folder: Path) -> None:
+    """ValueError unless all arrays in a folder are whole.
+
+    And plain: megatron-core would run code that an array of objects holds.
+    """
+    for path in folder.glob("*.npy"):
+        np.load(path, mmap_mode="r", allow_pickle=False)
+
+
 def _cached(root: str, label: str, key: list[Any], make: Callable[[str], Any]) -> Any:
     """`make(folder)` of a folder in `root` that all runs of this key share.
 
@@ -305,11 +315,18 @@ def _cached(root: str, label: str, key: list[Any], make: Callable[[str], Any]) -
     name = f"{label}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}"
     folder = Path(root, name)
     where = "name one by --data-cache-path"
+
+    def build(aside: Path) -> None:
+        make(str(aside))
+        try:
+            _check_arrays(aside)
+        except ValueError as error:
+            # NumPy does not notice where a full disk takes only a part of an array.
+            raise OSError(errno.ENOSPC, f"the disk has not taken all of it ({error})") from error
+
     try:
-        shared_folder(folder, lambda aside: make(str(aside)), where)
-        for path in folder.glob("*.npy"):
-            # megatron-core would run code that an array of objects holds.
-            np.load(path, mmap_mode="r", allow_pickle=False)
+        shared_folder(folder, build, where)
+        _check_arrays(folder)
         return make(str(folder))
     except OSError as error:
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import resource
 from collections import Counter
 from pathlib import Path
 
@@ -287,6 +288,19 @@ def test_cache_that_cannot_be_written(two, tmp_path):
         build(two, data_cache_path=str(tmp_path / "file"))
     with pytest.raises(ConfigError, match=r"--data-cache-path .* has a NUL"):
         build(two, data_cache_path="a\0b")
+
+
+@pytest.mark.parametrize("limit", [700, 2000, 5000])
+def test_a_full_disk_leaves_no_cache(two, tmp_path, limit):
+    """NumPy writes what there is room for and says nothing."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"index cache .* cannot be written.*--data-cache"):
+            build(two, data_cache_path=str(tmp_path / "cache"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert rows(build(two, data_cache_path=str(tmp_path / "cache")).train) == rows(build(two).train)
 
 
 def _behind_the_header(path: Path) -> None:
