@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_eslm.data.tokenizer_base import Tokenizer, clean_text
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.stopped import signals_wait
 from megatron_eslm.parallel.parent import heed_parent_only
 
 _BATCH_CHARACTERS = 1 << 20
@@ -85,6 +86,8 @@ def encoding(texts: Iterable[str], encoder: Encoder, workers: int) -> Iterator[I
         initializer=_start_worker,
         initargs=(encoder, os.getpid()),
     )
+    with signals_wait():
+        pool.submit(os.getpid)  # The first task starts all processes.
     try:
         yield _in_order(pool, _batches(texts), workers * _BATCHES_AHEAD_PER_WORKER)
     except BrokenProcessPool as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_eslm.files import stopped
-from megatron_eslm.files.stopped import Stopped, stopped_by_signals
+from megatron_eslm.files.stopped import Stopped, signals_wait, stopped_by_signals
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +44,14 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored() -> None:
         signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_at_a_fork_is_not_lost() -> None:
+    """Python ignores what is raised where libraries look after their locks at a fork."""
+    strikes = [signal.SIGTERM]
+    os.register_at_fork(after_in_parent=lambda: strikes and signal.raise_signal(strikes.pop()))
+    with pytest.raises(Stopped), stopped_by_signals(), signals_wait():
+        if not (pid := os.fork()):
+            os._exit(0)
+        os.waitpid(pid, 0)
+    assert not strikes
