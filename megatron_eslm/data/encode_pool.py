@@ -21,6 +21,8 @@ from megatron_eslm.parallel.parent import heed_parent_only
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096
 _BATCHES_AHEAD_PER_WORKER = 3
+MOST_WORKERS = 1024
+"""More than any machine has use for. All are started at once, so a typo must not pass."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def encoding(texts: Iterable[str], encoder: Encoder, workers: int) -> Iterator[I
         workers: processes; 1 works in this one.
 
     Raises:
-        ConfigError: (while iterating) a worker was killed.
+        ConfigError: (while iterating) a worker was killed, or the system starts no more of them.
     """
     if workers == 1:
         yield map(encoder.encode, _batches(texts))
@@ -86,8 +88,6 @@ def encoding(texts: Iterable[str], encoder: Encoder, workers: int) -> Iterator[I
         initializer=_start_worker,
         initargs=(encoder, os.getpid()),
     )
-    with signals_wait():
-        pool.submit(os.getpid)  # The first task starts all processes.
     try:
         yield _in_order(pool, _batches(texts), workers * _BATCHES_AHEAD_PER_WORKER)
     except BrokenProcessPool as error:
@@ -104,11 +104,30 @@ def _in_order(
 ) -> Iterator[Encoded]:
     under_way: deque[Future[Encoded]] = deque()
     for batch in batches:
-        under_way.append(pool.submit(_encode_in_worker, batch))
+        under_way.append(_submit(pool, batch))
         if len(under_way) >= most_under_way:
             yield under_way.popleft().result()
     while under_way:
         yield under_way.popleft().result()
+
+
+def _submit(pool: ProcessPoolExecutor, batch: list[str]) -> Future[Encoded]:
+    """As the pool does it. The first call starts all its processes, which the system may refuse."""
+    others = set(multiprocessing.active_children())
+    try:
+        with signals_wait():
+            return pool.submit(_encode_in_worker, batch)
+    except OSError as error:
+        # The pool forgets those that it has started, and the interpreter would wait for them.
+        started = set(multiprocessing.active_children()) - others
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join()
+        raise ConfigError(
+            f"--workers: the system starts no more than {len(started)} processes here "
+            f"({error.strerror}). Use fewer; 1 works in this process."
+        ) from error
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

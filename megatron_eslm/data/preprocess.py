@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eslm.data.bad_lines import BadLines, OnBadLine
-from megatron_eslm.data.encode_pool import Encoded, Encoder, encoding
+from megatron_eslm.data.encode_pool import MOST_WORKERS, Encoded, Encoder, encoding
 from megatron_eslm.data.meta import DataMeta
 from megatron_eslm.data.quiet import indexed_dataset
 from megatron_eslm.data.readers import read_documents
@@ -80,6 +80,13 @@ def preprocess(
     """
     if workers < 1:
         raise ConfigError(f"--workers {workers}: at least one process has to work.")
+    if workers > MOST_WORKERS:
+        raise ConfigError(
+            f"--workers {workers} is more than {MOST_WORKERS}; give one for each processor core, "
+            f"of which there are {os.cpu_count()} here."
+        )
+    if log_interval_seconds < 0:
+        raise ConfigError(f"--log-interval {log_interval_seconds:g} must be 0 seconds or more.")
     prefix = _output_prefix(output_prefix)
     if not append_eod:
         logger.warning(

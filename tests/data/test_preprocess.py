@@ -120,8 +120,29 @@ def test_bad_input_leaves_nothing(tmp_path, corpus, gpt2):
             preprocess([corpus], str(tmp_path / "out"), gpt2, workers=workers)
     with pytest.raises(ConfigError, match="no document with any text"):
         preprocess(["x"], str(tmp_path / "out"), gpt2, documents=["", ""])
-    with pytest.raises(ConfigError, match="--workers 0"):
-        preprocess([corpus], str(tmp_path / "out"), gpt2, workers=0)
+    for workers in (0, 1_000_000):
+        with pytest.raises(ConfigError, match=f"--workers {workers}"):
+            preprocess([corpus], str(tmp_path / "out"), gpt2, workers=workers)
+    with pytest.raises(ConfigError, match="--log-interval -1 must be 0"):
+        preprocess([corpus], str(tmp_path / "out"), gpt2, log_interval_seconds=-1)
+    assert nothing_but(tmp_path, "corpus.jsonl")
+
+
+def test_workers_that_the_system_does_not_start(tmp_path, corpus, gpt2, monkeypatch):
+    """A limit on processes is named as such, and those that were started are gone."""
+    fork, parent, forked = os.fork, os.getpid(), []
+
+    def fork_once():
+        if forked and os.getpid() == parent:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        forked.append(fork())
+        return forked[-1]
+
+    monkeypatch.setattr(os, "fork", fork_once)
+    with pytest.raises(ConfigError, match="--workers: .* no more than 1 processes here"):
+        preprocess([corpus], str(tmp_path / "out"), gpt2, workers=3)
+    with pytest.raises(ProcessLookupError):
+        os.kill(forked[0], 0)
     assert nothing_but(tmp_path, "corpus.jsonl")
 
 
