@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import runpy
@@ -139,7 +140,7 @@ def test_workers_that_the_system_does_not_start(tmp_path, corpus, gpt2, monkeypa
         return forked[-1]
 
     monkeypatch.setattr(os, "fork", fork_once)
-    with pytest.raises(ConfigError, match="--workers: .* no more than 1 processes here"):
+    with pytest.raises(ConfigError, match=r"--workers: .* no more than 1 processes here"):
         preprocess([corpus], str(tmp_path / "out"), gpt2, workers=3)
     with pytest.raises(ProcessLookupError):
         os.kill(forked[0], 0)
