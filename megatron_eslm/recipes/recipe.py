@@ -297,7 +297,7 @@ class _Reader:
         return f"The recipe {self.path}"
 
     def _error(self, what: str) -> ConfigError:
-        return ConfigError(f"{self._where} cannot be used: {what}{'' if what[-1] == '?' else '.'}")
+        return ConfigError(f"{self._where} cannot be used: {what}{'' if what[-1] in '.?' else '.'}")
 
 
 def _folder(method: str, seed: int) -> str:

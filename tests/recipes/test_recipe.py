@@ -66,6 +66,7 @@ def test_everything_in_its_place(tmp_path):
     ("changes", "message"),
     [
         ({"method": {}}, "no key 'method'. Did you mean methods"),
+        ({"zzzz": 1}, r"no key 'zzzz'\.$"),
         ({"output": None}, "has no 'output'"),
         ({"methods": {}}, "has no 'methods'"),
         ({"methods": ["clm"]}, "'methods' must be a mapping"),
