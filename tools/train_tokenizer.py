@@ -12,8 +12,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from megatron_eslm.command_line import Parser, command
+from megatron_eslm.data.bad_lines import BadLines, OnBadLine
 from megatron_eslm.data.readers import read_documents
 from megatron_eslm.data.train_bpe import train_bpe
 from megatron_eslm.errors import ConfigError
@@ -28,17 +30,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--vocab-size", type=int, required=True, help="with the 256 bytes and <|endoftext|>")
     add("--output", required=True, metavar="FILE.json")
     add("--text-key", default="text", help="field or column that holds the text (%(default)s)")
+    add("--on-bad-line", choices=get_args(OnBadLine), default="fail", help="end at a document that "
+        "cannot be read, or leave it out and count it (%(default)s)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     output = Path(args.output)
     try:
         _check_output(output, args.overwrite)
-        ids = train_bpe(read_documents(args.input, args.text_key), args.vocab_size, output)
+        bad = BadLines(args.on_bad_line)
+        ids = train_bpe(read_documents(args.input, args.text_key, bad), args.vocab_size, output)
     except OSError as error:
         print(f"error: --output {output} cannot be written: {error}", file=sys.stderr)
         return 2
     few = f", for the text has no more pairs to merge (--vocab-size {args.vocab_size})"
     print(f"wrote {output}: {ids} ids{few if ids < args.vocab_size else ''}")
+    if bad.count:
+        print(f"left out {bad.count} document(s) that cannot be read; the first: {bad.first}")
     return 0
 
 

@@ -34,8 +34,8 @@ class BadLines:
         """
         if self.policy == "fail":
             raise ConfigError(
-                f"{error} With --on-bad-line skip, tools/preprocess_data.py leaves such documents "
-                "out and counts them."
+                f"{error} With --on-bad-line skip, tools/preprocess_data.py and "
+                "tools/train_tokenizer.py leave such documents out and count them."
             ) from error
         self.count += 1
         self.first = self.first or str(error)

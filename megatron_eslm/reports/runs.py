@@ -98,13 +98,14 @@ def _items(path: Path) -> list[Record]:
     """Every whole line, parsed; ConfigError for a broken one that no killed run explains."""
     try:
         with open_regular(path) as file:
-            lines = [(n, s) for n, s in enumerate(file.read().splitlines(), 1) if s.strip()]
+            content = file.read()
     except (OSError, ConfigError) as error:
         why = f"{path}: {error.strerror}." if isinstance(error, OSError) else str(error)
         raise ConfigError(
             f"A metrics file cannot be read. {why} Give the file that the run wrote with "
             "--metrics-file."
         ) from error
+    lines = [(n, s) for n, s in enumerate(content.splitlines(), 1) if s.strip()]
     items: list[Record] = []
     torn: ConfigError | None = None
     for number, line in lines:
@@ -123,6 +124,8 @@ def _items(path: Path) -> list[Record]:
             logger.warning("skipped a torn line, as a killed run leaves it: %s", torn)
             torn = None
         items.append(item)
+    if torn and content.endswith(b"\n"):
+        raise torn  # a killed run leaves no line end
     if torn:
         logger.warning("skipped the torn last line, as a killed run leaves it: %s", torn)
     return items

@@ -58,7 +58,8 @@ class AlphaController:
         if s.cvar_history:
             before = s.cvar_history[-1]
             s.delta = (cvar - before) / (abs(before) + o.eslm_adapt_epsilon)
-            level = s.level * math.exp(-o.eslm_gamma * s.delta)
+            # More than e^700 overflows; the limits below are reached long before.
+            level = s.level * math.exp(min(700.0, -o.eslm_gamma * s.delta))
             s.level = min(max(level, o.eslm_alpha_min), o.eslm_alpha_max)
         s.cvar_history.append(cvar)
 

@@ -228,12 +228,6 @@ def _flat(optimizer: Any, groups: Any, mesh: Mesh) -> Placed:
 
 def _zero3(optimizer: Any, rank: int) -> Placed:
     """Each parameter is cut into equal parts, the last one filled up."""
-    split = optimizer.offload_optimizer and optimizer.partial_offload < 1.0
-    if optimizer.swap_optimizer or split:
-        raise ConfigError(
-            '--deepspeed_config: "offload_optimizer" on NVMe or with a "ratio" keeps state where '
-            'checkpoints do not reach it. Use {"device": "cpu"}, which is --cpu-offload.'
-        )
     for i, group in enumerate(optimizer.fp16_groups):
         offset = 0
         for parameter in group:

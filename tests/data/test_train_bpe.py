@@ -59,3 +59,12 @@ def test_the_tool(tmp_path, monkeypatch, capsys):
     assert code == 0
     assert "267 ids, for the text has no more pairs" in said
     assert run("taken.json", 260, "--overwrite") == (0, "wrote taken.json: 260 ids\n")
+
+    (tmp_path / "bad.jsonl").write_text('{"text": "hello hello"}\n{"text": 7}\n')
+    bad = ["--input", "bad.jsonl", "--output", "bad.json", "--vocab-size", "258"]
+    assert tool.main(bad) == 2
+    assert "bad.jsonl, line 2: " in capsys.readouterr().err
+    assert tool.main([*bad, "--on-bad-line", "skip"]) == 0
+    assert "left out 1 document(s) that cannot be read; the first: bad.jsonl, line 2: " in (
+        capsys.readouterr().out
+    )

@@ -53,15 +53,21 @@ def test_resumed_run_counts_the_last_time(metrics_file):
 
 
 @pytest.mark.parametrize("tail", ['{"iteration": 20, "lo', "nonsense", "[1, 2]"])
-@pytest.mark.parametrize("end", ["", "\n"])
-def test_torn_last_line_is_skipped_with_a_warning(metrics_file, caplog, tail, end):
+def test_torn_last_line_is_skipped_with_a_warning(metrics_file, caplog, tail):
     path = metrics_file("a.jsonl", line(10, 4.0))
-    path.write_text(path.read_text() + tail + end)
+    path.write_text(path.read_text() + tail)
     with caplog.at_level(logging.WARNING):
         run = read_run(path)
     assert iterations(run) == [10]
     assert "skipped the torn last line" in caplog.text
     assert "a.jsonl:2: " in caplog.text
+
+
+def test_broken_last_line_with_a_line_end_is_an_error(metrics_file):
+    path = metrics_file("a.jsonl", line(10, 4.0))
+    path.write_text(path.read_text() + '{"iteration": 20, "loss": "low"}\n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl:2: .*\"loss\" is 'low'"):
+        read_run(path)
 
 
 def test_torn_line_of_a_run_that_was_resumed(metrics_file, caplog):

@@ -69,6 +69,9 @@ def test_alpha_stays_within_its_bounds() -> None:
     flags |= {"eslm_alpha_min": 0.05, "eslm_alpha_max": 0.2}
     seen = alphas([8.0, 1.0, 8.0, 8.0], **flags)
     assert seen[2] == 0.2 and seen[3] == 0.05
+    # From next to nothing to much and back: e^(gamma delta) is more than a float holds.
+    seen = alphas([1e-9, -8.0, 8.0], **flags | {"eslm_adapt_epsilon": 1e-12})
+    assert seen[2] == 0.2
 
 
 def test_alpha_begins_late_and_rises() -> None:

@@ -110,13 +110,3 @@ class AnotherOptimizer:
 def test_state_out_of_reach_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"\(AnotherOptimizer\) whose state cannot be saved"):
         OptimizerState(engine(AnotherOptimizer()))
-    for nvme, ratio in ((True, 1.0), (False, 0.5)):
-        stage3 = SimpleNamespace(
-            optimizer=None,
-            fp32_partitioned_groups_flat=[],
-            swap_optimizer=nvme,
-            offload_optimizer=True,
-            partial_offload=ratio,
-        )
-        with pytest.raises(ConfigError, match=r"on NVMe or with a .ratio. .*--cpu-offload"):
-            OptimizerState(engine(stage3))
