@@ -21,6 +21,7 @@ from megatron_eslm.config.layouts import (
     layout_warnings,
 )
 from megatron_eslm.config.schedule import fill_schedule
+from megatron_eslm.config.scope import Scope, fill_scope
 from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.data.label_noise import check_label_noise
 from megatron_eslm.data.options import DataOptions
@@ -180,6 +181,7 @@ def resolve(
     given: frozenset[str],
     world_size: int,
     stored: ModelShape | None = None,
+    stored_scope: Scope | None = None,
 ) -> RunConfig:
     """Fill what was left open and check every rule that crosses components.
 
@@ -189,6 +191,7 @@ def resolve(
         given: names of the flags that were set.
         world_size: processes, unless --dry-run-world-size says how many.
         stored: shape of the model in the checkpoint to load, where there is one.
+        stored_scope: --eslm-scope of the run that is continued, where one is.
 
     Raises:
         MissingFlags: what nothing determines.
@@ -250,6 +253,14 @@ def resolve(
     steps = training.global_batch_size // (training.micro_batch_size * dp_size)
     assert engine.zero_stage is not None
     _check_layout(model, selection, engine, steps)
+    selection = fill_scope(
+        selection,
+        dp_size=dp_size,
+        pp_size=engine.pipeline_model_parallel_size,
+        micro_batch_size=training.micro_batch_size,
+        micro_steps=steps,
+        stored=stored_scope,
+    )
     full_json = deepspeed_json.complete(
         json,
         path=engine.deepspeed_config,

@@ -68,12 +68,23 @@ def build_loader(
     )
 
     def make(numbers: list[int]) -> dict[str, np.ndarray]:
-        return _collate([{**dataset[i], "sample": i} for i in numbers])
+        return _collate(dataset, numbers)
 
     made: Iterator[dict[str, np.ndarray]] = map(make, batches)
     if num_workers > 0:
         made = LoaderProcesses(make, batches, workers=num_workers, timeout_seconds=timeout_seconds)
-    return _checked(_tensors(made, pin_memory), dataset)
+    return (_checked(_tensors(batch, pin_memory), dataset) for batch in made)
+
+
+def read_batch(
+    dataset: Mixture, numbers: Sequence[int], *, pin_memory: bool = False
+) -> dict[str, torch.Tensor]:
+    """The samples of these numbers, as `build_loader` yields them, read here and now.
+
+    Raises:
+        ConfigError: an id outside the vocabulary, with the sample's number.
+    """
+    return _checked(_tensors(_collate(dataset, numbers), pin_memory), dataset)
 
 
 class _RankBatches:
@@ -103,40 +114,35 @@ class _RankBatches:
             position = self._skipped.after(position, self._rows)
 
 
-def _collate(items: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+def _collate(dataset: Mixture, numbers: Sequence[int]) -> dict[str, np.ndarray]:
     """Arrays, which a loader process sends as the 100 kB that they are."""
+    items: list[dict[str, Any]] = [dataset[i] for i in numbers]
     stacked = ("tokens", "valid", "labels", "reference")
     return {
         **{key: np.stack([item[key] for item in items]) for key in stacked if key in items[0]},
-        "samples": np.array([item["sample"] for item in items]),
+        "samples": np.array(numbers),
     }
 
 
-def _tensors(
-    batches: Iterator[dict[str, np.ndarray]], pin_memory: bool
-) -> Iterator[dict[str, torch.Tensor]]:
-    for batch in batches:
-        tensors = {key: torch.from_numpy(array) for key, array in batch.items()}
-        if pin_memory:
-            tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
-        yield tensors
+def _tensors(batch: dict[str, np.ndarray], pin_memory: bool) -> dict[str, torch.Tensor]:
+    tensors = {key: torch.from_numpy(array) for key, array in batch.items()}
+    if pin_memory:
+        tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
+    return tensors
 
 
-def _checked(
-    batches: Iterator[dict[str, torch.Tensor]], dataset: Mixture
-) -> Iterator[dict[str, torch.Tensor]]:
+def _checked(batch: dict[str, torch.Tensor], dataset: Mixture) -> dict[str, torch.Tensor]:
     """Ids are checked here, where it costs microseconds: an embedding split over tensor-parallel
     ranks would silently take an id beyond the vocabulary for zeros."""
     vocab_size = dataset.source.tokenizer.vocab_size
-    for batch in batches:
-        low, high = (int(x) for x in batch["tokens"].aminmax())
-        if low < 0 or high >= vocab_size:
-            bad = ((batch["tokens"] < 0) | (batch["tokens"] >= vocab_size)).any(dim=1)
-            sample = int(batch["samples"][bad][0])
-            prefix = dataset.source.domains[dataset[sample]["domain"]].prefix
-            raise ConfigError(
-                f"Sample {sample}, from --data-path {prefix}, holds an id outside the vocabulary "
-                f"of {vocab_size} ({high if high >= vocab_size else low}). The files were changed "
-                "after they were checked; run tools/verify_data.py on them."
-            )
-        yield batch
+    low, high = (int(x) for x in batch["tokens"].aminmax())
+    if low < 0 or high >= vocab_size:
+        bad = ((batch["tokens"] < 0) | (batch["tokens"] >= vocab_size)).any(dim=1)
+        sample = int(batch["samples"][bad][0])
+        prefix = dataset.source.domains[dataset[sample]["domain"]].prefix
+        raise ConfigError(
+            f"Sample {sample}, from --data-path {prefix}, holds an id outside the vocabulary "
+            f"of {vocab_size} ({high if high >= vocab_size else low}). The files were changed "
+            "after they were checked; run tools/verify_data.py on them."
+        )
+    return batch

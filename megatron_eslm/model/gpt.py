@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.dropout import NamedDropout, Places
+from megatron_eslm.model.early_exit import EarlyExit
 from megatron_eslm.model.head import SelectiveHead
 from megatron_eslm.model.init import init_parameters
 from megatron_eslm.model.instance_selector import InstanceSelector, Selected
@@ -27,7 +28,7 @@ from megatron_eslm.ops.head_kernel import HeadKernel
 from megatron_eslm.ops.head_statistics import VocabShard
 from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
-from megatron_eslm.selection.batch import Batch, LossTokens
+from megatron_eslm.selection.batch import Batch, LossTokens, Rows
 from megatron_eslm.selection.objective import Objective
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policy import SelectionPolicy, build_policy
@@ -59,8 +60,9 @@ class GPT(nn.Module):
     """A GPT, or the stage of one that holds `blocks`.
 
     The whole model, called with the tensors of a Batch (tokens and valid will do), returns what
-    SelectiveHead returns. A stage is `run()`: the first one takes a Batch, those behind it and the
-    head (`loss()`) take what the stage before hands on, `Selected`.
+    SelectiveHead returns. A stage is `run()`: the first one takes a Batch, those behind it the
+    hidden states that the stage before hands on. `candidate_scores()` is the proxy pass by which
+    sequences are selected ahead of a step.
     Parameter names (`embedding.*`, `blocks.{i}.*`, `final_norm.*`) do not depend on policy or
     layout.
     """
@@ -125,9 +127,8 @@ class GPT(nn.Module):
             self.final_norm = MirroredNorm(shape)
         if self.is_first:
             final_norm = getattr(self, "final_norm", None)
-            self.selector = InstanceSelector(
-                policy, recorder, layout, self.embedding, final_norm, shard
-            )
+            self.early_exit = EarlyExit(policy, layout, self.embedding, final_norm, shard)
+            self.selector = InstanceSelector(policy, recorder, self.early_exit)
         if settings.lora is not None:
             freeze_all_but_adapters(self)
 
@@ -141,35 +142,54 @@ class GPT(nn.Module):
         """Whether this is the last stage, or the whole model."""
         return self.block_range.stop == self.shape.num_layers
 
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(self, *tensors: torch.Tensor, candidates: Rows | None = None) -> torch.Tensor:
         batch = Batch.of(*tensors)
+        if candidates is not None:
+            # Through the module itself, so that ZeRO 3 brings the weights.
+            return self.candidate_scores(batch, candidates)
         return self.loss(self.run(batch), batch)
 
-    def run(self, inputs: tuple[torch.Tensor, ...]) -> Selected:
-        """This stage's layers but the head, for one micro-batch."""
+    def run(self, inputs: Batch | torch.Tensor) -> Selected:
+        """This stage's layers but the head, for one micro-batch.
+
+        Args:
+            inputs: the batch on the first stage, hidden states [S, M, D] on the others.
+        """
         tokens = None
         if self.training:
             self.policy.state.micro_step = self.recorder.begin()
             if self.is_last and self.settings.last_mlp_kept:
                 # The head says later which they are.
                 tokens = self.head.tokens = ChosenTokens()
-        if not self.is_first:
-            selected: Selected = inputs  # type: ignore[assignment]
-            hidden_SKD, *rest = selected
-            places = self._places(selected)
-            return (self._blocks(hidden_SKD, self.block_range, places, tokens), *rest)  # type: ignore[return-value]
-        batch = Batch.of(*inputs)
-        tokens_MS = batch.tokens_MS
-        depth = self.policy.selector_depth
-        everything_M = torch.arange(len(tokens_MS), device=tokens_MS.device)
-        places = self._places_of(everything_M, len(tokens_MS))
-        hidden_SMD = self.embedding(tokens_MS, places)
+        if isinstance(inputs, torch.Tensor):
+            rows = torch.arange(inputs.shape[1], device=inputs.device)
+            places = self._places(rows, len(rows))
+            return Selected(self._blocks(inputs, self.block_range, places, tokens), rows)
+        depth, num_rows = self.policy.selector_depth, len(inputs.tokens_MS)
+        places = self._places(range(num_rows), num_rows)
+        hidden_SMD = self.embedding(inputs.tokens_MS, places)
         hidden_SMD = self._blocks(hidden_SMD, self.block_range[:depth], places)
-        selected = self.selector(hidden_SMD, batch)
-        hidden_SKD, *rest = selected
-        places = self._places(selected)
+        hidden_SKD, kept_K = self.selector(hidden_SMD, inputs)
+        places = self._places(kept_K, num_rows)
         hidden_SKD = self._blocks(hidden_SKD, self.block_range[depth:], places, tokens)
-        return (hidden_SKD, *rest)  # type: ignore[return-value]
+        return Selected(hidden_SKD, kept_K)
+
+    @torch.no_grad()
+    def candidate_scores(self, batch: Batch, rows: Rows) -> torch.Tensor:
+        """The proxy pass over candidates of a step, on the first stage; without dropout.
+
+        Args:
+            batch: any number M of them.
+            rows: which these are of the step's.
+
+        Returns:
+            float32 [M], as EarlyExit.scores.
+        """
+        if self.policy.instance_source == "policy":
+            return self.early_exit.scores(batch.tokens_MS.new_empty(0), batch, rows)
+        hidden_SMD = self.embedding(batch.tokens_MS, None)
+        exit_blocks = self.block_range[: self.policy.selector_depth]
+        return self.early_exit.scores(self._run_blocks(hidden_SMD, exit_blocks), batch, rows)
 
     def loss(self, selected: Selected, batch: Batch) -> torch.Tensor:
         """The head, on the last stage."""
@@ -202,30 +222,21 @@ class GPT(nn.Module):
         self,
         hidden: torch.Tensor,
         numbers: Sequence[int],
-        places: Places | None,
-        tokens: ChosenTokens | None,
+        places: Places | None = None,
+        tokens: ChosenTokens | None = None,
     ) -> torch.Tensor:
         for number in numbers:
             last = number == self.shape.num_layers - 1
             hidden = self.blocks[str(number)](hidden, places, tokens if last else None)
         return hidden
 
-    def _places(self, selected: Selected) -> Places | None:
-        _, kept_K, facts_2 = selected
-        if not self._drops:
-            return None
-        return self._places_of(kept_K, int(facts_2[0]), dealt=self.policy.deals_rows)
-
-    def _places_of(
-        self, rows_K: torch.Tensor, num_rows: int, *, dealt: bool = False
-    ) -> Places | None:
+    def _places(self, rows_K: torch.Tensor | range, num_rows: int) -> Places | None:
         """For dropout: rows of this rank as rows of the global micro-batch, in this micro-step."""
         if not self._drops:
             return None
-        first = 0 if dealt else self.policy.peers.rank * num_rows
-        state = self.policy.state
-        rows = tuple(first + row for row in rows_K.tolist())
-        return Places(state.iteration, state.micro_step, rows)
+        first, state = self.policy.peers.rank * num_rows, self.policy.state
+        rows = rows_K.tolist() if isinstance(rows_K, torch.Tensor) else rows_K
+        return Places(state.iteration, state.micro_step, tuple(first + row for row in rows))
 
     @property
     def _drops(self) -> bool:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_eslm.model.instance_selector import Selected, held_rows
+from megatron_eslm.model.instance_selector import Selected
 from megatron_eslm.model.layers import Embedding, FinalNorm, Layout
-from megatron_eslm.ops.balance_rows import balance_rows, return_rows
 from megatron_eslm.ops.head_statistics import HeadStatistics, VocabShard, head_statistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens
 from megatron_eslm.parallel.collectives import sum_later
 from megatron_eslm.selection.batch import Batch, LossTokens
 from megatron_eslm.selection.objective import Objective
-from megatron_eslm.selection.policy import Held, SelectionPolicy
+from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.state import Recorder
 
 
@@ -54,7 +53,7 @@ class SelectiveHead(nn.Module):
         self._tied = (embedding, final_norm)
 
     def forward(self, selected: Selected, batch: Batch) -> torch.Tensor:
-        hidden_SKD, kept_K, facts = selected
+        hidden_SKD, kept_K = selected
         hidden_TKD = self.layout.gather(hidden_SKD)
         embedding, final_norm = self._tied
         weight_VD = embedding.word.weight
@@ -64,24 +63,19 @@ class SelectiveHead(nn.Module):
             valid_N = batch.valid_MT[kept_K].t().flatten()
             return self._evaluate(hidden_TKD, weight_VD, labels_N, valid_N)
 
-        read, held = batch, None
-        if self.policy.deals_rows:
-            # From here on the batch is that of the rows which this rank works on.
-            held = held_rows(facts, self.policy.peers.rank, self.policy.peers.size)
-            batch = self._deal(batch, held)
-            kept_K = torch.arange(len(batch.tokens_MS), device=kept_K.device)
         labels_N = batch.labels_MT[kept_K].t().flatten()
         valid_KT = batch.valid_MT[kept_K]
         hidden_ND = hidden_TKD.flatten(0, 1)
         statistics = scored_S = None
-        if self.policy.token_source == "head":
+        source = self.policy.token_source if self.policy.drops_tokens else "nothing"
+        if source == "head":
             # Logits of all tokens first, then the choice, then the backward pass of the chosen.
             with torch.no_grad():
                 statistics = self._statistics(final_norm(hidden_ND), weight_VD, labels_N)
             risk_KT = self.policy.token_risk(statistics).view(hidden_TKD.shape[:2]).t()
-            kept_N, number = self._choose(risk_KT, kept_K, batch, held)
-        elif self.policy.token_source == "policy":
-            kept_N, number = self._choose(None, kept_K, batch, held)
+            kept_N, number = self._choose(risk_KT, kept_K, batch)
+        elif source == "policy":
+            kept_N, number = self._choose(None, kept_K, batch)
         else:
             kept_N, number = valid_KT.t().flatten(), None
         in_loss_N, kept_S = kept_N, None
@@ -120,33 +114,17 @@ class SelectiveHead(nn.Module):
                 iteration=self.policy.state.iteration,
             )
         )
-        self._record(loss_S, chosen_S, kept_N, kept_K, batch, read, held)
+        self._record(loss_S, chosen_S, kept_N, kept_K, batch)
         # Engines average gradients over data-parallel ranks; the average of these terms is the
         # mean over the tokens of all ranks, however unequal their numbers are.
         with self.policy.peers.phases("count of kept tokens", waits=True):
             total = num_in_loss()
         loss = loss_S.sum() * (self.policy.peers.size / max(1, total))
-        if self.recorder.record.num_nonfinite or int(facts[1]):
+        if self.recorder.record.num_nonfinite:
             # Every gradient becomes nan, and the engine skips the step on all ranks.
             loss = loss * torch.nan
         self.recorder.record.loss = loss.detach()
         return loss
-
-    def _deal(self, batch: Batch, held: Held) -> Batch:
-        """The rows that this rank works on, of all that were read. Collective."""
-        own_K = held.own_K.to(batch.tokens_MS.device)
-        length = batch.valid_MT.shape[1]
-        packed = torch.cat([batch.tokens_MS, batch.valid_MT.long(), batch.labels_MT], dim=1)
-        reference_BT = batch.reference_MT[own_K]
-        peers = self.policy.peers
-        with peers.phases("exchange of labels", waits=True):
-            packed = balance_rows(packed[own_K], held.plan, peers.group)
-            if reference_BT.shape[1]:
-                reference_BT = balance_rows(reference_BT, held.plan, peers.group)
-            else:
-                reference_BT = reference_BT.new_empty(len(packed), 0)
-        tokens, valid, labels = packed.split([length + 1, length, length], dim=1)
-        return Batch(tokens, valid.bool(), labels, reference_BT)
 
     def _statistics(
         self, normed_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: torch.Tensor
@@ -156,7 +134,7 @@ class SelectiveHead(nn.Module):
             weight_VD,
             labels_N,
             self.shard,
-            entropy=self.policy.needs_entropy and self.policy.token_source == "head",
+            entropy=self.policy.needs_entropy and self.policy.drops_tokens,
             keep_logits=self.keep_logits,
         )
 
@@ -166,11 +144,8 @@ class SelectiveHead(nn.Module):
         risk_KT: torch.Tensor | None,
         kept_K: torch.Tensor,
         batch: Batch,
-        held: Held | None,
     ) -> tuple[torch.Tensor, int | None]:
         """bool [N], the tokens that are kept, and their global number if it is known."""
-        if held is not None:
-            return self._choose_of_held(risk_KT, batch, held)
         valid_MT = batch.valid_MT
         record = self.recorder.record
         in_kept_row_M = torch.zeros(len(valid_MT), dtype=torch.bool, device=valid_MT.device)
@@ -178,7 +153,7 @@ class SelectiveHead(nn.Module):
         risk_MT = torch.zeros(valid_MT.shape, dtype=torch.float32, device=valid_MT.device)
         if risk_KT is not None:
             risk_MT[kept_K] = risk_KT
-        scores_MT = self.policy.token_scores(risk_MT, batch)
+        scores_MT = self.policy.token_scores(risk_MT, batch, self.policy.rows(len(valid_MT)))
         takes_part_MT = valid_MT & in_kept_row_M[:, None]
         # Full [M, T] on every rank, so that one gather of one shape serves whatever was dropped.
         decision = self.policy.keep(torch.where(takes_part_MT, scores_MT, EXCLUDED), "token gather")
@@ -187,27 +162,7 @@ class SelectiveHead(nn.Module):
         record.cvar = decision.cvar
         record.num_nonfinite += decision.num_nonfinite
         kept_N = decision.keep[kept_K].t().flatten()
-        together = self.policy.options.eslm_scope == "global"
-        return kept_N, decision.num_kept if together else None
-
-    def _choose_of_held(
-        self, risk_BT: torch.Tensor | None, batch: Batch, held: Held
-    ) -> tuple[torch.Tensor, int]:
-        """The same where rows are dealt; what is recorded is of the rows that were read."""
-        if risk_BT is None:
-            risk_BT = torch.zeros(batch.valid_MT.shape, device=batch.valid_MT.device)
-        scores_BT = self.policy.token_scores(risk_BT, batch, held)
-        scores_BT = torch.where(batch.valid_MT, scores_BT, EXCLUDED)
-        decision, scores_all = self.policy.keep_of_rows(scores_BT, held, "token gather")
-        record, per_rank = self.recorder.record, held.plan.num_rows // self.policy.peers.size
-        read = slice(held.rank * per_rank, (held.rank + 1) * per_rank)
-        scores_MT = scores_all[read]
-        record.token_scores_MT = torch.where(scores_MT == EXCLUDED, torch.nan, scores_MT)
-        record.token_kept_MT = decision.everyone[read]
-        record.tau_token = decision.tau
-        record.cvar = decision.cvar
-        record.num_nonfinite += decision.num_nonfinite
-        return decision.keep.t().flatten(), decision.num_kept
+        return kept_N, None if self.policy.decides_alone else decision.num_kept
 
     @torch.no_grad()
     def _record(
@@ -217,44 +172,25 @@ class SelectiveHead(nn.Module):
         kept_N: torch.Tensor,
         kept_K: torch.Tensor,
         batch: Batch,
-        read: Batch,
-        held: Held | None,
     ) -> None:
-        """Write down what became of the rows that were read.
-
-        Args:
-            kept_K: rows of `batch`, whose tokens `kept_N` and `chosen_S` are about.
-            batch: of the rows that this rank worked on.
-            read: of those that it read; the same where no row is dealt.
-            held: which rows it worked on, where they are dealt.
-        """
-        record = self.recorder.record
-        num_rows, num_positions = len(kept_K), batch.valid_MT.shape[1]
+        """Write down what became of the rows of the micro-batch."""
+        record, valid_MT = self.recorder.record, batch.valid_MT
+        num_rows, num_positions = len(kept_K), valid_MT.shape[1]
         record.num_tokens, record.num_tokens_in_kept_rows = torch.stack(
-            [read.valid_MT.sum(), batch.valid_MT[kept_K].sum()]
+            [valid_MT.sum(), valid_MT[kept_K].sum()]
         ).tolist()
         record.num_tokens_kept = len(chosen_S)
         bad_S = ~torch.isfinite(loss_S)
         bad_K = torch.zeros(num_rows, dtype=torch.bool, device=loss_S.device)
         if num_rows:
             bad_K[chosen_S[bad_S] % num_rows] = True
-        rows_K = kept_K
-        if held is not None:
-            rows_K = held.own_K.to(kept_K.device)
-            with self.policy.peers.phases("rows that are not finite", waits=True):
-                bad_K = return_rows(bad_K.byte(), held.plan, self.policy.peers.group).bool()
 
-        if record.token_kept_MT is None:  # else it came with the choice
-            kept_MT = torch.zeros_like(read.valid_MT)
-            if held is None:
-                kept_MT[kept_K] = kept_N.view(num_positions, num_rows).t()
-            else:
-                kept_MT[rows_K] = read.valid_MT[rows_K]
-            record.token_kept_MT = kept_MT
+        record.token_kept_MT = torch.zeros_like(valid_MT)
+        record.token_kept_MT[kept_K] = kept_N.view(num_positions, num_rows).t()
         nonfinite_M = record.nonfinite_rows_M
         if nonfinite_M is None:
-            nonfinite_M = torch.zeros_like(read.valid_MT[:, 0])
-        nonfinite_M[rows_K] |= bad_K
+            nonfinite_M = torch.zeros_like(valid_MT[:, 0])
+        nonfinite_M[kept_K] |= bad_K
         if record.token_scores_MT is not None:
             bad_MT = record.token_scores_MT.isnan() & record.token_kept_MT
             nonfinite_M |= (bad_MT | record.token_scores_MT.isinf()).any(dim=1)

@@ -266,8 +266,8 @@ class FinalNorm(nn.LayerNorm):
 class MirroredNorm(nn.Module):
     """The final norm as the early exit of a pipeline's first stage sees it: a copy to score with.
 
-    Its values are those of the last stage's, which are sent before every step (`refresh`); it has
-    no gradient, no optimizer state and no place in checkpoints.
+    Its values are those of the last stage's, which are sent before sequences are selected
+    (`refresh_norm`); it has no gradient, no optimizer state and no place in checkpoints.
     """
 
     values_2D: torch.Tensor

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_eslm.ops.balance_rows import RowPlan
 from megatron_eslm.parallel.collectives import all_gather_same_shape
 
 EXCLUDED = -math.inf
@@ -27,8 +26,6 @@ class Kept:
 
     keep: torch.Tensor
     """bool, shape of the local scores."""
-    everyone: torch.Tensor
-    """bool, the same of all ranks, in the order of the global index."""
     tau: float
     """Smallest kept score (VaR); nan where nothing could be kept."""
     cvar: float
@@ -44,6 +41,14 @@ class Kept:
 def num_to_keep(num_scores: int, alpha: float) -> int:
     """k of the keep rule: 12 at alpha 0.1 gives 10, 8 gives 7, 4 gives 3; alpha 0 gives all."""
     return max(1, math.floor((1.0 - alpha) * num_scores + 1e-9)) if num_scores else 0
+
+
+def micro_steps_to_keep(micro_steps: int, alpha: float) -> int:
+    """Micro-steps of kept rows: (1 - alpha) of those that were read, to the nearest whole number.
+
+    Halves keep the larger number: 10 at alpha 0.1 gives 9, 5 gives 5, 6 gives 5, 16 gives 14.
+    """
+    return max(1, math.floor((1.0 - alpha) * micro_steps + 0.5 + 1e-9))
 
 
 def keep_riskiest(
@@ -65,46 +70,41 @@ def keep_riskiest(
     rank = group.rank() if group is not None else 0
     decision = _decide(everyone.reshape(-1), alpha)
     keep = decision.keep.view(everyone.shape)
-    return dataclasses.replace(decision, keep=keep[rank], everyone=keep)
+    return dataclasses.replace(decision, keep=keep[rank])
 
 
-def keep_riskiest_of_rows(
-    scores_BT: torch.Tensor,
-    alpha: float,
-    plan: RowPlan,
-    group: dist.ProcessGroup | None,
-) -> tuple[Kept, torch.Tensor]:
-    """The same for rows that ranks hold in unequal numbers, and not where they were read.
-
-    The global index is (row, position), so that it does not matter who holds a row.
+def keep_number(scores_N: torch.Tensor, num: int) -> Kept:
+    """Keep exactly `num` of the scores, the riskiest; EXCLUDED ones last, ties to the lower index.
 
     Args:
-        scores_BT: float32 [B, T], of this rank's rows.
-        alpha: share to drop.
-        plan: who holds which rows.
-        group: the ranks; None is this rank alone.
+        scores_N: float32, of everything that is thresholded together.
+        num: 1 to N.
 
     Returns:
-        (Kept with `keep` for this rank's rows and `everyone` [num_rows, T]; the scores of all
-        rows, float32 [num_rows, T], EXCLUDED where nobody holds one).
+        Kept, without a CVaR (nan).
     """
-    assert scores_BT.dtype == torch.float32, scores_BT.dtype
-    length, device = scores_BT.shape[1], scores_BT.device
-    padded = scores_BT.new_full((plan.largest, length), EXCLUDED)
-    padded[: len(scores_BT)] = scores_BT
-    everyone = all_gather_same_shape(padded, group).view(-1, length)
-    source_A = torch.from_numpy(plan.worker_A * plan.largest + plan.position_A).to(device)
-    scores_all = scores_BT.new_full((plan.num_rows, length), EXCLUDED)
-    scores_all[torch.from_numpy(plan.row_A).to(device)] = everyone[source_A]
-    decision = _decide(scores_all.reshape(-1), alpha)
-    keep = decision.keep.view(scores_all.shape)
-    held_B = torch.from_numpy(plan.rows_of(group.rank() if group is not None else 0)).to(device)
-    return dataclasses.replace(decision, keep=keep[held_B], everyone=keep), scores_all
+    assert scores_N.dtype == torch.float32, scores_N.dtype
+    assert 1 <= num <= len(scores_N), (num, len(scores_N))
+    nonfinite_N = _nonfinite(scores_N)
+    sorted_N, order_N = torch.where(nonfinite_N, math.inf, scores_N).sort(
+        descending=True, stable=True
+    )
+    keep_N = torch.zeros_like(nonfinite_N)
+    keep_N[order_N[:num]] = True
+    takes_part_N = sorted_N != EXCLUDED
+    num_scores, num_nonfinite = torch.stack([takes_part_N.sum(), nonfinite_N.sum()]).tolist()
+    lowest = min(num, num_scores)
+    tau = float(sorted_N[lowest - 1]) if lowest else math.nan
+    return Kept(keep_N, tau, math.nan, num_scores, num, num_nonfinite)
+
+
+def _nonfinite(scores: torch.Tensor) -> torch.Tensor:
+    return torch.isnan(scores) | (scores == math.inf)
 
 
 def _decide(flat_N: torch.Tensor, alpha: float) -> Kept:
     """The keep rule over all scores in the order of their global index."""
-    nonfinite_N = torch.isnan(flat_N) | (flat_N == math.inf)
+    nonfinite_N = _nonfinite(flat_N)
     flat_N = torch.where(nonfinite_N, math.inf, flat_N)
     takes_part_N = flat_N != EXCLUDED
 
@@ -112,7 +112,7 @@ def _decide(flat_N: torch.Tensor, alpha: float) -> Kept:
     k = num_to_keep(num_scores, alpha)
     if k == 0:
         nothing = torch.zeros_like(flat_N, dtype=torch.bool)
-        return Kept(nothing, nothing, math.nan, math.nan, 0, 0, 0)
+        return Kept(nothing, math.nan, math.nan, 0, 0, 0)
 
     if k == num_scores:
         keep_N = takes_part_N
@@ -125,4 +125,4 @@ def _decide(flat_N: torch.Tensor, alpha: float) -> Kept:
     excess = torch.where(takes_part_N, flat_N - tau, 0.0).clamp_(min=0.0).sum(dtype=torch.float64)
     cvar = tau.double() + excess / ((1.0 - alpha) * num_scores)
     tau_value, cvar_value = torch.stack([tau.double(), cvar]).tolist()
-    return Kept(keep_N, keep_N, tau_value, cvar_value, num_scores, k, num_nonfinite)
+    return Kept(keep_N, tau_value, cvar_value, num_scores, k, num_nonfinite)

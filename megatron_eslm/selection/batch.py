@@ -41,6 +41,15 @@ class Batch(NamedTuple):
         return cls(tokens_MS, valid_MT, labels_MT, reference_MT)
 
 
+class Rows(NamedTuple):
+    """Which rows a rank has of those that are scored together, whatever the layout."""
+
+    numbers_M: torch.Tensor
+    """int64 [M], on the CPU."""
+    total: int
+    """Over all ranks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossTokens:
     """The tokens that enter the loss on this rank, as objectives see them.

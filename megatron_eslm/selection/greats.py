@@ -20,8 +20,8 @@ import torch
 
 from megatron_eslm.ops.ghost_products import GradientProducts
 from megatron_eslm.ops.keep_rule import EXCLUDED, Kept, num_to_keep
-from megatron_eslm.selection.batch import Batch
-from megatron_eslm.selection.policy import Held, SelectionPolicy, register
+from megatron_eslm.selection.batch import Batch, Rows
+from megatron_eslm.selection.policy import SelectionPolicy, register
 
 
 @dataclass(frozen=True)
@@ -75,28 +75,20 @@ class Greats(SelectionPolicy):
     _choice: Choice | None = None
     """Of the micro-step to come."""
 
-    def needs_products(self, num_rows: int) -> bool:
-        """Whether there is anything to choose at the current alpha."""
-        return num_to_keep(num_rows, self.state.alpha) < num_rows
-
     def choose(self, products: GradientProducts, learning_rate: float, batch: Batch) -> None:
         """Decide on the rows of the micro-step that comes next."""
         takes_part = batch.valid_MT.any(dim=1).tolist()
         self._choice = choose_greedily(products, learning_rate, takes_part, self.state.alpha)
 
-    def instance_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
-        """Gains, float32 [M]; zeros where there is nothing to choose and none were computed."""
-        if not self.needs_products(len(valid_MT)):
-            return torch.zeros(len(valid_MT), device=valid_MT.device)
+    def instance_scores(
+        self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor, rows: Rows
+    ) -> torch.Tensor:
+        """Gains, float32 [M]."""
         assert self._choice is not None, "a micro-step began before its sequences were chosen"
         return torch.tensor(self._choice.gains, device=valid_MT.device)
 
     def keep(self, scores: torch.Tensor, phase: str) -> Kept:
         """What was chosen. Not the highest gains: a gain rises where gradients oppose."""
-        num = len(scores)
-        if not self.needs_products(num):
-            everything = torch.ones_like(scores, dtype=torch.bool)
-            return Kept(everything, everything[None], math.nan, math.nan, num, num, 0)
         assert self._choice is not None
         choice, self._choice = self._choice, None
         keep = torch.zeros_like(scores, dtype=torch.bool)
@@ -104,7 +96,6 @@ class Greats(SelectionPolicy):
         finite = [choice.gains[m] for m in choice.order if math.isfinite(choice.gains[m])]
         return Kept(
             keep=keep,
-            everyone=keep[None],
             tau=min(finite, default=math.nan),
             cvar=math.nan,
             num_scores=sum(gain != EXCLUDED for gain in choice.gains),
@@ -112,7 +103,5 @@ class Greats(SelectionPolicy):
             num_nonfinite=sum(math.isnan(gain) for gain in choice.gains),
         )
 
-    def token_scores(
-        self, token_risk_MT: torch.Tensor, batch: Batch, held: Held | None = None
-    ) -> torch.Tensor:
+    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch, rows: Rows) -> torch.Tensor:
         raise AssertionError("token_source is 'nothing'")

@@ -45,13 +45,12 @@ class SelectionOptions:
     eslm_level: Literal["both", "instance", "token"] = "both"
     """Select sequences and tokens, or only one of the two (Appendix E.3)."""
 
-    eslm_scope: Literal["global", "local"] = "global"
-    """Threshold over the micro-batches of all data-parallel ranks, or on each rank alone."""
-
-    eslm_balance: bool = True
-    """With global thresholds: deal the kept sequences evenly to data-parallel ranks, so that none
-    waits for one that keeps more. Nothing is dealt with --eslm-scope local, nor by policies that
-    keep all sequences."""
+    eslm_scope: Literal["step", "global", "local"] | None = None
+    """What thresholds are taken over. Of sequences: all that an optimizer step reads, scored ahead
+    of it (step; it then trains on whole micro-batches of the riskiest), or each micro-batch of all
+    data-parallel ranks (global) or of one rank (local), in one pass. Of tokens: each micro-batch of
+    all ranks, or with local of one. By default step where there are several data-parallel ranks or
+    pipeline stages, else global."""
 
     eslm_proxy_stride: Annotated[int, ONE_OR_MORE] = 1
     """Score every s-th position of a sequence only: an estimate, cheaper where the head is what

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 import megatron_eslm.selection.greats
@@ -12,9 +10,9 @@ import megatron_eslm.selection.uncertainty  # noqa: F401  (each registers itself
 from megatron_eslm.ops.head_statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.parallel.seeding import generator
-from megatron_eslm.selection.batch import Batch
+from megatron_eslm.selection.batch import Batch, Rows
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import Held, SelectionPolicy, Source, register
+from megatron_eslm.selection.policy import SelectionPolicy, Source, register
 from megatron_eslm.selection.state import Peers, SelectionState
 
 
@@ -22,12 +20,12 @@ from megatron_eslm.selection.state import Peers, SelectionState
 class CausalLM(SelectionPolicy):
     """Plain causal language modelling: every sequence, every token."""
 
-    def instance_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
+    def instance_scores(
+        self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor, rows: Rows
+    ) -> torch.Tensor:
         raise AssertionError("clm scores nothing")
 
-    def token_scores(
-        self, token_risk_MT: torch.Tensor, batch: Batch, held: Held | None = None
-    ) -> torch.Tensor:
+    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch, rows: Rows) -> torch.Tensor:
         raise AssertionError("clm scores nothing")
 
 
@@ -62,15 +60,15 @@ class ESLM(_Levels):
         assert statistics.entropy_N is not None
         return statistics.entropy_N
 
-    def instance_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
+    def instance_scores(
+        self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor, rows: Rows
+    ) -> torch.Tensor:
         # Mean over valid positions (line 4); a row without any has no score at all.
         num_valid_M = valid_MT.sum(dim=1)
         sum_M = torch.where(valid_MT, token_risk_MT, 0.0).sum(dim=1)
         return torch.where(num_valid_M > 0, sum_M / num_valid_M.clamp(min=1), EXCLUDED)
 
-    def token_scores(
-        self, token_risk_MT: torch.Tensor, batch: Batch, held: Held | None = None
-    ) -> torch.Tensor:
+    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch, rows: Rows) -> torch.Tensor:
         return token_risk_MT
 
 
@@ -78,30 +76,23 @@ class ESLM(_Levels):
 class RandomControl(_Levels):
     """The same shares as eslm, drawn at random: the control beside every claim.
 
-    The draw depends on seed, step and place in the global micro-batch, so every layout drops the
-    same sequences and tokens. Nothing is scored, so sequences are dropped right after the
-    embedding.
+    The draw depends on seed, step and the row's number in the step or global micro-batch, so every
+    layout drops the same sequences and tokens. Nothing is scored, so sequences that are dropped
+    within a micro-batch are dropped right after the embedding.
     """
 
     source = "policy"
 
-    def _uniform_rows(
-        self, level: str, valid_MT: torch.Tensor, held: Held | None = None
-    ) -> torch.Tensor:
-        rows, positions = valid_MT.shape
-        # The same numbers, whether rows count by ranks or all through.
-        ranks_rows = (self.peers.size, rows) if held is None else (1, held.plan.num_rows)
-        shape = ranks_rows if level == "instance" else (*ranks_rows, positions)
+    def _uniform(self, level: str, rows: Rows, *positions: int) -> torch.Tensor:
         rng = generator(self.seed, "random", level, self.state.iteration, self.state.micro_step)
-        draws = torch.rand(shape, generator=rng)
-        mine = draws[self.peers.rank] if held is None else draws[0][held.rows_B]
-        return mine.to(valid_MT.device)
+        return torch.rand((rows.total, *positions), generator=rng)[rows.numbers_M]
 
-    def instance_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
-        scores_M = self._uniform_rows("instance", valid_MT)
-        return torch.where(valid_MT.any(dim=1), scores_M, -math.inf)
-
-    def token_scores(
-        self, token_risk_MT: torch.Tensor, batch: Batch, held: Held | None = None
+    def instance_scores(
+        self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor, rows: Rows
     ) -> torch.Tensor:
-        return self._uniform_rows("token", batch.valid_MT, held)
+        scores_M = self._uniform("instance", rows).to(valid_MT.device)
+        return torch.where(valid_MT.any(dim=1), scores_M, EXCLUDED)
+
+    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch, rows: Rows) -> torch.Tensor:
+        scores_MT = self._uniform("token", rows, batch.valid_MT.shape[1])
+        return scores_MT.to(batch.valid_MT.device)

@@ -8,40 +8,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
 import torch
 
-from megatron_eslm.ops.balance_rows import RowPlan
 from megatron_eslm.ops.head_statistics import HeadStatistics
-from megatron_eslm.ops.keep_rule import Kept, keep_riskiest, keep_riskiest_of_rows
-from megatron_eslm.selection.batch import Batch
+from megatron_eslm.ops.keep_rule import Kept, keep_riskiest, num_to_keep
+from megatron_eslm.selection.batch import Batch, Rows
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.state import Peers, SelectionState
 
 Source = Literal["nothing", "policy", "head"]
 """Where scores come from: no selection at this level, the policy alone (no logits needed), or loss
 and entropy of the head."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """Kept rows as they are dealt to ranks in one micro-step."""
-
-    plan: RowPlan
-    rank: int
-
-    @property
-    def rows_B(self) -> torch.Tensor:
-        """int64, of this rank, as numbers of the global micro-batch."""
-        return torch.from_numpy(self.plan.rows_of(self.rank))
-
-    @property
-    def own_K(self) -> torch.Tensor:
-        """int64, kept rows among those that this rank read, as numbers of its own batch."""
-        first = self.rank * (self.plan.num_rows // self.plan.num_ranks)
-        return torch.from_numpy(self.plan.kept_by(self.rank) - first)
 
 
 class SelectionPolicy(ABC):
@@ -86,21 +65,56 @@ class SelectionPolicy(ABC):
         """Every how many positions the early exit scores."""
         return self.options.eslm_proxy_stride
 
-    @abstractmethod
-    def instance_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
-        """float32 [M]. `token_risk_MT` is that of the early exit (empty if source is policy)."""
+    @property
+    def selects_per_step(self) -> bool:
+        """Whether sequences are selected once an optimizer step, ahead of it."""
+        return (
+            self.options.eslm_scope == "step"
+            and self.instance_source != "nothing"
+            and self.chooses_together
+        )
+
+    @property
+    def decides_alone(self) -> bool:
+        """Whether each data-parallel rank takes its own thresholds."""
+        return self.options.eslm_scope == "local" or not self.chooses_together
+
+    def drops_rows(self, num_rows: int) -> bool:
+        """Whether a micro-batch of `num_rows` on each rank loses any at the current alpha."""
+        total = num_rows * (1 if self.decides_alone else self.peers.size)
+        selects = self.instance_source != "nothing" and not self.selects_per_step
+        return selects and num_to_keep(total, self.state.alpha) < total
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether tokens are thresholded at the current alpha."""
+        return self.token_source != "nothing" and self.state.alpha > 0
+
+    def rows(self, num_rows: int) -> Rows:
+        """The rows of a micro-batch of this rank, among those of all ranks."""
+        first = self.peers.rank * num_rows
+        return Rows(torch.arange(first, first + num_rows), num_rows * self.peers.size)
 
     @abstractmethod
-    def token_scores(
-        self, token_risk_MT: torch.Tensor, batch: Batch, held: Held | None = None
+    def instance_scores(
+        self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor, rows: Rows
     ) -> torch.Tensor:
+        """float32 [M]; EXCLUDED for rows without any valid token.
+
+        Args:
+            token_risk_MT: that of the early exit; empty if the source is the policy.
+            valid_MT: which tokens count.
+            rows: which these are of all that are scored together.
+        """
+
+    @abstractmethod
+    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch, rows: Rows) -> torch.Tensor:
         """float32 [M, T] for the kept rows among M; entries that are not valid are ignored.
 
         Args:
             token_risk_MT: loss or entropy of the head; zeros if the source is the policy.
             batch: the rows.
-            held: which rows of the global micro-batch these are, where kept rows are dealt to
-                ranks; None: those that this rank read.
+            rows: which these are of the global micro-batch.
         """
 
     def token_risk(self, statistics: HeadStatistics) -> torch.Tensor:
@@ -109,28 +123,10 @@ class SelectionPolicy(ABC):
 
     def keep(self, scores: torch.Tensor, phase: str) -> Kept:
         """The keep rule at the current alpha and the configured scope; `phase` names the wait."""
-        if self.options.eslm_scope == "local":
+        if self.decides_alone:
             return keep_riskiest(scores, self.state.alpha, None)
         with self.peers.phases(phase, waits=True):
             return keep_riskiest(scores, self.state.alpha, self.peers.group)
-
-    @property
-    def deals_rows(self) -> bool:
-        """Whether kept rows are dealt evenly to data-parallel ranks (ops.balance_rows)."""
-        return (
-            self.options.eslm_balance
-            and self.options.eslm_scope == "global"
-            and self.instance_source != "nothing"
-            and self.chooses_together
-            and self.peers.size > 1
-        )
-
-    def keep_of_rows(
-        self, scores_BT: torch.Tensor, held: Held, phase: str
-    ) -> tuple[Kept, torch.Tensor]:
-        """The keep rule for tokens of rows that are dealt to ranks; see keep_riskiest_of_rows."""
-        with self.peers.phases(phase, waits=True):
-            return keep_riskiest_of_rows(scores_BT, self.state.alpha, held.plan, self.peers.group)
 
 
 P = TypeVar("P", bound=type[SelectionPolicy])

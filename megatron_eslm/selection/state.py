@@ -50,12 +50,12 @@ class Peers:
 
 
 @dataclass
-class MicroStepRecord:
-    """What one micro-step selected on this rank.
+class SelectionRecord:
+    """What was selected on this rank: in a micro-step, or ahead of a step among its candidates.
 
-    In a pipeline the first stage knows the sequences, the last one the tokens and the loss; `merge`
-    puts both together. M rows of this rank, T positions. Counts are local; thresholds are those of
-    the group that was thresholded together. Scores are nan where nothing was scored.
+    In a pipeline the first stage knows the sequences, the last one the tokens and the loss. M rows
+    of this rank, T positions. Counts are local; thresholds are those of the group that was
+    thresholded together. Scores are nan where nothing was scored.
     """
 
     instance_scores_M: torch.Tensor | None = None
@@ -82,27 +82,13 @@ class MicroStepRecord:
     loss: torch.Tensor | None = None
     """float32 scalar, this rank's term of the loss."""
 
-    def cpu(self) -> MicroStepRecord:
+    def cpu(self) -> SelectionRecord:
         """A copy with all tensors on the CPU."""
-        copy = MicroStepRecord()
+        copy = SelectionRecord()
         for f in fields(self):
             value = getattr(self, f.name)
             setattr(copy, f.name, value.cpu() if isinstance(value, torch.Tensor) else value)
         return copy
-
-    def merge(self, other: MicroStepRecord) -> MicroStepRecord:
-        """This record with what only `other`, of another stage, knows."""
-        merged = MicroStepRecord()
-        for f in fields(MicroStepRecord):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if f.name == "nonfinite_rows_M" and mine is not None and theirs is not None:
-                value = mine | theirs
-            elif f.name.startswith("num_"):
-                value = max(mine, theirs)
-            else:
-                value = theirs if mine is None else mine
-            setattr(merged, f.name, value)
-        return merged
 
 
 @dataclass
@@ -113,19 +99,21 @@ class Recorder:
     in different processes, each of which may be several micro-steps ahead of the other.
     """
 
-    records: list[MicroStepRecord] = field(default_factory=list)
+    records: list[SelectionRecord] = field(default_factory=list)
+    nonfinite_candidates: int = 0
+    """Scores of the step's candidates that were not finite: no micro-step of it counts."""
 
     def begin(self) -> int:
         """Start the record of the next micro-step; returns its number within the step."""
-        self.records.append(MicroStepRecord())
+        self.records.append(SelectionRecord(num_nonfinite=self.nonfinite_candidates))
         return len(self.records) - 1
 
     @property
-    def record(self) -> MicroStepRecord:
+    def record(self) -> SelectionRecord:
         """That of the micro-step under way."""
         return self.records[-1]
 
-    def take(self) -> list[MicroStepRecord]:
+    def take(self) -> list[SelectionRecord]:
         """The records of all micro-steps since it was last called, in their order."""
         records, self.records = self.records, []
         return records

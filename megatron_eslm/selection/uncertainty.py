@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.selection.batch import Batch
+from megatron_eslm.selection.batch import Batch, Rows
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import Held, SelectionPolicy, Source, register
+from megatron_eslm.selection.policy import SelectionPolicy, Source, register
 from megatron_eslm.selection.state import Peers, SelectionState
 
 
@@ -36,10 +36,10 @@ class Uncertainty(SelectionPolicy):
                 )
         super().__init__(options, state, peers, seed)
 
-    def instance_scores(self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor) -> torch.Tensor:
+    def instance_scores(
+        self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor, rows: Rows
+    ) -> torch.Tensor:
         raise AssertionError("uncertainty scores no sequences")
 
-    def token_scores(
-        self, token_risk_MT: torch.Tensor, batch: Batch, held: Held | None = None
-    ) -> torch.Tensor:
+    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch, rows: Rows) -> torch.Tensor:
         return token_risk_MT

@@ -136,6 +136,7 @@ def build_flops(
         selector_depth=policy.selector_depth,
         proxy=policy.instance_source == "head",
         proxy_stride=policy.proxy_stride,
+        ahead=policy.selects_per_step,
         logits_recomputed=not run.keeps_logits(shape),
         blocks_recomputed=run.model.activation_checkpoint_interval > 0,
         last_mlp_kept=last_mlp_kept(run, shape, policy, device_type),

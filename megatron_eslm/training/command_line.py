@@ -8,11 +8,11 @@ from megatron_eslm.config.filler import MissingFlags
 from megatron_eslm.config.run import RunConfig, parse_flags, resolve
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.training.options import CheckpointOptions
-from megatron_eslm.training.stored_shape import holds_nothing_yet, stored_shape
+from megatron_eslm.training.stored_shape import holds_nothing_yet, stored_run
 
 
 def read_command_line(argv: Sequence[str], world_size: int) -> RunConfig:
-    """As `parse_run`, but the checkpoint of --load tells the shape that flags leave open.
+    """As `parse_run`, but the checkpoint of --load tells what flags leave open.
 
     Every rank reads it for itself, for they have not met yet.
 
@@ -20,9 +20,10 @@ def read_command_line(argv: Sequence[str], world_size: int) -> RunConfig:
         ConfigError: whatever cannot be used, before anything is built.
     """
     parsed = parse_flags(argv)
-    shape = stored_shape(parsed["checkpoint"])
+    stored = stored_run(parsed["checkpoint"])
+    shape, scope = (stored.shape, stored.scope) if stored is not None else (None, None)
     try:
-        return resolve(world_size=world_size, stored=shape, **parsed)
+        return resolve(world_size=world_size, stored=shape, stored_scope=scope, **parsed)
     except MissingFlags:
         # Nobody should be asked for more because of a file that is not what was meant.
         _check_data(parsed["data"])

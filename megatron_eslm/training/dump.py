@@ -1,19 +1,19 @@
-"""`--dump-selection`: what each micro-step kept, for the whole global micro-batch."""
+"""`--dump-selection`: what each step kept of all that it read."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
+from megatron_eslm.data.mixture import Mixture
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.lock import FileLock
 from megatron_eslm.parallel.mesh import Mesh
-from megatron_eslm.selection.state import MicroStepRecord
+from megatron_eslm.training.step_batches import Records
 
 
 def take_dump_folder(path: str) -> FileLock:
@@ -36,58 +36,78 @@ def take_dump_folder(path: str) -> FileLock:
 def dump_selection(
     folder: Path,
     iteration: int,
-    micro_step: int,
-    tokens_MS: torch.Tensor | None,
-    record: MicroStepRecord,
+    dataset: Mixture,
+    samples: Sequence[int],
+    records: Records,
     mesh: Mesh,
 ) -> None:
-    """Write `iter{iteration:07d}_micro{m:04d}.npz` on rank 0. Collective.
+    """Write `iter{iteration:07d}.npz` on rank 0. Collective.
 
-    The record is this stage's and is put together over the pipeline; `tokens_MS` is needed on the
-    first stage. Rows are in sampler order over all data-parallel ranks (B of them): tokens int
-    [B, T+1], instance_scores f32 [B], instance_kept bool [B], tau_instance, token_scores f32 [B, T]
-    (nan where nothing was scored), token_kept bool [B, T], tau_token, loss. With scope `local` the
-    thresholds are rank 0's.
+    C rows, all that the step read, in the order of their samples: samples int64 [C], tokens int64
+    [C, T+1], instance_scores f32 [C] and token_scores f32 [C, T] (nan where nothing was scored),
+    instance_kept bool [C], token_kept bool [C, T], tau_instance and tau_token f32 [C], the
+    thresholds that a row and its tokens were compared with (nan where there was none), and loss
+    f32, the step's.
+
+    Args:
+        folder: of the dumps.
+        iteration: the step, from 1.
+        dataset: what was read.
+        samples: numbers of the C sequences.
+        records: of this rank and stage, with numbers among the C.
+        mesh: this rank's place.
 
     Raises:
         OSError: on rank 0; the disk does not take it, and nothing is left of it.
     """
     if mesh.tp_rank:
         return  # tensor-parallel ranks hold the same
-    record = _over_pipeline(record, mesh)
-    if not mesh.is_first_stage:
+    everyone = _gathered([(rows, record.cpu()) for rows, record in records], mesh)
+    if mesh.rank:
         return
-    assert tokens_MS is not None and record.loss is not None
-    rows, positions = tokens_MS.shape[0], tokens_MS.shape[1] - 1
-    nan_M, all_M = torch.full((rows,), torch.nan), torch.ones(rows, dtype=torch.bool)
-    nan_MT = torch.full((rows, positions), torch.nan)
+    tokens = np.stack([dataset[i]["tokens"].numpy() for i in samples])
+    num_rows, positions = tokens.shape[0], tokens.shape[1] - 1
 
-    def or_else(value: torch.Tensor | None, default: torch.Tensor) -> np.ndarray:
-        return (default if value is None else value).detach().cpu().numpy()
+    def filled(value: float | bool, *shape: int) -> np.ndarray:
+        dtype = np.float32 if isinstance(value, float) else bool
+        return np.full((num_rows, *shape), value, dtype=dtype)
 
-    mine = {
-        "tokens": tokens_MS.cpu().numpy(),
-        "instance_scores": or_else(record.instance_scores_M, nan_M),
-        "instance_kept": or_else(record.instance_kept_M, all_M),
-        "token_scores": or_else(record.token_scores_MT, nan_MT),
-        "token_kept": or_else(record.token_kept_MT, torch.zeros(nan_MT.shape, dtype=torch.bool)),
-        "loss": float(record.loss) / mesh.dp_size,
+    arrays: dict[str, np.ndarray] = {
+        "samples": np.array(samples),
+        "tokens": tokens,
+        "instance_scores": filled(np.nan),
+        "instance_kept": filled(True),
+        "tau_instance": filled(np.nan),
+        "token_scores": filled(np.nan, positions),
+        "token_kept": filled(False, positions),
+        "tau_token": filled(np.nan),
     }
-    everyone: list = [None] * mesh.dp_size
-    dist.all_gather_object(everyone, mine, group=mesh.dp_group)
-    if mesh.dp_rank:
-        return
-    arrays: dict[str, Any] = {
-        key: np.concatenate([part[key] for part in everyone]) for key in mine if key != "loss"
-    }
-    arrays["tau_instance"] = _number(record.tau_instance)
-    arrays["tau_token"] = _number(record.tau_token)
-    arrays["loss"] = np.float32(sum(part["loss"] for part in everyone))
-    _write(folder / f"iter{iteration:07d}_micro{micro_step:04d}.npz", arrays)
+    losses = []
+    for rows, record in everyone:
+        for name, value in (
+            ("instance_scores", record.instance_scores_M),
+            ("instance_kept", record.instance_kept_M),
+            ("tau_instance", record.tau_instance),
+            ("token_scores", record.token_scores_MT),
+            ("token_kept", record.token_kept_MT),
+            ("tau_token", record.tau_token),
+        ):
+            if value is not None:
+                arrays[name][rows] = value
+        if record.loss is not None:
+            losses.append(float(record.loss))
+    arrays["loss"] = np.float32(sum(losses) / len(losses))
+    _write(folder / f"iter{iteration:07d}.npz", arrays)
 
 
-def _number(value: float | None) -> np.float32:
-    return np.float32(np.nan if value is None else value)
+def _gathered(records: Records, mesh: Mesh) -> Records:
+    """The records of all stages and data-parallel ranks, on rank 0."""
+    for group in (mesh.pp_group, mesh.dp_group):
+        if group.size() > 1:
+            several: list = [None] * group.size()
+            dist.all_gather_object(several, records, group=group)
+            records = [record for some in several for record in some]
+    return records
 
 
 def _write(path: Path, arrays: dict[str, Any]) -> None:
@@ -100,12 +120,3 @@ def _write(path: Path, arrays: dict[str, Any]) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _over_pipeline(record: MicroStepRecord, mesh: Mesh) -> MicroStepRecord:
-    """The record with what the other stages know of the micro-step, on the CPU. Collective."""
-    if mesh.pp_size == 1:
-        return record
-    stages: list = [None] * mesh.pp_size
-    dist.all_gather_object(stages, record.cpu(), group=mesh.pp_group)
-    return functools.reduce(MicroStepRecord.merge, stages)

@@ -19,7 +19,7 @@ from megatron_eslm.model.gpt import GPT
 from megatron_eslm.parallel.collectives import all_reduce_
 from megatron_eslm.parallel.mesh import Mesh, ModelParallelUnit
 from megatron_eslm.parallel.phases import Phases
-from megatron_eslm.selection.batch import Batch
+from megatron_eslm.selection.batch import Batch, Rows
 from megatron_eslm.training.options import OptimizerOptions
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,20 @@ class Engine:
         # It tells the last micro-step of a step by the number of all micro-steps so far.
         ds.micro_steps = 0
         ds.tput_timer.batch_size = global_batch_size
+
+    def prepare_scores(self) -> None:
+        """Bring to the first stage what `candidate_scores` needs of others. Collective."""
+
+    @torch.no_grad()
+    def candidate_scores(self, batch: Batch, rows: Rows) -> torch.Tensor:
+        """GPT.candidate_scores with all weights whole; on ranks of the first stage, all together.
+
+        Args:
+            batch: candidates, on the engine's device.
+            rows: which these are of the step's.
+        """
+        with self.phases("proxy pass"):
+            return self.model(*batch, candidates=rows)
 
     def step(self, batches: Iterable[Batch], lr: float) -> tuple[float, bool]:
         """One optimizer step over the micro-batches of this data-parallel rank.

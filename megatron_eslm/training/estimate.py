@@ -14,7 +14,7 @@ from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.plan import MixtureReport
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.head_statistics import CHUNK_BYTES
-from megatron_eslm.ops.keep_rule import num_to_keep
+from megatron_eslm.ops.keep_rule import micro_steps_to_keep, num_to_keep
 from megatron_eslm.ops.selective_linear_cross_entropy import LEAST_COLUMNS
 from megatron_eslm.selection.alpha import AlphaController
 from megatron_eslm.selection.policy import build_policy
@@ -237,17 +237,18 @@ def step_work(run: RunConfig, alpha: float | None = None, batch_size: int | None
     """
     t, s = run.training, run.selection
     assert t.micro_batch_size and run.model.seq_length
-    # GREATS chooses on each rank alone, whatever the scope.
-    together = s.eslm_scope == "global" and s.selection != "greats"
-    rows = t.micro_batch_size * (run.dp_size if together else 1)
-    groups = 1 if together else run.dp_size
     micro_steps = run.gradient_accumulation_steps
     if batch_size is not None:
         micro_steps = batch_size // (t.micro_batch_size * run.dp_size)
-    steps = micro_steps * groups
     alpha = s.initial_alpha if alpha is None else alpha
     policy = build_policy(s, SelectionState(alpha=alpha), Peers(0, run.dp_size, None), t.seed)
-    kept = rows if policy.instance_source == "nothing" else num_to_keep(rows, alpha)
+    ranks = 1 if policy.decides_alone else run.dp_size
+    rows, steps = t.micro_batch_size * ranks, micro_steps * (run.dp_size // ranks)
+    kept, steps_kept = rows, steps
+    if policy.selects_per_step:
+        steps_kept = micro_steps_to_keep(micro_steps, alpha)
+    elif policy.instance_source != "nothing":
+        kept = num_to_keep(rows, alpha)
     deep = kept * run.model.seq_length
     # The uncertainty objective has a loss for what selection drops, too.
     all_tokens = policy.token_source == "nothing" or s.selection == "uncertainty"
@@ -255,9 +256,9 @@ def step_work(run: RunConfig, alpha: float | None = None, batch_size: int | None
     scored = deep if policy.token_source == "head" else trained
     return Work(
         tokens=steps * rows * run.model.seq_length,
-        tokens_deep=steps * deep,
-        tokens_scored=steps * scored,
-        tokens_trained=steps * trained,
+        tokens_deep=steps_kept * deep,
+        tokens_scored=steps_kept * scored,
+        tokens_trained=steps_kept * trained,
     )
 
 

@@ -76,6 +76,9 @@ class FlopsModel:
     proxy: bool
     """Whether an early exit scores sequences with the head."""
     proxy_stride: int = 1
+    ahead: bool = False
+    """Whether sequences are selected ahead of the step: the early exit's blocks then run once more,
+    forward, over all that is read."""
     logits_recomputed: bool = False
     blocks_recomputed: bool = False
     """Whether the backward pass computes the blocks' activations again."""
@@ -95,13 +98,15 @@ class FlopsModel:
     def block(self, work: Work, number: int) -> float:
         """Matrix products of one block, forward and backward.
 
-        Blocks before the selector run backward over all rows (with zero gradients for dropped
-        ones), blocks behind it see kept rows only. With adapters nothing before those of the first
-        block trains, so that nothing goes back to its input.
+        Blocks before a selector in mid-model run backward over all rows (with zero gradients for
+        dropped ones), blocks behind it see kept rows only. Where rows are selected ahead, all do.
+        With adapters nothing before those of the first block trains, so that nothing goes back to
+        its input.
         """
         linear, attention = block_forward(self.shape, self.seq_length)
         again = 1 if self.blocks_recomputed else 0
-        tokens = work.tokens if number < self.selector_depth else work.tokens_deep
+        before = number < self.selector_depth and not self.ahead
+        tokens = work.tokens if before else work.tokens_deep
         products = (3 + again) * linear
         if self.lora_rank:
             products = (2 + again) * linear
@@ -116,8 +121,19 @@ class FlopsModel:
         return total
 
     def scoring(self, work: Work) -> float:
-        """Matrix products of the head as the early exit uses it: forward, on what is read."""
-        return work.tokens * head_forward(self.shape) / self.proxy_stride if self.proxy else 0.0
+        """Matrix products by which the early exit scores what is read: forward only.
+
+        Its head; and its blocks, where they run for it alone.
+        """
+        if not self._scores(work):
+            return 0.0
+        head = head_forward(self.shape) / self.proxy_stride
+        blocks = self.selector_depth * sum(block_forward(self.shape, self.seq_length))
+        return work.tokens * (head + (blocks if self.ahead else 0.0))
+
+    def _scores(self, work: Work) -> bool:
+        """Whether anything is scored: where the step drops no sequence, nothing is."""
+        return self.proxy and work.tokens_deep < work.tokens
 
     def head(self, work: Work) -> float:
         """Matrix products of the final head, whose backward pass sees kept tokens only, and of the
@@ -217,7 +233,7 @@ class FlopsModel:
         d, v, hqt = s.hidden_size, s.padded_vocab_size, s.hidden_size * self.seq_length
         total = work.tokens_deep * (6.0 * s.num_params + 12 * s.num_layers * hqt)
         total -= (work.tokens_deep - work.tokens_trained) * (4.0 * d * v + 32 * d * d + 8 * d)
-        if self.proxy:
+        if self._scores(work):
             n_proxy = s.num_params_embedding + self.selector_depth * s.num_params_block + 2 * d
             total += work.tokens * (2.0 * n_proxy + 6 * self.selector_depth * hqt + 2 * d * v)
         if self._aligns(work):

@@ -145,7 +145,7 @@ class GradientAlignment:
         self.learning_rate = learning_rate
 
     def __call__(self, batch: Batch) -> None:
-        if not self.policy.needs_products(len(batch.tokens_MS)):
+        if not self.policy.drops_rows(len(batch.tokens_MS)):
             return
         rows = self.validation_rows(len(self.model.recorder.records))
         items = [self.validation[i] for i in rows]

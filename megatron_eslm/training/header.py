@@ -9,6 +9,9 @@ import torch.distributed as dist
 
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.ops.keep_rule import micro_steps_to_keep
+from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.selection.state import Peers, SelectionState
 from megatron_eslm.training.method import method_text
 
 
@@ -57,9 +60,20 @@ def layout_text(run: RunConfig) -> str:
 
 
 def batch_text(run: RunConfig) -> str:
-    """What a step reads, and by whom."""
-    return (
+    """What a step reads, by whom, and what of it is trained on where that is known beforehand."""
+    text = (
         f"{run.training.global_batch_size} sequences x {run.model.seq_length} tokens = "
         f"{run.gradient_accumulation_steps} micro-steps x {run.dp_size} ranks x "
         f"{run.training.micro_batch_size}"
     )
+    return f"{text}{_kept_text(run)}"
+
+
+def _kept_text(run: RunConfig) -> str:
+    alpha, steps = run.selection.initial_alpha, run.gradient_accumulation_steps
+    state, peers = SelectionState(alpha=alpha), Peers(0, run.dp_size, None)
+    if not build_policy(run.selection, state, peers, seed=0).selects_per_step:
+        return ""
+    kept = micro_steps_to_keep(steps, alpha)
+    sequences = kept * run.dp_size * (run.training.micro_batch_size or 0)
+    return f"; trained on {sequences} ({kept} micro-steps, {1 - kept / steps:.1%} dropped)"

@@ -6,7 +6,6 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from megatron_eslm.data.mixture import Datasets
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.parallel.phases import Phases
 from megatron_eslm.selection.alpha import AlphaController
-from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.state import Recorder
 from megatron_eslm.training.checkpoint import save_checkpoint
 from megatron_eslm.training.dump import dump_selection
@@ -33,6 +31,7 @@ from megatron_eslm.training.report import Speed, metrics_line, progress_line, wr
 from megatron_eslm.training.schedule import learning_rate
 from megatron_eslm.training.signals import StopSignal
 from megatron_eslm.training.state import TrainState
+from megatron_eslm.training.step_batches import StepBatches
 from megatron_eslm.training.step_stats import StepStats, reduce_records
 from megatron_eslm.training.stopping import Stop, StopRequests
 
@@ -128,26 +127,32 @@ class Trainer:
                     break
         return stopped
 
-    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+    def _batches(self) -> StepBatches:
         t, position = self.run.training, self.state.consumed_samples
         assert t.micro_batch_size
-        if not (self.mesh.is_first_stage or self.mesh.is_last_stage):
-            return iter(())  # a pipeline's middle stages read no data
-        return build_loader(
-            self.datasets.train,
-            start_sample=position,
-            num_samples=self.reading.samples_left(position),
-            micro_batch_size=t.micro_batch_size,
-            dp_rank=self.mesh.dp_rank,
-            dp_size=self.mesh.dp_size,
-            num_workers=self.run.data.num_workers,
-            timeout_seconds=60.0 * self.run.engine.distributed_timeout_minutes,
-            pin_memory=self.engine.device.type == "cuda",
-            skipped=self.reading.skipped,
+        # A pipeline's middle stages read nothing, and the last one only what is trained on.
+        ahead = self.engine.model.policy.selects_per_step
+        reads = self.mesh.is_first_stage or (self.mesh.is_last_stage and not ahead)
+        loader = (
+            build_loader(
+                self.datasets.train,
+                start_sample=position,
+                num_samples=self.reading.samples_left(position),
+                micro_batch_size=t.micro_batch_size,
+                dp_rank=self.mesh.dp_rank,
+                dp_size=self.mesh.dp_size,
+                num_workers=self.run.data.num_workers,
+                timeout_seconds=60.0 * self.run.engine.distributed_timeout_minutes,
+                pin_memory=self.engine.device.type == "cuda",
+                skipped=self.reading.skipped,
+            )
+            if reads
+            else None
         )
+        return StepBatches(self.engine, self.datasets.train, loader, t.micro_batch_size)
 
     def _begin_batch(self) -> int:
-        """Have the engine take the batch size that the position asks for; returns it."""
+        """How many sequences the next step reads; a change is told."""
         size = self.reading.batch_size(self.state.consumed_samples)
         if self.run.training.rampup_batch_size and size != self._batch_size:
             logger.info(
@@ -157,12 +162,9 @@ class Trainer:
                 self.state.consumed_samples,
             )
         self._batch_size = size
-        self.engine.set_batch_size(size)
         return size
 
-    def _step(
-        self, batches: Iterator[dict[str, torch.Tensor]], stop: StopRequests
-    ) -> tuple[StepStats, float]:
+    def _step(self, batches: StepBatches, stop: StopRequests) -> tuple[StepStats, float]:
         """One optimizer step; advances the state."""
         state, begin = self.state, time.perf_counter()
         assert self.run.model.seq_length
@@ -170,26 +172,31 @@ class Trainer:
         self.phases.iteration = state.iteration + 1
         state.selection.iteration = state.iteration
         self.alpha.begin_step(state.iteration)
-        seen: list[dict[str, torch.Tensor]] = []
+        samples = self.reading.skipped.numbers(state.consumed_samples, batch_size)
+        step = batches.step(samples, state.selection.alpha)
+        self.engine.set_batch_size(step.num_rows)
+        self.recorder.nonfinite_candidates = step.nonfinite_candidates
         lr = learning_rate(self.run.optimizer, state.iteration)
-        norm, applied = self.engine.step(self._on_device(batches, batch_size, seen), lr)
-        records = self.recorder.take()
-        for micro, record in enumerate(records):
-            batch = seen[micro] if seen else None
-            if batch is not None:
-                self.nonfinite.note(record, batch["samples"])
-            if folder := self.run.report.dump_selection:
-                tokens = None if batch is None else batch["tokens"]
-                with (
-                    self.phases("dump of the selection", waits=True),
-                    self.outputs.recording(f"--dump-selection {folder}"),
-                ):
-                    dump_selection(
-                        Path(folder), state.iteration + 1, micro, tokens, record, self.mesh
-                    )
+        norm, applied = self.engine.step(step.batches, lr)
+        records = step.records(self.recorder.take())
+        for numbers, record in records:
+            self.nonfinite.note(record, [samples[number] for number in numbers])
+        if folder := self.run.report.dump_selection:
+            with (
+                self.phases("dump of the selection", waits=True),
+                self.outputs.recording(f"--dump-selection {folder}"),
+            ):
+                dump_selection(
+                    Path(folder),
+                    state.iteration + 1,
+                    self.datasets.train,
+                    samples,
+                    records,
+                    self.mesh,
+                )
         with self.phases("counts of the step", waits=True):
             stats = reduce_records(
-                records,
+                [record for _, record in records],
                 self.mesh,
                 self.run.model.seq_length,
                 self.engine.device,
@@ -212,30 +219,6 @@ class Trainer:
         overflow = self.run.engine.fp16 and bool(torch.isfinite(torch.tensor(stats.loss)))
         self.nonfinite.after_step(state, applied=applied or overflow)
         return stats, norm
-
-    def _on_device(
-        self,
-        batches: Iterator[dict[str, torch.Tensor]],
-        batch_size: int,
-        seen: list[dict[str, torch.Tensor]],
-    ) -> Iterator[Batch]:
-        """The micro-batches of one step; what is read of them is also left in `seen`."""
-        assert self.run.training.micro_batch_size
-        for _ in range(batch_size // (self.run.training.micro_batch_size * self.mesh.dp_size)):
-            with self.phases("data"):
-                batch = next(batches)
-            seen.append(batch)
-            tensors = {
-                key: batch[key].to(self.engine.device, non_blocking=True)
-                for key in ("tokens", "valid", "labels", "reference")
-                if key in batch
-            }
-            yield Batch.of(
-                tensors["tokens"],
-                tensors["valid"],
-                tensors.get("labels"),
-                tensors.get("reference"),
-            )
 
     def _evaluate(self) -> Evaluation:
         assert self.datasets.valid is not None and self.run.training.micro_batch_size

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 
 from megatron_eslm.parallel.mesh import Mesh
-from megatron_eslm.selection.state import MicroStepRecord
+from megatron_eslm.selection.state import SelectionRecord
 from megatron_eslm.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -28,11 +28,11 @@ class NonfiniteGuard:
         self.mesh = mesh
         self._samples: list[int] = []
 
-    def note(self, record: MicroStepRecord, samples_M: torch.Tensor) -> None:
-        """Remember which of this rank's samples (global numbers, int64 [M]) were not finite."""
+    def note(self, record: SelectionRecord, samples_M: Sequence[int]) -> None:
+        """Remember which of this rank's samples (global numbers) were not finite."""
         rows_M = record.nonfinite_rows_M
         if rows_M is not None and bool(rows_M.any()):
-            self._samples += samples_M[rows_M.cpu()].tolist()
+            self._samples += [samples_M[row] for row in rows_M.nonzero().squeeze(1).tolist()]
 
     def after_step(self, state: TrainState, *, applied: bool) -> None:
         """Count a step that was skipped. Collective where it was.

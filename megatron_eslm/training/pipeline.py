@@ -1,8 +1,8 @@
 """Pipeline parallelism: our stages in DeepSpeed's PipelineModule, under its 1F1B schedule.
 
-Each stage is a GPT of its own blocks. Between stages travel the hidden states of the kept rows, the
-kept rows' indices and facts about all rows (`Selected`), with shapes that change from micro-step
-to micro-step; labels do not travel, since the first and the last stage read the same batches.
+Each stage is a GPT of its own blocks. Between stages travel hidden states of one shape; labels do
+not, since the first and the last stage read the same batches. Sequences are selected ahead of a
+step (training.candidates), never in mid-model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from megatron_eslm.model.gpt import GPT
-from megatron_eslm.model.instance_selector import Selected
 from megatron_eslm.model.layers import MirroredNorm, refresh_norm
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.batch import Batch
@@ -41,10 +40,11 @@ class _StageLayer(nn.Module):
         self.batch: Batch | None = None
         """On the last stage: where the labels of the micro-step under way are."""
 
-    def forward(self, inputs: tuple[torch.Tensor, ...]) -> Selected | torch.Tensor:
-        selected = self.stage.run(inputs)
+    def forward(self, inputs: tuple[torch.Tensor, ...] | torch.Tensor) -> torch.Tensor:
+        is_first = not isinstance(inputs, torch.Tensor)
+        selected = self.stage.run(Batch(*inputs) if is_first else inputs)  # type: ignore[arg-type]
         if not self.stage.is_last:
-            return selected
+            return selected.hidden_SKD
         assert self.batch is not None
         batch, self.batch = self.batch, None
         return self.stage.loss(selected, batch)
@@ -64,7 +64,6 @@ class StagePipeline(PipelineModule):
                     num_pp=mesh.pp_size, num_mp=mesh.tp_size, num_dp=mesh.dp_size
                 ),
                 partition_method="uniform",
-                dynamic_shape=True,
             )
         self.stage_layer = layer
         self._tied = (
@@ -140,12 +139,12 @@ class PipelinedEngine(Engine):
 
         return announced
 
-    def _refresh_mirror(self) -> None:
+    def prepare_scores(self) -> None:
         """Bring the last stage's final norm to the early exit in the first one."""
         mesh = self.mesh
-        if self.model.policy.instance_source != "head":
-            return
         if not (mesh.is_first_stage or mesh.is_last_stage):
+            return
+        if self.model.policy.instance_source != "head":
             return
         with self.phases("final norm for the early exit", waits=True):
             assert isinstance(self.model.final_norm, MirroredNorm) == mesh.is_first_stage
@@ -153,13 +152,11 @@ class PipelinedEngine(Engine):
             refresh_norm(self.model.final_norm, source, mesh.ends_group)
 
     def _step(self, batches: Iterable[Batch]) -> tuple[float, bool]:
-        self._refresh_mirror()
         self.ds.train_batch(_twice(batches))
         return self._outcome(self._bare_norm)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], num_batches: int, num_rows: int) -> torch.Tensor:
-        self._refresh_mirror()
         # DeepSpeed adds up the outputs of the last stage, and ours has another shape than a loss.
         self.ds.total_loss = None
         sums = self.ds.eval_batch(

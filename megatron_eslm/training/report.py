@@ -201,6 +201,7 @@ def metrics_line(
         "lr": lr,
         "grad_norm": grad_norm,
         "batch_size": batch_size,
+        "batch_size_trained": stats.rows_kept if stats else None,
         "consumed_samples": state.consumed_samples,
         "tokens": state.tokens,
         "tokens_trained": state.tokens_trained,

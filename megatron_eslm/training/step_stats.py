@@ -10,7 +10,7 @@ import torch
 
 from megatron_eslm.parallel.collectives import all_reduce_
 from megatron_eslm.parallel.mesh import Mesh
-from megatron_eslm.selection.state import MicroStepRecord
+from megatron_eslm.selection.state import SelectionRecord
 from megatron_eslm.training.flops import Work
 
 
@@ -53,7 +53,7 @@ _AVERAGED = ("tau_instance", "tau_token", "cvar")
 
 
 def reduce_records(
-    records: list[MicroStepRecord],
+    records: list[SelectionRecord],
     mesh: Mesh,
     seq_length: int,
     device: torch.device,
@@ -96,7 +96,7 @@ def reduce_records(
     )
 
 
-def _sum_and_count(records: list[MicroStepRecord], name: str) -> tuple[float, float]:
+def _sum_and_count(records: list[SelectionRecord], name: str) -> tuple[float, float]:
     present = [v for x in records if (v := getattr(x, name)) is not None]
     return math.fsum(present), float(len(present))
 

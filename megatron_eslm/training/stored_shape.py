@@ -1,9 +1,13 @@
-"""What `--load` says of the model before anything is built: a few small files, no tensor."""
+"""What `--load` says of the run before anything is built: a few small files, no tensor."""
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
+from megatron_eslm.config.scope import Scope
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.json_file import read_json
 from megatron_eslm.files.schema import parse_as
@@ -18,8 +22,17 @@ def holds_nothing_yet(options: CheckpointOptions) -> bool:
     return load is not None and options.continues_itself and not list_checkpoints(Path(load))
 
 
-def stored_shape(options: CheckpointOptions) -> ModelShape | None:
-    """Shape of the model in the newest checkpoint of --load that tells it; None where none does.
+@dataclass(frozen=True)
+class Stored:
+    """What a run takes from the checkpoint that it starts from, where flags leave it open."""
+
+    shape: ModelShape
+    scope: Scope | None
+    """--eslm-scope; None where no run is continued."""
+
+
+def stored_run(options: CheckpointOptions) -> Stored | None:
+    """That of the newest checkpoint of --load that tells it; None where none does.
 
     Whether that checkpoint is whole, and which one a run starts from, is found out later.
     """
@@ -28,13 +41,18 @@ def stored_shape(options: CheckpointOptions) -> ModelShape | None:
     load = Path(options.load)
     for folder in [load] if (load / MANIFEST).exists() else list_checkpoints(load):
         try:
-            return _shape_in(folder / "run.json")
+            return _stored_in(folder / "run.json", continues=not options.finetune)
         except (ConfigError, FileNotFoundError):
             continue
     return None
 
 
-def _shape_in(path: Path) -> ModelShape:
-    run = read_json(path)
+def _stored_in(path: Path, *, continues: bool) -> Stored:
+    run: Any = read_json(path)
     shape = run.get("shape") if isinstance(run, dict) else None
-    return parse_as(ModelShape, shape, f"the shape in {path}")
+    scope: Scope | None = None
+    if continues:
+        with suppress(KeyError, TypeError):
+            found = run["options"]["selection"]["eslm_scope"]
+            scope = found if found in get_args(Scope) else None
+    return Stored(parse_as(ModelShape, shape, f"the shape in {path}"), scope)

@@ -13,7 +13,7 @@ from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policy import build_policy
-from megatron_eslm.selection.state import MicroStepRecord, Peers, Recorder, SelectionState
+from megatron_eslm.selection.state import SelectionRecord, Peers, Recorder, SelectionState
 
 from .reference import Config
 
@@ -111,7 +111,7 @@ class Step:
 
     loss: float
     gradients: dict[str, torch.Tensor]
-    record: MicroStepRecord
+    record: SelectionRecord
 
     @property
     def kept_rows(self) -> list[int]:

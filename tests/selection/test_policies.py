@@ -14,7 +14,7 @@ from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policies import ESLM, CausalLM, RandomControl
 from megatron_eslm.selection.policy import POLICIES, SelectionPolicy, build_policy, register
-from megatron_eslm.selection.state import MicroStepRecord, Peers, Recorder, SelectionState
+from megatron_eslm.selection.state import SelectionRecord, Peers, Recorder, SelectionState
 
 from ..harness import run_ranks
 
@@ -190,23 +190,23 @@ def test_each_micro_step_has_a_record_and_taking_them_starts_anew() -> None:
     assert recorder.begin() == 0
     recorder.record.num_rows = 3
     assert recorder.begin() == 1
-    assert recorder.record == MicroStepRecord()
+    assert recorder.record == SelectionRecord()
     assert [record.num_rows for record in recorder.take()] == [3, 0]
     assert recorder.take() == []
     assert recorder.begin() == 0
 
 
 def test_records_of_two_stages_are_put_together() -> None:
-    first = MicroStepRecord(
+    first = SelectionRecord(
         num_rows=4, num_rows_kept=2, tau_instance=1.5, nonfinite_rows_M=torch.tensor([True, False])
     )
-    last = MicroStepRecord(
+    last = SelectionRecord(
         num_tokens=9, tau_token=0.5, nonfinite_rows_M=torch.tensor([False, False]), num_nonfinite=2
     )
     for merged in (first.merge(last), last.merge(first)):
         assert merged.nonfinite_rows_M.tolist() == [True, False]
         merged.nonfinite_rows_M = None
-        assert merged == MicroStepRecord(
+        assert merged == SelectionRecord(
             num_rows=4,
             num_rows_kept=2,
             tau_instance=1.5,

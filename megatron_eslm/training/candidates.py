@@ -1,0 +1,104 @@
+"""Sequences selected once an optimizer step, ahead of it: `--eslm-scope step`.
+
+Source: Algorithm 1 of the ESLM paper with the global batch as its batch. All sequences that a step
+reads are its candidates. The first pipeline stage scores them without gradient; the riskiest are
+kept, as many as fill whole micro-steps of all ranks, so that shapes never change and nothing but
+one number a candidate travels between data-parallel ranks. Then each rank reads the kept sequences
+that it trains on.
+
+Shape legend: C candidates in the order of their samples; R data-parallel ranks; M rows of a
+micro-batch of one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_eslm.ops.keep_rule import keep_number, micro_steps_to_keep
+from megatron_eslm.parallel.collectives import all_gather_same_shape
+from megatron_eslm.parallel.mesh import Mesh
+from megatron_eslm.selection.batch import Batch, Rows
+from megatron_eslm.selection.state import SelectionRecord
+from megatron_eslm.training.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What was selected among the candidates of a step."""
+
+    kept: list[int]
+    """Candidates that are trained on, ascending: whole micro-steps of all ranks, which all know."""
+    own: list[int]
+    """Candidates that this data-parallel rank read."""
+    record: SelectionRecord
+    """Of its own candidates."""
+
+
+def rows_of_rank(numbers: Sequence[int], rows: int, mesh: Mesh) -> Iterator[list[int]]:
+    """The rows of each micro-step of this rank, of those of all ranks in their order."""
+    for begin in range(mesh.dp_rank * rows, len(numbers), rows * mesh.dp_size):
+        yield list(numbers[begin : begin + rows])
+
+
+def select_candidates(
+    engine: Engine, batches: Iterator[Batch], num_candidates: int, rows: int, alpha: float
+) -> Selection | None:
+    """Score the candidates of the next step and keep the riskiest. Collective.
+
+    Args:
+        engine: with the model and the policy.
+        batches: this rank's candidates, M at a time, as `rows_of_rank` shares them out; read on the
+            first stage only.
+        num_candidates: C, a multiple of M x R.
+        rows: M.
+        alpha: share to drop.
+
+    Returns:
+        None where no whole micro-step is to be dropped: nothing is scored then.
+    """
+    mesh, policy = engine.mesh, engine.model.policy
+    micro_steps = num_candidates // (rows * mesh.dp_size)
+    kept_steps = micro_steps_to_keep(micro_steps, alpha)
+    if kept_steps == micro_steps:
+        return None
+    engine.prepare_scores()
+    policy.state.micro_step = 0
+    record = SelectionRecord()
+    scores_C = torch.empty(num_candidates, device=engine.device)
+    if mesh.is_first_stage:
+        scores, valid = [], torch.zeros((), dtype=torch.int64, device=engine.device)
+        for numbers in rows_of_rank(range(num_candidates), rows, mesh):
+            batch = next(batches)
+            candidates = Rows(torch.tensor(numbers), num_candidates)
+            scores.append(engine.candidate_scores(batch, candidates))
+            valid += batch.valid_MT.sum()
+            record.num_rows += rows
+        with engine.phases("proxy gather", waits=mesh.dp_size > 1):
+            scores_RAM = all_gather_same_shape(torch.stack(scores), mesh.dp_group)
+        scores_C = scores_RAM.transpose(0, 1).flatten().contiguous()
+    with engine.phases("scores to all stages", waits=mesh.tp_size * mesh.pp_size > 1):
+        # One rank's numbers for all, so that none can decide otherwise by a rounding.
+        if mesh.is_first_stage:
+            _broadcast(scores_C, mesh.tp_group)
+        _broadcast(scores_C, mesh.pp_group)
+        scores_C = scores_C.cpu()  # the only wait of the host
+    if mesh.is_first_stage:
+        record.num_tokens = int(valid)
+    kept = keep_number(scores_C, kept_steps * rows * mesh.dp_size)
+    own = [number for some in rows_of_rank(range(num_candidates), rows, mesh) for number in some]
+    scores_M = scores_C[own]
+    record.instance_scores_M = scores_M
+    record.instance_kept_M = kept.keep[own]
+    record.tau_instance = kept.tau
+    record.num_nonfinite = kept.num_nonfinite
+    record.nonfinite_rows_M = torch.isnan(scores_M) | (scores_M == torch.inf)
+    return Selection(kept=kept.keep.nonzero().squeeze(1).tolist(), own=own, record=record)
+
+
+def _broadcast(x: torch.Tensor, group: dist.ProcessGroup) -> None:
+    if group.size() > 1:
+        dist.broadcast(x, dist.get_global_rank(group, 0), group=group)

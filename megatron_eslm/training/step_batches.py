@@ -1,0 +1,116 @@
+"""The micro-batches of an optimizer step: those that were read, or the ones selected of them.
+
+Shape legend: C sequences that the step reads, in the order of their samples; M rows of a
+micro-batch of one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_eslm.data.loader import read_batch
+from megatron_eslm.data.mixture import Mixture
+from megatron_eslm.selection.batch import Batch
+from megatron_eslm.selection.state import SelectionRecord
+from megatron_eslm.training.candidates import Selection, rows_of_rank, select_candidates
+from megatron_eslm.training.engine import Engine
+
+Arrays = dict[str, torch.Tensor]
+"""A batch as the loader yields it."""
+Records = list[tuple[list[int], SelectionRecord]]
+"""What was selected of which of this rank's rows, as numbers among the C."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What an optimizer step trains on."""
+
+    batches: Iterator[Batch]
+    """Of this rank, one a micro-step; a pipeline's middle stages must not ask for any."""
+    num_rows: int
+    """Sequences that are trained on, over all ranks; in-model selection may drop some of them."""
+    micro_batches: list[list[int]]
+    """Rows of this rank in each micro-step, as numbers among the C."""
+    selection: Selection | None
+    """None where nothing was selected ahead of the step."""
+
+    @property
+    def nonfinite_candidates(self) -> int:
+        """Scores of candidates that were not finite, over all ranks."""
+        return 0 if self.selection is None else self.selection.record.num_nonfinite
+
+    def records(self, of_micro_steps: list[SelectionRecord]) -> Records:
+        """All records of the step, once it is done."""
+        records = list(zip(self.micro_batches, of_micro_steps, strict=True))
+        if self.selection is None:
+            return records
+        for record in of_micro_steps:
+            record.num_rows = record.num_tokens = 0  # they were read as candidates
+        return [(self.selection.own, self.selection.record), *records]
+
+
+class StepBatches:
+    """Shares out each step's sequences to this rank.
+
+    Args:
+        engine: with the model and the policy.
+        dataset: where sequences are read from that the loader does not bring.
+        loader: this rank's rows of all sequences in the order of samples, M at a time; None on
+            ranks that read none of them.
+        rows: M.
+    """
+
+    def __init__(
+        self, engine: Engine, dataset: Mixture, loader: Iterator[Arrays] | None, rows: int
+    ) -> None:
+        self.engine, self.dataset, self.loader, self.rows = engine, dataset, loader, rows
+
+    def step(self, samples: list[int], alpha: float) -> Step:
+        """The next step's; collective where sequences are selected ahead of it.
+
+        Args:
+            samples: numbers of the C sequences that it reads.
+            alpha: share to drop.
+        """
+        mesh, policy = self.engine.mesh, self.engine.model.policy
+        selection = None
+        if policy.selects_per_step:
+            candidates = map(self._next, iter(int, 1))
+            selection = select_candidates(self.engine, candidates, len(samples), self.rows, alpha)
+        numbers = range(len(samples)) if selection is None else selection.kept
+        micro_batches = list(rows_of_rank(numbers, self.rows, mesh))
+        from_loader = selection is None and self.loader is not None
+        return Step(
+            batches=(
+                self._next() if from_loader else self._read([samples[i] for i in rows])
+                for rows in micro_batches
+            ),
+            num_rows=len(numbers),
+            micro_batches=micro_batches,
+            selection=selection,
+        )
+
+    def _next(self, _: object = None) -> Batch:
+        assert self.loader is not None
+        with self.engine.phases("data"):
+            arrays = next(self.loader)
+        return self._on_device(arrays)
+
+    def _read(self, samples: list[int]) -> Batch:
+        with self.engine.phases("data"):
+            pin = self.engine.device.type == "cuda"
+            arrays = read_batch(self.dataset, samples, pin_memory=pin)
+        return self._on_device(arrays)
+
+    def _on_device(self, arrays: Arrays) -> Batch:
+        tensors = {
+            key: arrays[key].to(self.engine.device, non_blocking=True)
+            for key in ("tokens", "valid", "labels", "reference")
+            if key in arrays
+        }
+        return Batch.of(
+            tensors["tokens"], tensors["valid"], tensors.get("labels"), tensors.get("reference")
+        )
