@@ -242,7 +242,13 @@ def resolve(
     check_objective(objective, selection.selection, loads=checkpoint.load is not None, given=given)
     check_label_noise(data.label_noise, model.seq_length or 0)
     if preset is DEMO_PRESET:
-        preset = dataclasses.replace(preset, micro_batch_size=max(1, DEMO_ROWS // dp_size))
+        # A pipeline needs micro-steps, to fill it and to drop some of them.
+        steps = 10 if engine.pipeline_model_parallel_size > 1 else 1
+        preset = dataclasses.replace(
+            preset,
+            micro_batch_size=max(1, DEMO_ROWS // (steps * dp_size)),
+            gradient_accumulation_steps=steps * dp_size,
+        )
         fill = Filler(given, json, preset)
     training = _fill_training(
         training, fill, preset, dp_size, deepspeed_json.accumulation_steps(json)
@@ -406,9 +412,7 @@ def _fill_training(
 ) -> TrainingOptions:
     micro = fill(training, "micro_batch_size")
     # The presets' 40 micro-steps are shared out over the ranks, as in the paper's runs.
-    default = micro * (preset.gradient_accumulation_steps if preset else 1)
-    if preset is None or preset.gradient_accumulation_steps == 1:
-        default *= dp_size
+    default = micro * (preset.gradient_accumulation_steps if preset else dp_size)
     if accumulation_steps is not None:
         default = micro * accumulation_steps * dp_size
     total = fill(training, "global_batch_size", default)

@@ -207,14 +207,14 @@ def test_the_split_as_numbers() -> None:
 
 def test_few_micro_steps_in_a_long_pipeline_are_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        parse_run([*BASE, PP, "4", "--global-batch-size", "16"], 16)
+        parse_run([*BASE, PP, "4", "--global-batch-size", "16", "--selection", "clm"], 16)
     assert caplog.messages == [
         f"{PP} 4 with 2 micro-steps an optimizer step leaves every stage idle for 60% of the time. "
         "Raise --global-batch-size, or use fewer stages."
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        parse_run([*BASE, PP, "4", "--global-batch-size", "32"], 16)
+        parse_run([*BASE, PP, "4", "--global-batch-size", "32", "--selection", "clm"], 16)
         parse_run([*BASE, "--global-batch-size", "2"], 1)
     assert not caplog.messages
 

@@ -106,6 +106,13 @@ def test_without_data_path_a_small_model_trains_on_the_demo_corpus(world: int) -
     assert run.training.train_iters == 300
 
 
+@pytest.mark.parametrize(("world", "rows"), [(2, 2), (4, 1), (8, 1)])
+def test_the_demo_fills_a_pipeline(world: int, rows: int) -> None:
+    run = parse_run(["--pipeline-model-parallel-size", "2"], world)
+    assert (run.training.micro_batch_size, run.gradient_accumulation_steps) == (rows, 10)
+    assert run.selection.eslm_scope == "step"
+
+
 def test_a_bare_run_takes_defaults_from_its_own_flags() -> None:
     run = small("--train-iters", "100", world=2)
     assert (run.training.global_batch_size, run.gradient_accumulation_steps) == (8, 1)

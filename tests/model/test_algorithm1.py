@@ -67,7 +67,7 @@ def test_levels_and_scores(rows: int, score: str, level: str, padding: bool) -> 
     assert step.record.num_tokens_kept == len(step.kept_tokens) == kept
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("alpha", [0.1, 0.3])
 @pytest.mark.parametrize("proxy_layers", [1, 2])
 @pytest.mark.parametrize("score", ["loss", "entropy"])
 def test_depths_and_levels_of_confidence(score: str, proxy_layers: int, alpha: float) -> None:

@@ -151,12 +151,6 @@ CASES = {
     f"{policy}-one row": Case(BATCHES["full"], {"alpha": 0.9, **options})
     for policy, options in POLICIES.items()
 }
-# Rows stay on the rank that read them.
-CASES |= {
-    f"{name} apart": Case(case.batch, {**case.options, "eslm_balance": False})
-    for name, case in CASES.items()
-    if name.endswith(("-unlabelled", "-one row"))
-}
 
 
 @functools.cache
@@ -181,14 +175,14 @@ def test_tensor_parallel_layouts(dp: int, case: str) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_rank_without_any_label(policy: str) -> None:
-    step = world(4)[f"{policy}-unlabelled apart"].steps[1]
+    step = world(4)[f"{policy}-unlabelled"].steps[1]
     assert step.kept_tokens == []
     assert step.loss == 0.0
 
 
 @pytest.mark.parametrize("policy", ["loss", "entropy", "instance", "random"])
 def test_one_row_in_all(policy: str) -> None:
-    split = world(4)[f"{policy}-one row apart"]
+    split = world(4)[f"{policy}-one row"]
     assert len(split.kept_rows) == 1
     assert [bool(step.kept_rows) for step in split.steps].count(False) == 3
     assert all(step.loss == 0.0 for step in split.steps if not step.kept_rows)
@@ -202,14 +196,12 @@ def test_a_rank_that_keeps_no_row() -> None:
         order = whole.record.instance_scores_M.argsort()
         order = torch.cat([order[2:6], order[:2], order[6:]])
         batch = Batch(*(x[order] for x in (BATCHES["full"].tokens_MS, BATCHES["full"].valid_MT)))
-        options = CASES[f"{policy}-full"].options
-        cases[policy] = Case(batch, options)
-        cases[f"{policy} apart"] = Case(batch, {**options, "eslm_balance": False})
+        cases[policy] = Case(batch, CASES[f"{policy}-full"].options)
     wholes, splits = run_globally(cases, 1), run_globally(cases, 4)
     for name, split in splits.items():
         idle = split.steps[2]
         assert idle.kept_rows == idle.kept_tokens == []
-        assert idle.loss == 0.0  # dealt or not: two rows are the share of others, too
+        assert idle.loss == 0.0
         assert_finite(split)
         assert_same(split, wholes[name])
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eslm.ops.keep_rule import EXCLUDED, Kept, keep_riskiest, num_to_keep
+from megatron_eslm.ops.keep_rule import (
+    EXCLUDED,
+    Kept,
+    keep_number,
+    keep_riskiest,
+    micro_steps_to_keep,
+    num_to_keep,
+)
 
 from ..harness import run_ranks
 
@@ -240,3 +247,43 @@ def test_without_a_group_each_rank_decides_alone() -> None:
     scores = torch.tensor([[1.0, 2.0], [30.0, 40.0]])
     ranks = run_ranks(2, lambda rank: keep_riskiest(scores[rank], 0.5).keep.tolist())
     assert ranks == [[False, True], [False, True]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_number_of_scores_is_kept(seed: int) -> None:
+    """The riskiest, ties to the lower index, what takes no part last."""
+    rng = random.Random(seed)
+    choices = [EXCLUDED, 0.5, 1.0, 1.5, math.nan, math.inf, -2.0]
+    scores = [rng.choice(choices) for _ in range(12)]
+    num = rng.randint(1, 12)
+
+    def risk(i: int) -> float:
+        return math.inf if math.isnan(scores[i]) else scores[i]
+
+    kept = sorted(range(12), key=lambda i: (-risk(i), i))[:num]
+    got = keep_number(torch.tensor(scores), num)
+    assert got.keep.nonzero().flatten().tolist() == sorted(kept)
+    tau = min((risk(i) for i in kept if scores[i] != EXCLUDED), default=math.nan)
+    assert got.tau == tau or (math.isnan(got.tau) and math.isnan(tau))
+    assert got.num_nonfinite == sum(math.isnan(s) or s == math.inf for s in scores)
+    assert got.num_scores == sum(s != EXCLUDED for s in scores)
+    assert got.num_kept == num
+
+
+@pytest.mark.parametrize(
+    ("micro_steps", "alpha", "kept"),
+    [
+        (10, 0.1, 9),
+        (10, 0.0, 10),
+        (5, 0.1, 5),  # halves keep the larger number
+        (6, 0.1, 5),
+        (16, 0.1, 14),
+        (15, 0.1, 14),  # 13.5, which float arithmetic must not make 13
+        (20, 0.5, 10),
+        (3, 0.5, 2),
+        (1, 0.9, 1),
+        (2, 0.99, 1),
+    ],
+)
+def test_micro_steps_kept(micro_steps: int, alpha: float, kept: int) -> None:
+    assert micro_steps_to_keep(micro_steps, alpha) == kept

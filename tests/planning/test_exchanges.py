@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from megatron_eslm.ops.balance_rows import RowPlan, plan_rows
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_eslm.model.instance_selector as instance_selector
 from benchmarks.plan_check import VOCAB_SIZE, stepper
 from megatron_eslm.config.run import parse_run
-from megatron_eslm.ops.balance_rows import RowPlan, plan_rows
 from megatron_eslm.parallel.bootstrap import init_distributed
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.planning.exchanges import (

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-
 from megatron_eslm.ops.balance_rows import plan_rows
+
 from megatron_eslm.ops.keep_rule import num_to_keep
 from megatron_eslm.planning.imbalance import (
     expected_busiest,

@@ -131,31 +131,28 @@ def test_the_policy_keeps_what_was_chosen_once() -> None:
     batch = batch_of(4)
     got.state.alpha = 0.5
     got.choose(products, 1.0, batch)
-    scores_M = got.instance_scores(torch.empty(0), batch.valid_MT)
+    scores_M = got.instance_scores(torch.empty(0), batch.valid_MT, got.rows(4))
     assert scores_M.tolist() == [3.0, 90.0, 10.0, 2.0]
     kept = got.keep(scores_M, "test")
     assert kept.keep.tolist() == [True, False, True, False]
     assert (kept.tau, kept.num_scores, kept.num_kept, kept.num_nonfinite) == (3.0, 4, 2, 0)
     with pytest.raises(AssertionError, match="before its sequences were chosen"):
-        got.instance_scores(torch.empty(0), batch.valid_MT)
+        got.instance_scores(torch.empty(0), batch.valid_MT, got.rows(4))
 
 
 def test_scores_that_are_not_finite_are_counted() -> None:
     got, batch = policy(), batch_of(4)
     products = GradientProducts(torch.full((4, 4), math.nan), torch.full((4,), math.nan))
     got.choose(products, 1.0, batch)
-    kept = got.keep(got.instance_scores(torch.empty(0), batch.valid_MT), "test")
+    kept = got.keep(got.instance_scores(torch.empty(0), batch.valid_MT, got.rows(4)), "test")
     assert kept.num_nonfinite == 4 and kept.keep.all() and math.isnan(kept.tau)
 
 
 def test_nothing_is_asked_for_where_everything_is_kept() -> None:
-    got, batch = policy(), batch_of(4)
-    assert got.needs_products(4) and not got.needs_products(1)
+    got = policy()
+    assert got.drops_rows(4) and not got.drops_rows(1)
     got.state.alpha = 0.0
-    assert not got.needs_products(4)
-    scores_M = got.instance_scores(torch.empty(0), batch.valid_MT)
-    kept = got.keep(scores_M, "test")
-    assert kept.keep.all() and kept.num_kept == 4 and kept.num_nonfinite == 0
+    assert not got.drops_rows(4)
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.5])

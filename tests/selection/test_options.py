@@ -31,7 +31,7 @@ def test_counts_below_one(name: str, value: int) -> None:
 def test_defaults_are_the_method_of_the_paper() -> None:
     options = SelectionOptions()
     assert (options.selection, options.eslm_score, options.eslm_level) == ("eslm", "loss", "both")
-    assert (options.eslm_scope, options.eslm_proxy_stride) == ("global", 1)
+    assert (options.eslm_scope, options.eslm_proxy_stride) == (None, 1)
 
 
 def test_options_cannot_be_changed() -> None:

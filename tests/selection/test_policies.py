@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from megatron_eslm.ops.head_statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
-from megatron_eslm.selection.batch import Batch
+from megatron_eslm.selection.batch import Batch, Rows
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policies import ESLM, CausalLM, RandomControl
 from megatron_eslm.selection.policy import POLICIES, SelectionPolicy, build_policy, register
-from megatron_eslm.selection.state import SelectionRecord, Peers, Recorder, SelectionState
+from megatron_eslm.selection.state import Peers, Recorder, SelectionRecord, SelectionState
 
 from ..harness import run_ranks
 
@@ -87,14 +87,18 @@ def test_a_sequence_scores_the_mean_over_its_valid_positions() -> None:
     risk_MT = torch.tensor([[1.0, 2.0, 6.0], [1.0, math.nan, 5.0], [7.0, 7.0, 7.0]])
     valid_MT = torch.tensor([[True] * 3, [True, False, True], [False] * 3])
     before = risk_MT.clone()
-    scores_M = policy().instance_scores(risk_MT, valid_MT)
+    got = policy()
+    scores_M = got.instance_scores(risk_MT, valid_MT, got.rows(3))
     assert scores_M.tolist() == [3.0, 3.0, EXCLUDED]
     assert torch.equal(risk_MT.nan_to_num(), before.nan_to_num())
 
 
+ROWS_2 = Rows(torch.arange(2), 2)
+
+
 def test_a_valid_nan_makes_the_score_nan() -> None:
     risk_MT = torch.tensor([[1.0, math.nan], [1.0, math.inf]])
-    scores_M = policy().instance_scores(risk_MT, torch.ones(2, 2, dtype=torch.bool))
+    scores_M = policy().instance_scores(risk_MT, torch.ones(2, 2, dtype=torch.bool), ROWS_2)
     assert scores_M.isnan().tolist() == [True, False]
     assert scores_M[1] == math.inf
 
@@ -129,11 +133,13 @@ def random_kept(size: int, rows: int, **options) -> tuple[torch.Tensor, torch.Te
     for rank in range(size):  # the shares of all ranks, without processes
         one = policy(selection="random", peers=Peers(rank, size, None), **options)
         valid_MT = torch.ones(rows // size, positions, dtype=torch.bool)
+        own = one.rows(rows // size)
         if level == "instance":
-            scores.append(one.instance_scores(torch.empty(0), valid_MT))
+            scores.append(one.instance_scores(torch.empty(0), valid_MT, own))
         else:
             tokens_MS = torch.zeros(rows // size, positions + 1, dtype=torch.long)
-            scores.append(one.token_scores(torch.empty(0), Batch.of(tokens_MS, valid_MT)))
+            batch = Batch.of(tokens_MS, valid_MT)
+            scores.append(one.token_scores(torch.empty(0), batch, own))
     everything = torch.cat(scores)
     kept = policy(selection="random", **options).keep(everything, "test").keep
     return everything, kept
@@ -181,7 +187,8 @@ def test_random_keeps_its_share_and_every_place_as_often(alpha: float) -> None:
 
 def test_random_gives_rows_without_labels_no_place() -> None:
     valid_MT = torch.tensor([[True, False], [False, False], [False, True]])
-    scores_M = policy(selection="random").instance_scores(torch.empty(0), valid_MT)
+    got = policy(selection="random")
+    scores_M = got.instance_scores(torch.empty(0), valid_MT, got.rows(3))
     assert (scores_M == EXCLUDED).tolist() == [False, True, False]
 
 
@@ -194,23 +201,3 @@ def test_each_micro_step_has_a_record_and_taking_them_starts_anew() -> None:
     assert [record.num_rows for record in recorder.take()] == [3, 0]
     assert recorder.take() == []
     assert recorder.begin() == 0
-
-
-def test_records_of_two_stages_are_put_together() -> None:
-    first = SelectionRecord(
-        num_rows=4, num_rows_kept=2, tau_instance=1.5, nonfinite_rows_M=torch.tensor([True, False])
-    )
-    last = SelectionRecord(
-        num_tokens=9, tau_token=0.5, nonfinite_rows_M=torch.tensor([False, False]), num_nonfinite=2
-    )
-    for merged in (first.merge(last), last.merge(first)):
-        assert merged.nonfinite_rows_M.tolist() == [True, False]
-        merged.nonfinite_rows_M = None
-        assert merged == SelectionRecord(
-            num_rows=4,
-            num_rows_kept=2,
-            tau_instance=1.5,
-            num_tokens=9,
-            tau_token=0.5,
-            num_nonfinite=2,
-        )

@@ -2,9 +2,9 @@
 
     python -m tests.training.parity [--quick]
 
-trains one small model for five steps of four micro-steps with each method in every layout of tensor,
-pipeline and data parallelism and ZeRO, over gloo in float32, and compares it with the single
-process: kept sequences and tokens must be identical, losses and gradient norms agree to 1e-5. It
+trains one small model for five steps of four micro-steps with each method in every layout of
+tensor, pipeline and data parallelism and ZeRO, over gloo in float32, and compares it with the
+single process: kept sequences and tokens must be identical, losses and gradient norms agree to 1e-5. It
 prints the table of docs/parity.md; the tests run a part of it.
 """
 

@@ -23,7 +23,7 @@ CASES = {
     "dp2 rows stay": (
         2,
         (
-            *("--eslm-alpha", "0.7", "--zero-stage", "1", "--no-eslm-balance"),
+            *("--eslm-alpha", "0.7", "--zero-stage", "1"),
             *("--micro-batch-size", str(ROWS // 2)),
         ),
     ),

@@ -220,7 +220,7 @@ def saved_bytes(layers: int, tp: int, flags: list[str]) -> tuple[int, float]:
 
     tokens_MS = torch.randint(257, (4, 33), generator=torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.run((tokens_MS, torch.ones(4, 32, dtype=torch.bool)))
+        model.run(Batch.of(tokens_MS, torch.ones(4, 32, dtype=torch.bool)))
     return sum(storage.nbytes() for storage in kept.values()), block_activations(run, shape)
 
 

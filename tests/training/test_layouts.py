@@ -16,7 +16,7 @@ from tests.harness import run_ranks
 
 from .runs import ROWS, Outcome, assert_same_dumps, build, read_dumps, train, words
 
-STEPS = ("--global-batch-size", 2 * ROWS)  # two micro-steps, however many ranks share them
+STEPS = ("--global-batch-size", 2 * ROWS, "--eslm-scope", "global")  # two micro-steps in all
 
 
 def single(data: list[str], folder: Path, *flags: str | int) -> Outcome:

@@ -116,7 +116,7 @@ def test_a_single_process_keeps_the_largest_excess(
     with single_process():
         source, cpu = find_reference("--load", str(reference), ByteTokenizer()), torch.device("cpu")
         model = load_reference(source, build_mesh(), cpu, torch.float32)
-        first = dumps["online"]["iter0000001_micro0000.npz"]
+        first = dumps["online"]["iter0000001.npz"]
         tokens = torch.from_numpy(first["tokens"])
         losses_MT = model(Batch.of(tokens, torch.ones(tokens[:, 1:].shape, dtype=torch.bool)))
     overlaps = []

@@ -1,0 +1,107 @@
+"""--eslm-scope: what it is where it was not given, and where it cannot be or saves nothing."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from megatron_eslm.config.run import RunConfig, parse_flags, parse_run, resolve
+from megatron_eslm.config.scope import Scope
+from megatron_eslm.errors import ConfigError
+
+SHAPE = "--num-layers 4 --hidden-size 32 --num-attention-heads 2 --seq-length 16"
+SMALL = f"--data-path x {SHAPE} --lr 0.1 --train-iters 9 --micro-batch-size 2".split(" ")
+
+
+def scope(flags: str, world: int = 1, stored: Scope | None = None) -> str | None:
+    parsed = parse_flags([*SMALL, *flags.split()])
+    return resolve(world_size=world, stored_scope=stored, **parsed).selection.eslm_scope
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "expected"),
+    [
+        ("--global-batch-size 20", 1, "global"),
+        ("--global-batch-size 40", 2, "step"),
+        ("--global-batch-size 20 --pipeline-model-parallel-size 2", 2, "step"),
+        ("--global-batch-size 20 --tensor-model-parallel-size 2", 2, "global"),
+        ("--global-batch-size 20 --eslm-scope step", 1, "step"),
+        ("--global-batch-size 40 --eslm-scope local", 2, "local"),
+        ("--global-batch-size 40 --selection random", 2, "step"),
+        # Nothing is selected among sequences: no step to select in, and nothing to refuse.
+        ("--global-batch-size 4 --selection clm", 2, "global"),
+        ("--global-batch-size 4 --eslm-level token --eslm-scope step", 2, "step"),
+        ("--global-batch-size 4 --eslm-level token --pipeline-model-parallel-size 2", 2, "global"),
+        ("--global-batch-size 4 --selection greats", 2, "global"),
+        ("--global-batch-size 40 --eslm-alpha 0", 2, "step"),
+    ],
+)
+def test_what_it_is(flags: str, world: int, expected: str) -> None:
+    assert scope(flags, world) == expected
+
+
+def test_a_run_goes_on_with_the_scope_that_it_had() -> None:
+    assert scope("--global-batch-size 40", 2, stored="global") == "global"
+    assert scope("--global-batch-size 20", 1, stored="step") == "step"
+    assert scope("--global-batch-size 20 --eslm-scope local", 1, stored="step") == "local"
+
+
+def test_by_default_a_step_without_a_whole_micro_step_to_drop_selects_within(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert scope("--global-batch-size 20", 2) == "global"
+    for part in ("--eslm-scope global", "of 5 ", "above 0.1", "6 micro-steps"):
+        assert part in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "parts"),
+    [
+        (
+            "--global-batch-size 20 --eslm-scope step",
+            2,
+            ["--eslm-alpha 0.1 of 5 (20 sequences a step / 2 data-parallel ranks", "rounds to none",
+             "above 0.1", "6 micro-steps", "--eslm-scope global"],
+        ),
+        ("--global-batch-size 2 --eslm-scope step", 1, ["of 1 ", "have 6 micro-steps or more"]),
+        (
+            "--global-batch-size 8 --pipeline-model-parallel-size 2",
+            2,
+            ["--eslm-scope step", "of 4 ", "above 0.125"],
+        ),
+        (
+            "--global-batch-size 40 --pipeline-model-parallel-size 2 --eslm-scope global",
+            2,
+            ["--eslm-scope global", "--pipeline-model-parallel-size 2", "Use --eslm-scope step"],
+        ),
+        (
+            "--global-batch-size 40 --pipeline-model-parallel-size 2 --eslm-scope local",
+            2,
+            ["--eslm-scope local", "mid-model"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(flags: str, world: int, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        scope(flags, world)
+    for part in parts:
+        assert part in str(error.value)
+    if "--pipeline" in flags:
+        assert "use --eslm-scope global" not in str(error.value)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 5, 6, 7, 9, 10, 40, 100])
+@pytest.mark.parametrize("alpha", [0.01, 0.05, 0.1, 0.2, 0.5])
+def test_the_remedies_that_are_named_help(steps: int, alpha: float) -> None:
+    def run(alpha: float, steps: int) -> RunConfig:
+        more = f"--global-batch-size {2 * steps} --eslm-alpha {alpha} --eslm-scope step"
+        return parse_run([*SMALL, *more.split()], 1)
+
+    try:
+        run(alpha, steps)
+    except ConfigError as error:
+        words = str(error).split()
+        run(float(words[words.index("above") + 1].rstrip(",")) + 0.005, steps)
+        run(alpha, int(words[words.index("have") + 1]))
