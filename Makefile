@@ -69,7 +69,8 @@ endif
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.plan_check
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 -m benchmarks.thresholds --rows 2
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.balance --seq-length 128
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.step_scope --rows 4 --seq-length 64
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.step_scope --rows 4 --seq-length 64 --pipeline 2
 
 parity: install
 	$(BIN)/python -m tests.training.parity

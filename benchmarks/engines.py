@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from benchmarks.flags import GPT2_VOCAB
 from megatron_eslm.config.run import RunConfig, parse_run
+from megatron_eslm.data.loader import read_batch
+from megatron_eslm.data.mixture import Mixture
 from megatron_eslm.parallel.bootstrap import prepare_device
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.parallel.phases import Phases
@@ -18,10 +22,12 @@ from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from megatron_eslm.training.build import build_engine, build_flops, build_model
+from megatron_eslm.training.candidates import rows_of_rank
 from megatron_eslm.training.engine import Engine
 from megatron_eslm.training.estimate import step_work
 from megatron_eslm.training.flops import Work
 from megatron_eslm.training.stages import plan_stages
+from megatron_eslm.training.step_batches import StepBatches
 
 
 class BenchRun:
@@ -74,13 +80,33 @@ class BenchRun:
             made.append(Batch.of(tokens.to(self.device), valid.to(self.device)))
         return made
 
-    def stepper(self, seed: int = 0) -> Callable[[], Any]:
-        """A function that takes one step on always the same batches."""
-        batches, engine = self.batches(seed), self.engine
+    def stepper(self) -> Callable[[], Any]:
+        """A function that takes one step on always the same sequences, as the loop does."""
+        rows, sequences = self.run.training.micro_batch_size, self.run.training.global_batch_size
+        assert rows and sequences
+        text = _RandomText(sequences, self.run.model.seq_length or 0, self.vocab_size)
+        own = list(rows_of_rank(range(sequences), rows, self.mesh))
+        loader = itertools.cycle([read_batch(text, numbers) for numbers in own])
+        batches = StepBatches(self.engine, text, loader, rows)
 
         def step() -> None:
-            engine.step(iter(batches), 1e-5)
+            step = batches.step(list(range(sequences)), self.state.alpha)
+            self.engine.set_batch_size(step.num_rows)
+            self.engine.step(step.batches, 1e-5)
             self.recorder.take()
             self.state.iteration += 1
 
         return step
+
+
+class _RandomText(Mixture):
+    """Sequences of random ids, in memory."""
+
+    def __init__(self, sequences: int, seq_length: int, vocab_size: int) -> None:
+        rng = torch.Generator().manual_seed(0)
+        self._tokens = torch.randint(vocab_size, (sequences, seq_length + 1), generator=rng)
+        self.source: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=vocab_size))
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        tokens = self._tokens[i]
+        return {"tokens": tokens, "valid": torch.ones(len(tokens) - 1, dtype=torch.bool)}

@@ -20,7 +20,7 @@ MODULES = {
     "peer_memory": (1, TINY, 1),
     "engine_overhead": (1, TINY, 1),
     "thresholds": (2, TINY, 1),
-    "balance": (2, TINY, 1),
+    "step_scope": (2, TINY, 2),
     "compile_step": (1, TINY, 1),
     "head_kernel": (1, ("--tokens", "64", "--hidden-size", "64", "--repetitions", "2"), 2),
 }

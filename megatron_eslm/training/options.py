@@ -283,7 +283,7 @@ class ReportOptions:
     """Write a JSON object a line at every --log-interval and evaluation."""
 
     dump_selection: str | None = None
-    """Folder for one .npz a micro-step: tokens, scores, what was kept."""
+    """Folder for one .npz a step: tokens, scores, what was kept."""
 
     dry_run: bool = False
     """Print steps, tokens, epochs per domain, parameters, memory, FLOPs and a pipeline's plan, and

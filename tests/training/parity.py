@@ -4,8 +4,8 @@
 
 trains one small model for five steps of four micro-steps with each method in every layout of
 tensor, pipeline and data parallelism and ZeRO, over gloo in float32, and compares it with the
-single process: kept sequences and tokens must be identical, losses and gradient norms agree to 1e-5. It
-prints the table of docs/parity.md; the tests run a part of it.
+single process: kept sequences and tokens must be identical, losses and gradient norms agree to
+1e-5. It prints the table of docs/parity.md; the tests run a part of it.
 """
 
 from __future__ import annotations
