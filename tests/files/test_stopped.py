@@ -14,6 +14,8 @@ from megatron_eslm.files.stopped import Stopped, signals_wait, stopped_by_signal
 def _handlers() -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:  # a shell starts background jobs with SIGINT ignored
+        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
