@@ -46,25 +46,28 @@ def fill_scope(
     if policy.instance_source == "nothing" or not policy.chooses_together:
         # Tokens alone have no step; greats refuses what it cannot do in its own words.
         return dataclasses.replace(selection, eslm_scope=given or "global")
-    scope: Scope = given or ("step" if dp_size > 1 or pp_size > 1 else "global")
+    alpha = selection.initial_alpha
+    drops = micro_steps_to_keep(micro_steps, alpha) < micro_steps
+    # By the batch and never by the layout, so that every layout trains the same model.
+    scope: Scope = given or ("step" if drops or pp_size > 1 else "global")
     if pp_size > 1 and scope != "step":
         raise ConfigError(
             f"--eslm-scope {scope} selects sequences in mid-model and a pipeline (here "
             f"--pipeline-model-parallel-size {pp_size}) carries whole micro-batches. Use "
             "--eslm-scope step."
         )
-    alpha = selection.initial_alpha
-    if scope == "step" and alpha and micro_steps_to_keep(micro_steps, alpha) == micro_steps:
-        text = _no_whole_micro_step(alpha, micro_steps, dp_size, micro_batch_size)
-        if given or pp_size > 1:
-            instead = "" if pp_size > 1 else "; or use --eslm-scope global"
-            raise ConfigError(f"--eslm-scope step drops whole micro-steps, and {text}{instead}.")
+    if drops or not alpha:
+        return dataclasses.replace(selection, eslm_scope=scope)
+    text = _no_whole_micro_step(alpha, micro_steps, dp_size, micro_batch_size)
+    if scope == "step":
+        instead = "" if pp_size > 1 else "; or use --eslm-scope global"
+        raise ConfigError(f"--eslm-scope step drops whole micro-steps, and {text}{instead}.")
+    if not given and dp_size > 1:
         logger.warning(
             "--eslm-scope global: selection within each micro-batch, where ranks keep unequal "
             "numbers of sequences. To select once a step: %s.",
             text,
         )
-        scope = "global"
     return dataclasses.replace(selection, eslm_scope=scope)
 
 

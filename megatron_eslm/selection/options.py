@@ -49,8 +49,8 @@ class SelectionOptions:
     """What thresholds are taken over. Of sequences: all that an optimizer step reads, scored ahead
     of it (step; it then trains on whole micro-batches of the riskiest), or each micro-batch of all
     data-parallel ranks (global) or of one rank (local), in one pass. Of tokens: each micro-batch of
-    all ranks, or with local of one. By default step where there are several data-parallel ranks or
-    pipeline stages, else global."""
+    all ranks, or with local of one. By default step where the batch has so many micro-steps that
+    it drops one, else global. A pipeline knows step only."""
 
     eslm_proxy_stride: Annotated[int, ONE_OR_MORE] = 1
     """Score every s-th position of a sequence only: an estimate, cheaper where the head is what

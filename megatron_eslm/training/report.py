@@ -148,8 +148,8 @@ def _without_effect(options: SelectionOptions, *, early_exit: bool) -> set[str]:
     policy, idle = options.selection, set()
     if not early_exit:
         idle |= {"eslm_proxy_stride"}
-    if policy in ("clm", "greats"):  # greats: each rank alone, always
-        idle |= {"eslm_scope"}
+    if policy in ("clm", "greats") or options.eslm_scope == "global":
+        idle |= {"eslm_scope"}  # greats: each rank alone, always; global is what one rank has
     if policy == "clm":
         idle |= {"eslm_start_iter", "eslm_alpha_warmup_iters"}
     if policy != "greats":

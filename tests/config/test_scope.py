@@ -22,10 +22,11 @@ def scope(flags: str, world: int = 1, stored: Scope | None = None) -> str | None
 @pytest.mark.parametrize(
     ("flags", "world", "expected"),
     [
-        ("--global-batch-size 20", 1, "global"),
+        ("--global-batch-size 10", 1, "global"),
+        ("--global-batch-size 20", 1, "step"),
         ("--global-batch-size 40", 2, "step"),
         ("--global-batch-size 20 --pipeline-model-parallel-size 2", 2, "step"),
-        ("--global-batch-size 20 --tensor-model-parallel-size 2", 2, "global"),
+        ("--global-batch-size 20 --tensor-model-parallel-size 2", 2, "step"),
         ("--global-batch-size 20 --eslm-scope step", 1, "step"),
         ("--global-batch-size 40 --eslm-scope local", 2, "local"),
         ("--global-batch-size 40 --selection random", 2, "step"),
@@ -34,7 +35,7 @@ def scope(flags: str, world: int = 1, stored: Scope | None = None) -> str | None
         ("--global-batch-size 4 --eslm-level token --eslm-scope step", 2, "step"),
         ("--global-batch-size 4 --eslm-level token --pipeline-model-parallel-size 2", 2, "global"),
         ("--global-batch-size 4 --selection greats", 2, "global"),
-        ("--global-batch-size 40 --eslm-alpha 0", 2, "step"),
+        ("--global-batch-size 40 --eslm-alpha 0", 2, "global"),
     ],
 )
 def test_what_it_is(flags: str, world: int, expected: str) -> None:

@@ -163,4 +163,4 @@ def test_the_option_reaches_both_heads(process_group: None) -> None:
     state = SelectionState(alpha=run.selection.initial_alpha)
     policy = build_policy(run.selection, state, Peers(0, 1, None), seed=0)
     model = build_model(run, run.shape(45), build_mesh(), policy, Recorder(), range(2))
-    assert model.head.shard.kernel == model.selector.shard.kernel == "torch"
+    assert model.head.shard.kernel == model.early_exit.shard.kernel == "torch"

@@ -150,7 +150,7 @@ def test_ranks_that_keep_no_sequence_take_part(
 ) -> None:
     """One of eight rows is kept, on one of four ranks."""
     taught = ("--distill", "eslm", "--distill-teacher", teacher / "checkpoints", *FLOAT32)
-    flags = {"one row": ("--eslm-alpha", "0.85", *taught)}
+    flags = {"one row": ("--eslm-alpha", "0.85", "--eslm-scope", "global", *taught)}
     case = Case(dp=4)
     one = run_ranks(1, lambda rank: run_methods(data, tmp_path, Case(), flags))[0]["one row"]
     four = run_ranks(4, lambda rank: run_methods(data, tmp_path, case, flags))[0]["one row"]

@@ -192,11 +192,13 @@ def test_each_rank_chooses_as_it_would_alone(data: list[str], tmp_path: Path, st
 
     results = run_ranks(2, fn)
     dumps = list(read_dumps(tmp_path).values())
-    assert len(dumps) == 6
+    assert len(dumps) == 3
     for number, dump in enumerate(dumps):
-        kept_RM = dump["instance_kept"].reshape(2, ROWS)
+        kept_ARM = dump["instance_kept"].reshape(2, 2, ROWS)
         for rank, (_, by_hand) in enumerate(results):
-            assert kept_RM[rank].nonzero()[0].tolist() == by_hand.chosen[number]
+            for micro in (0, 1):
+                kept = kept_ARM[micro, rank].nonzero()[0].tolist()
+                assert kept == by_hand.chosen[2 * number + micro]
         assert np.isfinite(dump["instance_scores"]).all()
         # All tokens of what is kept, none of the others.
         assert (dump["token_kept"].all(axis=1) == dump["instance_kept"]).all()

@@ -155,7 +155,9 @@ def test_the_controls_and_label_noise_where_the_model_is_split(
     def run(name: str, layout: str) -> Outcome:
         place = tmp_path / f"{name}-{layout}".replace(" ", "_")
         flags = (*SPLIT_MODELS[name], *layouts[layout], "--dump-selection", place)
-        return train(words(data, *STEPS, *flags), place.with_suffix(".jsonl"))
+        steps = ("--global-batch-size", 2 * ROWS, "--eslm-scope", "step")
+        argv = words(data, *steps, *flags, micro_batch_size=4)
+        return train(argv, place.with_suffix(".jsonl"))
 
     def fn(rank: int, some: tuple[str, ...]) -> dict[tuple[str, str], Outcome]:
         return {(name, layout): run(name, layout) for name in SPLIT_MODELS for layout in some}

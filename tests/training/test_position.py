@@ -31,7 +31,7 @@ def read_by(argv: list[str], metrics: Path | None = None) -> list[int]:
 
     def prepare(trainer: Trainer) -> None:
         trainers.append(trainer)
-        trainer.nonfinite.note = lambda record, samples_M: mine.append(samples_M)
+        trainer.nonfinite.note = lambda record, samples_M: mine.append(torch.tensor(samples_M))
 
     train(argv, metrics, prepare)
     # DeepSpeed's own monitors count with it.

@@ -48,8 +48,10 @@ def test_every_line_has_the_fields_of_the_design(data: list[str], tmp_path: Path
             assert list(line["valid_loss_by_domain"]) == ["prose", "code"]
     for line, dump in zip(lines[1:], read_dumps(tmp_path / "dump").values(), strict=True):
         assert line["loss"] == pytest.approx(float(dump["loss"]))
-        assert line["tau_instance"] == pytest.approx(float(dump["tau_instance"]))
-        assert line["tau_token"] == pytest.approx(float(dump["tau_token"]))
+        assert dump["tau_instance"] == pytest.approx(line["tau_instance"])
+        kept = dump["instance_kept"]
+        assert dump["tau_token"][kept] == pytest.approx(line["tau_token"])
+        assert (line["batch_size"], line["batch_size_trained"]) == (8, 7) and kept.sum() == 7
         assert line["cvar"] > line["tau_token"]
         assert line["step_seconds"] > 0 and line["mfu"] > 0
     assert outcome.column("loss")[0] > outcome.column("loss")[-1]
@@ -261,28 +263,38 @@ def test_dumps_have_the_fields_of_the_design(data: list[str], tmp_path: Path) ->
     import numpy as np
 
     flags = ("--dump-selection", tmp_path / "dump", "--eslm-alpha", "0.3")
-    one(words(data, *flags, "--global-batch-size", "16", iters=2), tmp_path / "m.jsonl")
+    steps = ("--global-batch-size", "16", "--skip-samples", "3:5")
+    one(words(data, *flags, *steps, iters=2, micro_batch_size=4), tmp_path / "m.jsonl")
     dumps = read_dumps(tmp_path / "dump")
-    assert list(dumps) == [f"iter{i:07d}_micro{m:04d}.npz" for i in (1, 2) for m in (0, 1)]
+    assert list(dumps) == [f"iter{i:07d}.npz" for i in (1, 2)]
     for dump in dumps.values():
         shapes = {key: value.shape for key, value in dump.items()}
         assert shapes == {
-            "tokens": (8, 33),
-            "instance_scores": (8,),
-            "instance_kept": (8,),
-            "token_scores": (8, 32),
-            "token_kept": (8, 32),
-            "tau_instance": (),
-            "tau_token": (),
+            "samples": (16,),
+            "tokens": (16, 33),
+            "instance_scores": (16,),
+            "instance_kept": (16,),
+            "token_scores": (16, 32),
+            "token_kept": (16, 32),
+            "tau_instance": (16,),
+            "tau_token": (16,),
             "loss": (),
         }
         kept, scores = dump["instance_kept"], dump["instance_scores"]
-        assert dump["tau_instance"] == scores[kept].min() >= scores[~kept].max()
+        assert kept.sum() == 12  # 3 of 4 micro-steps
+        assert (dump["tau_instance"] == scores[kept].min()).all()
+        assert scores[kept].min() >= scores[~kept].max()
         assert np.isnan(dump["token_scores"][~kept]).all()
         assert not dump["token_kept"][~kept].any()
-        chosen = dump["token_scores"][dump["token_kept"]]
-        assert dump["tau_token"] == chosen.min()
-        assert dump["loss"] == pytest.approx(chosen.mean(), rel=1e-5)
+        assert np.isnan(dump["tau_token"][~kept]).all()
+        means = []
+        for rows in kept.nonzero()[0].reshape(3, 4):  # each micro-step has a threshold of its own
+            chosen = dump["token_scores"][rows][dump["token_kept"][rows]]
+            assert len(chosen) == int(0.7 * 4 * 32)
+            assert (dump["tau_token"][rows] == chosen.min()).all()
+            means.append(chosen.mean())
+        assert dump["loss"] == pytest.approx(np.mean(means), rel=1e-5)
+    assert dumps["iter0000001.npz"]["samples"].tolist() == [0, 1, 2, *range(5, 18)]
 
 
 def test_nowhere_to_dump(data: list[str], tmp_path: Path) -> None:

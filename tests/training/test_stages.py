@@ -38,7 +38,7 @@ TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 def planned(
     *flags: str | int, vocab_size: int = 50_257, world: int = 24
 ) -> tuple[StagePlan, RunConfig, ModelShape]:
-    base = ("--data-path", "x", "--model-size", "124M", "--global-batch-size", "576")
+    base = ("--data-path", "x", "--model-size", "124M", "--global-batch-size", "1152")
     run = parse_run(later_wins([*base, *map(str, flags)]), world)
     shape = run.shape(vocab_size)
     policy = build_policy(run.selection, SelectionState(alpha=0.0), Peers(0, 1, None), 0)
@@ -201,7 +201,7 @@ def test_a_stage_runs_what_the_plan_says(
         found: list[tuple[int, StagePlan]] = []
 
         def count(trainer: Trainer) -> None:
-            run, ordinary = trainer.run, trainer.engine.step
+            run, ordinary = trainer.run, trainer._step
             plan = plan_stages(run, run.shape(257), trainer.flops, step_work(run))
 
             def step(*args):
@@ -210,7 +210,7 @@ def test_a_stage_runs_what_the_plan_says(
                 found.append((mode.get_total_flops(), plan))
                 return outcome
 
-            trainer.engine.step = step
+            trainer._step = step
 
         argv = words(data, "--eslm-alpha", 0.3, PP, 2, "--global-batch-size", 16, *flags, iters=2)
         train([*argv, "--seq-length", "64"], None, count)
