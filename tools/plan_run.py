@@ -67,7 +67,6 @@ def _output(args: argparse.Namespace) -> str:
         selection=args.selection,
         alpha=args.alpha,
         scope=args.eslm_scope,
-        balance=args.eslm_balance,
         proxy_layers=args.eslm_proxy_layers,
         proxy_stride=args.eslm_proxy_stride,
         global_batch_size=args.global_batch_size,
@@ -96,8 +95,7 @@ def _parser() -> Parser:
     add("--intra-link", default="nvlink", metavar="|".join(INTRA_LINKS))
     add("--selection", default="eslm", metavar="|".join(SELECTIONS))
     add("--alpha", type=float, default=0.1, help="share to drop (%(default)s)")
-    add("--eslm-scope", default="global", choices=("global", "local"))
-    add("--eslm-balance", action=argparse.BooleanOptionalAction, default=True)
+    add("--eslm-scope", choices=("step", "global", "local"), help="default: by the batch")
     add("--eslm-proxy-layers", type=int, default=1)
     add("--eslm-proxy-stride", type=int, default=1)
     add("--global-batch-size", type=int, help="sequences a step; default: the model's own")

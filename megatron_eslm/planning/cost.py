@@ -1,7 +1,8 @@
 """How long one optimizer step of one layout takes, and what it spends the time on.
 
 Times of a rank's parts in one micro-step are added up stage by stage (stage_clock.py), put through
-the pipeline's schedule, and what happens once a step is added.
+the pipeline's schedule, and what happens once a step is added: the proxy pass, for which all stages
+wait, and the optimizer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from megatron_eslm.planning.exchanges import Exchange, Exchanges, Groups
 from megatron_eslm.planning.hardware import Machine
 from megatron_eslm.planning.pipeline_time import pipeline_seconds
 from megatron_eslm.planning.setting import Setting, rank_work
-from megatron_eslm.planning.stage_clock import SELECTION, Clock, StageTime, communication
+from megatron_eslm.planning.stage_clock import (
+    PROXY_PASS,
+    SELECTION,
+    Clock,
+    StageTime,
+    communication,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +51,7 @@ class StepCost:
     def parts(self) -> dict[str, float]:
         """Where the time goes: the busiest stage, what it waits for, what comes once."""
         slowest = max(self.stages, key=lambda stage: stage.busy)
-        steps = self.setting.run.gradient_accumulation_steps
+        steps = self.setting.micro_steps
         parts: defaultdict[str, float] = defaultdict(float)
         for direction in (slowest.forward, slowest.backward):
             for name, seconds in direction.items():
@@ -62,7 +69,7 @@ class StepCost:
     @property
     def bubble(self) -> float:
         """Share of the micro-steps' time in which stages are idle or hand over, on average."""
-        steps = self.setting.run.gradient_accumulation_steps
+        steps = self.setting.micro_steps
         busy = sum(stage.busy for stage in self.stages) * steps / len(self.stages)
         return 1 - busy / self.micro_steps_seconds
 
@@ -78,7 +85,7 @@ class StepCost:
 
     def volumes(self) -> dict[str, float]:
         """Bytes that one rank sends in a step, by kind; of the stage that sends most of it."""
-        steps = self.setting.run.gradient_accumulation_steps
+        steps = self.setting.micro_steps
         most: dict[str, float] = {}
         for stage in self.exchanges:
             sums: defaultdict[str, float] = defaultdict(float)
@@ -90,9 +97,9 @@ class StepCost:
 
     @property
     def selection_seconds(self) -> float:
-        """Of a step: gathers of scores, keep rule, waiting for its numbers, dealing rows."""
-        steps = self.setting.run.gradient_accumulation_steps
-        return steps * sum(
+        """Of a step: the proxy pass, gathers of scores, keep rule, waiting for its numbers."""
+        steps = self.setting.micro_steps
+        return self.once.get(PROXY_PASS, 0.0) + steps * sum(
             direction.get(name, 0.0)
             for stage in self.stages
             for direction in (stage.forward, stage.backward)
@@ -118,12 +125,11 @@ def step_cost(setting: Setting, machine: Machine, *, balanced: bool = False) -> 
         plan=plan,
         policy=setting.policy,
         groups=groups,
-        dealing=setting.dealing,
     )
     lists = tuple(tuple(exchanges.of_stage(s, work)) for s in range(plan.num_stages))
     clock = Clock(setting, machine, work)
     stages = tuple(clock.stage(s, lists[s]) for s in range(plan.num_stages))
-    steps = run.gradient_accumulation_steps
+    steps = setting.micro_steps
     micro_steps = pipeline_seconds(
         [sum(stage.forward.values()) for stage in stages],
         [sum(stage.backward.values()) for stage in stages],
@@ -132,7 +138,10 @@ def step_cost(setting: Setting, machine: Machine, *, balanced: bool = False) -> 
         gradients=[stage.send_backward for stage in stages[1:]],
     )
     once = [clock.once(s, lists[s]) for s in range(plan.num_stages)]
+    slowest = max(once, key=lambda each: sum(each.values()))
+    proxy = clock.proxy_pass(lists[0])
     computing, communicating = _shared(setting, stages, once)
+    computing += proxy * run.dp_size * run.engine.tensor_model_parallel_size
     shared = 0.0 if machine.cores is None else computing / machine.cores + communicating
     return StepCost(
         setting=setting,
@@ -140,7 +149,7 @@ def step_cost(setting: Setting, machine: Machine, *, balanced: bool = False) -> 
         stages=stages,
         exchanges=lists,
         micro_steps_seconds=micro_steps,
-        once=max(once, key=lambda each: sum(each.values())),
+        once={**slowest, PROXY_PASS: proxy},
         shared_cores_seconds=shared,
         computing_seconds=computing,
     )
@@ -154,7 +163,7 @@ def _shared(
     ranks = run.dp_size * run.engine.tensor_model_parallel_size
     computing, communicating = 0.0, 0.0
     for stage, each in zip(stages, once, strict=True):
-        steps = run.gradient_accumulation_steps
+        steps = setting.micro_steps
         waits = steps * stage.communicating + communication(each)
         whole = steps * (stage.busy + stage.sending) + sum(each.values())
         computing += whole - waits

@@ -1,8 +1,8 @@
 """What ranks send each other in a step: how much of what, in which group, and how long it takes.
 
 Volumes follow the code: megatron-core's layers for tensor parallelism, DeepSpeed for gradients and
-for what passes between stages, ops/keep_rule.py for selection, ops/balance_rows.py for rows that
-change hands.
+for what passes between stages, ops/keep_rule.py and training/candidates.py for selection (but for a
+broadcast of the candidates' scores within the model, 4 bytes each, once a step).
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from typing import Literal
 
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.planning.dealing import Dealing
 from megatron_eslm.planning.hardware import Machine, Protocol
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.training.flops import Work
 from megatron_eslm.training.stages import StagePlan, stage_params
 
-Collective = Literal["all-reduce", "all-gather", "reduce-scatter", "send", "all-to-all"]
+Collective = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
 Phase = Literal["forward", "backward", "step"]
-Kind = Literal["tensor", "pipeline", "gradients", "weights", "selection", "rows"]
+Kind = Literal["tensor", "pipeline", "gradients", "weights", "selection", "proxy"]
 
-FLOAT32, INT64, BYTE = 4, 8, 1
+FLOAT32, INT64 = 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,21 +76,15 @@ class Exchange:
     group: Group
     num_bytes: float
     """Of the whole tensor: what an all-reduce sums, an all-gather results in, a
-    reduce-scatter starts from, a send sends, all ranks send in an all-to-all."""
+    reduce-scatter starts from, a send sends."""
     count: float
     """A micro-step's forward or backward pass, or an optimizer step, by phase."""
     phase: Phase
-    busiest_bytes: float = 0.0
-    """Of an all-to-all: what the rank with most to do sends or receives."""
-    peers: float = 0.0
-    """Of an all-to-all: with how many others that rank has something to do."""
 
     @property
     def sent_bytes(self) -> float:
-        """That one rank sends each time (rings; Thakur et al. 2005), or of all-to-all the mean."""
+        """That one rank sends each time (rings; Thakur et al. 2005)."""
         n = self.group.size
-        if self.collective == "all-to-all":
-            return self.num_bytes / n
         if self.collective == "send":
             return self.num_bytes
         return (n - 1) / n * self.num_bytes * (2 if self.collective == "all-reduce" else 1)
@@ -112,12 +105,6 @@ class Exchange:
         if self.collective == "send":
             hop = protocol.hop_inter if nodes > 1 else protocol.hop_intra
             return protocol.base + hop + self.num_bytes / bandwidth
-        if self.collective == "all-to-all":
-            # NCCL has none: point-to-point messages in one group, here one peer after the other
-            # at the busiest rank, over the link of its own device.
-            link = peer_bandwidth(machine, self.group) * protocol.bandwidth_share
-            hop = protocol.hop_inter if nodes > 1 else protocol.hop_intra
-            return protocol.base + self.peers * hop + self.busiest_bytes / link
         rounds = 2 if self.collective == "all-reduce" else 1
         hops = (nodes - 1) * protocol.hop_inter + (ranks - nodes) * protocol.hop_intra
         ring = protocol.base + rounds * hops + self.sent_bytes / bandwidth
@@ -137,14 +124,6 @@ def link_bandwidth(machine: Machine, group: Group) -> float:
     return bandwidth * machine.link_efficiency
 
 
-def peer_bandwidth(machine: Machine, group: Group) -> float:
-    """Of one device to any other of a group: its share of its machine's network cards."""
-    bandwidth = machine.intra_bandwidth
-    if group.num_nodes > 1:
-        bandwidth = min(bandwidth, machine.node_bandwidth / machine.gpus_per_node)
-    return bandwidth * machine.link_efficiency
-
-
 @dataclass(frozen=True, kw_only=True)
 class Exchanges:
     """Everything that the ranks of one stage exchange; see `of_stage`."""
@@ -154,8 +133,6 @@ class Exchanges:
     plan: StagePlan
     policy: SelectionPolicy
     groups: Groups
-    dealing: Dealing | None
-    """None where rows stay where they were read."""
 
     def of_stage(self, stage: int, work: Work) -> list[Exchange]:
         """All of a stage, but for groups of one rank.
@@ -169,7 +146,7 @@ class Exchanges:
             *self._pipeline(stage, work),
             *self._data(stage),
             *self._selection(stage, work),
-            *self._rows(stage),
+            *self._proxy(stage, work),
         ]
         return [exchange for exchange in found if exchange.group.size > 1]
 
@@ -196,7 +173,8 @@ class Exchanges:
         d, element = self.shape.hidden_size, self.run.dtype.itemsize
         spread = self.run.engine.sequence_parallel
         interval = self.run.model.activation_checkpoint_interval
-        before = sum(number < self.policy.selector_depth for number in self.plan.blocks(stage))
+        depth = 0 if self.policy.selects_per_step else self.policy.selector_depth
+        before = sum(number < depth for number in self.plan.blocks(stage))
         behind = self.plan.num_blocks[stage] - before
         for blocks, tokens in ((before, work.tokens), (behind, work.tokens_deep)):
             if not blocks:
@@ -223,7 +201,7 @@ class Exchanges:
             yield exchange("embedding", "all-reduce", "forward", size)
             if spread:
                 yield exchange("embedding", "all-gather", "backward", size)
-            if self.plan.early_exit or self.policy.instance_source == "head":
+            if self.policy.instance_source == "head" and not self.policy.selects_per_step:
                 scored = work.tokens / self.policy.proxy_stride
                 yield from self._statistics("early exit", exchange, scored)
                 if spread:
@@ -246,7 +224,6 @@ class Exchanges:
             return
         engine = self.run.engine
         spread = engine.tensor_model_parallel_size if engine.sequence_parallel else 1
-        rows = work.tokens_deep / (self.run.model.seq_length or 1)
         hidden = work.tokens_deep * self.shape.hidden_size * self.run.dtype.itemsize / spread
 
         def send(what: str, phase: Phase, num_bytes: float) -> Exchange:
@@ -261,15 +238,9 @@ class Exchanges:
             )
 
         if not self._is_last(stage):
-            # DeepSpeed says the shapes first, in a message of 256 int32 of their own.
-            yield send("shapes", "forward", 256 * 4)
-            yield send("hidden states of kept rows", "forward", hidden)
-            yield send("which rows", "forward", INT64 * rows)
-            # Where rows are dealt, which of all ranks' rows are kept stands behind the counts.
-            marks = self.dealing.num_read if self.dealing else 0
-            yield send("counts", "forward", INT64 * (2 + marks))
+            yield send("hidden states", "forward", hidden)
         if not self._is_first(stage):
-            yield send("gradients of kept rows", "backward", hidden)
+            yield send("their gradients", "backward", hidden)
         if self._is_first(stage) or self._is_last(stage):
             tp = engine.tensor_model_parallel_size
             weight = self.shape.padded_vocab_size * self.shape.hidden_size / tp
@@ -330,48 +301,56 @@ class Exchanges:
                 phase="forward",
             )
 
-        together = self.policy.options.eslm_scope == "global"
+        together = not self.policy.decides_alone
         rows = work.tokens / (self.run.model.seq_length or 1)
-        if self._is_first(stage) and self.policy.instance_source != "nothing" and together:
+        within = self.policy.instance_source != "nothing" and not self.policy.selects_per_step
+        if self._is_first(stage) and within and together:
             yield exchange("scores of rows", "all-gather", FLOAT32 * rows * data.size)
         if self._is_last(stage):
             if self.policy.token_source != "nothing" and together:
-                tokens = work.tokens
-                if self.dealing:
-                    tokens = self.dealing.largest * (self.run.model.seq_length or 1)
-                size = FLOAT32 * tokens * data.size
+                size = FLOAT32 * work.tokens * data.size
                 yield exchange("scores of tokens", "all-gather", size)
             else:
                 yield exchange("number of kept tokens", "all-reduce", INT64)
 
-    def _rows(self, stage: int) -> Iterable[Exchange]:
-        """Rows that change hands: behind the selector, and what the head needs to know of them."""
-        dealing, length = self.dealing, self.run.model.seq_length or 1
-        if dealing is None or dealing.num_moved < 1e-9:
+    def _proxy(self, stage: int, work: Work) -> Iterable[Exchange]:
+        """The proxy pass ahead of a step: its candidates, a micro-batch at a time, forward only."""
+        if not (self._is_first(stage) and self.policy.selects_per_step):
             return
+        chunks = self.run.gradient_accumulation_steps
 
-        def exchange(what: str, phase: Phase, bytes_of_a_row: float) -> Exchange:
+        def exchange(
+            what: str, collective: Collective, phase: Phase, num_bytes: float, count: float = 1
+        ) -> Exchange:
             return Exchange(
-                kind="rows",
+                kind="proxy",
                 what=what,
-                collective="all-to-all",
-                group=self.groups.data,
-                num_bytes=dealing.num_moved * bytes_of_a_row,
-                count=1,
-                phase=phase,
-                busiest_bytes=dealing.busiest * bytes_of_a_row,
-                peers=min(dealing.busiest, dealing.ranks - 1),
+                collective=collective,
+                group=self.groups.tensor,
+                num_bytes=num_bytes,
+                count=count * chunks,
+                phase="step",
             )
 
-        if self._is_first(stage):
-            engine = self.run.engine
-            spread = engine.tensor_model_parallel_size if engine.sequence_parallel else 1
-            hidden = length / spread * self.shape.hidden_size * self.run.dtype.itemsize
-            yield exchange("hidden states", "forward", hidden)
-            yield exchange("their gradients", "backward", hidden)
-        if self._is_last(stage):
-            # Tokens (one more than positions), which of them count, labels.
-            yield exchange("labels", "forward", INT64 * (3 * length + 1))
-            if self.run.reference.reference_losses is not None:
-                yield exchange("reference losses", "forward", FLOAT32 * length)
-            yield exchange("which are not finite", "forward", BYTE)
+        if self.policy.instance_source == "head":
+            size = work.tokens * self.shape.hidden_size * self.run.dtype.itemsize
+            depth = self.policy.selector_depth
+            yield exchange("embedding", "all-reduce", "step", size)
+            if self.run.engine.sequence_parallel:
+                yield exchange("blocks", "all-gather", "step", size, 2 * depth)
+                yield exchange("blocks", "reduce-scatter", "step", size, 2 * depth)
+                yield exchange("early exit", "all-gather", "step", size)
+            else:
+                yield exchange("blocks", "all-reduce", "step", size, 2 * depth)
+            scored = work.tokens / self.policy.proxy_stride
+            yield from self._statistics("early exit", exchange, scored)
+        rows = chunks * work.tokens / (self.run.model.seq_length or 1)
+        yield Exchange(
+            kind="proxy",
+            what="scores of candidates",
+            collective="all-gather",
+            group=self.groups.data,
+            num_bytes=FLOAT32 * rows * self.groups.data.size,
+            count=1,
+            phase="step",
+        )

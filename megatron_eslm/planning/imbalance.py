@@ -1,8 +1,7 @@
 """How unequal ranks become when one threshold is taken over all of them.
 
 Of N = ranks x rows scores the k largest are kept. If scores do not depend on the rank, the numbers
-that the ranks keep are hypergeometric together, and a step waits for the largest of them, or rows
-change hands until ranks are equal.
+that the ranks keep are hypergeometric together, and a step waits for the largest of them.
 """
 
 from __future__ import annotations
@@ -59,7 +58,6 @@ def expected_largest_tokens(
     ranks: int,
     length: int,
     *,
-    dealt: bool = False,
     draws: int = 64,
 ) -> float:
     """Expected number of tokens in the loss on the rank that has most.
@@ -74,53 +72,15 @@ def expected_largest_tokens(
         rows: rows of a rank.
         ranks: 1 or more.
         length: tokens of a row.
-        dealt: kept rows are dealt evenly to ranks before tokens are chosen.
         draws: to average over.
     """
     if ranks == 1:
         return float(num_kept)
     rng = np.random.default_rng(0)
     of_a_row = num_kept / rows_kept
-    evenly = np.full(ranks, rows_kept // ranks)
-    evenly[: rows_kept % ranks] += 1
     beyond = []
     for _ in range(draws):
-        kept = evenly
-        if not dealt:
-            kept = rng.multivariate_hypergeometric([rows] * ranks, rows_kept, method="marginals")
+        kept = rng.multivariate_hypergeometric([rows] * ranks, rows_kept, method="marginals")
         tokens = rng.multivariate_hypergeometric(kept * length, num_kept, method="marginals")
         beyond.append(tokens.max() - kept.max() * of_a_row)
-    largest = float(evenly.max()) if dealt else expected_largest(rows_kept, rows, ranks)
-    return largest * of_a_row + float(np.mean(beyond))
-
-
-@functools.lru_cache(maxsize=1024)
-def expected_moves(num_kept: int, rows: int, ranks: int) -> float:
-    """Expected number of rows that change hands: what ranks keep above the fair share rounded up.
-
-    A rank's number is hypergeometric. Exact up to rounding.
-    """
-    share, total = math.ceil(num_kept / ranks), rows * ranks
-    surplus = 0.0
-    for kept in range(share + 1, min(rows, num_kept) + 1):
-        if num_kept - kept > total - rows:
-            continue
-        log_p = _log_choose(rows, kept) + _log_choose(total - rows, num_kept - kept)
-        surplus += (kept - share) * math.exp(log_p - _log_choose(total, num_kept))
-    return ranks * surplus
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-
-
-def expected_busiest(num_kept: int, rows: int, ranks: int) -> float:
-    """Expected number of rows of the rank that sends or of the one that receives most of them.
-
-    The larger of the two expectations; no rank does both. The one that drops most receives most,
-    as far as there is something to hand over.
-    """
-    fair = num_kept // ranks
-    sent = expected_largest(num_kept, rows, ranks) - math.ceil(num_kept / ranks)
-    least = rows - expected_largest(rows * ranks - num_kept, rows, ranks)
-    return min(expected_moves(num_kept, rows, ranks), max(0.0, sent, fair - least))
+    return expected_largest(rows_kept, rows, ranks) * of_a_row + float(np.mean(beyond))

@@ -8,7 +8,6 @@ from typing import Any
 
 from megatron_eslm.planning.cost import ideal_bubble, step_cost
 from megatron_eslm.planning.hardware import GIB, Machine, assumptions
-from megatron_eslm.planning.imbalance import expected_largest
 from megatron_eslm.planning.request import Request
 from megatron_eslm.planning.search import Plan, plan_layout
 from megatron_eslm.planning.setting import rank_work
@@ -31,6 +30,9 @@ def plan_values(plan: Plan, clm: Plan) -> dict[str, Any]:
         "data_parallel": layout.dp,
         "micro_batch_size": layout.micro_batch_size,
         "micro_steps": run.gradient_accumulation_steps,
+        "micro_steps_trained": setting.micro_steps,
+        "scope": run.selection.eslm_scope,
+        "dropped_sequences": 1 - setting.work.tokens_deep / setting.work.tokens,
         "zero_stage": layout.zero_stage,
         "activation_checkpoint_interval": layout.checkpoint_interval,
         "flags": layout.flags,
@@ -78,7 +80,7 @@ def plan_report(plan: Plan, values: dict[str, Any], request: Request) -> str:
     """Everything about one plan."""
     cost, setting = plan.cost, plan.cost.setting
     memory, shape, run = setting.memory, setting.shape, setting.run
-    steps = run.gradient_accumulation_steps
+    steps = setting.micro_steps
     parts = (
         "weights",
         "gradients",
@@ -89,7 +91,8 @@ def plan_report(plan: Plan, values: dict[str, Any], request: Request) -> str:
     held = " + ".join(f"{part} {getattr(memory, part) / GIB:.2f}" for part in parts)
     machine = cost.machine
     lines = [
-        f"layout        {plan.layout}: {steps} micro-steps",
+        f"layout        {plan.layout}: {run.gradient_accumulation_steps} micro-steps"
+        + (f", {steps} of them trained on" if steps < run.gradient_accumulation_steps else ""),
         f"flags         {' '.join(plan.layout.flags)}",
         f"parameters    {shape.num_params:,}",
         f"memory a GPU  {memory.total / GIB:.2f} GiB = {held} (stage {memory.stage}; "
@@ -120,7 +123,7 @@ def _parts_lines(parts: dict[str, float], total: float) -> list[str]:
 
 def _exchange_lines(plan: Plan) -> list[str]:
     """Of the stage that sends most."""
-    steps = plan.cost.setting.run.gradient_accumulation_steps
+    steps = plan.cost.setting.micro_steps
     stage = max(
         plan.cost.exchanges, key=lambda some: sum(e.times(steps) * e.sent_bytes for e in some)
     )
@@ -158,7 +161,7 @@ def _selection_lines(plan: Plan, values: dict[str, Any], request: Request) -> li
         f"to clm        a step takes {values['ratio_to_clm']:.3f} x the same step with clm "
         f"({cost.seconds:.4f} s, {values['step_seconds_clm']:.4f} s); matrix products count "
         f"{values['ratio_of_flops']:.3f}",
-        f"selection     scores, thresholds and what is dealt take {seconds:.4f} s of it "
+        f"selection     scores and thresholds take {seconds:.4f} s of it "
         f"({seconds / cost.seconds:.2%})",
         f"imbalance     {_imbalance(plan, values)}",
     ]
@@ -175,18 +178,10 @@ def _imbalance(plan: Plan, values: dict[str, Any]) -> str:
         f"in tokens {works.fair.tokens_trained:,} and {works.largest.tokens_trained:,}. Waiting "
         f"for it lengthens a step by {waits:.1%} "
     )
-    if (dealing := setting.dealing) is not None:
-        stay = expected_largest(dealing.num_kept, micro, dealing.ranks)
-        return (
-            f"of {micro} rows a rank keeps {average:.2f} on average and the one with most "
-            f"{stay:.2f} ({dealing.num_moved:.1f} of {dealing.num_kept:,} rows a micro-step change "
-            f"hands); dealt evenly it works on {largest:.0f}, {end}"
-            "(--no-eslm-balance leaves rows where they were read)"
-        )
     return (
         f"of {micro} rows a rank has {average:.2f} on average, the one with most {largest:.2f}; "
-        f"{end}(--eslm-balance deals rows evenly; --eslm-scope local: 0, with each rank's own "
-        "thresholds)"
+        f"{end}(--eslm-scope step: nothing, with enough micro-steps; local: nothing, with each "
+        "rank's own thresholds)"
     )
 
 
@@ -194,9 +189,9 @@ def report(plans: Sequence[Plan], request: Request, machine: Machine, *, top: in
     """The best layouts, the best one in detail, and what all of it assumes."""
     values = plans_values(plans[:top], request, machine)
     size = request.size
-    also = "" if request.selection == "clm" else f", alpha {request.alpha:g}, {request.scope} scope"
-    if also and request.scope == "global" and not request.balance:
-        also += ", rows stay"
+    also = "" if request.selection == "clm" else f", alpha {request.alpha:g}"
+    if also and request.scope is not None:
+        also += f", {request.scope} scope"
     if request.selection == "eslm":
         also += f", proxy of {request.proxy_layers} block(s), stride {request.proxy_stride}"
     rows = [

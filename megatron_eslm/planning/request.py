@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_eslm.config.flags import parse_groups
 from megatron_eslm.config.run import GROUPS, RunConfig, resolve
+from megatron_eslm.config.scope import fill_scope
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.shape import PRESETS
 
@@ -109,9 +110,8 @@ class Request:
     gpus: int
     selection: str = "eslm"
     alpha: float = 0.1
-    scope: str = "global"
-    balance: bool = True
-    """Whether kept rows are dealt evenly to ranks."""
+    scope: str | None = None
+    """--eslm-scope; None: as the batch of each layout has it."""
     proxy_layers: int = 1
     proxy_stride: int = 1
     global_batch_size: int | None = None
@@ -162,8 +162,8 @@ class Request:
             words += ["--seq-length", str(size.seq_length), "--lr", "1e-4"]
             words += ["--train-iters", "100000"]
         if self.selection != "clm":
-            words += ["--eslm-alpha", str(self.alpha), "--eslm-scope", self.scope]
-            words += [] if self.balance else ["--no-eslm-balance"]
+            words += ["--eslm-alpha", str(self.alpha)]
+            words += ["--eslm-scope", self.scope] if self.scope is not None else []
         if self.selection == "eslm":
             words += ["--eslm-proxy-layers", str(self.proxy_layers)]
             words += ["--eslm-proxy-stride", str(self.proxy_stride)]
@@ -203,12 +203,14 @@ def laid_out(options: Options, layout: Layout) -> RunConfig:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Without warnings of layouts that are only looked at."""
-    logger = logging.getLogger(resolve.__module__)
-    logger.addFilter(_drop)
+    loggers = [logging.getLogger(rule.__module__) for rule in (resolve, fill_scope)]
+    for logger in loggers:
+        logger.addFilter(_drop)
     try:
         yield
     finally:
-        logger.removeFilter(_drop)
+        for logger in loggers:
+            logger.removeFilter(_drop)
 
 
 def _drop(record: logging.LogRecord) -> bool:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.ops.keep_rule import num_to_keep
-from megatron_eslm.planning.dealing import Dealing
+from megatron_eslm.ops.keep_rule import micro_steps_to_keep, num_to_keep
 from megatron_eslm.planning.hardware import Machine
 from megatron_eslm.planning.imbalance import expected_largest, expected_largest_tokens
 from megatron_eslm.selection.policy import SelectionPolicy, build_policy
@@ -34,8 +33,6 @@ class Setting:
     """Of a step, over all ranks."""
     plan: StagePlan
     memory: MemoryEstimate
-    dealing: Dealing | None
-    """How kept rows are dealt to ranks; None where they stay."""
 
     @classmethod
     def of(
@@ -72,8 +69,15 @@ class Setting:
             work=work,
             plan=plan,
             memory=estimate_memory(run, shape, plan, flops),
-            dealing=Dealing.of(run, policy),
         )
+
+    @property
+    def micro_steps(self) -> int:
+        """Of a step, those that train."""
+        steps = self.run.gradient_accumulation_steps
+        if not self.policy.selects_per_step:
+            return steps
+        return micro_steps_to_keep(steps, self.run.selection.initial_alpha)
 
     @property
     def model_flops(self) -> float:
@@ -84,7 +88,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class RankWork:
-    """What one rank processes in a micro-step."""
+    """What one rank processes in a micro-step, the proxy pass ahead of a step left out."""
 
     fair: Work
     """If all worked on the same number of rows and tokens."""
@@ -97,7 +101,7 @@ def rank_work(setting: Setting) -> RankWork:
     run, policy, work = setting.run, setting.policy, setting.work
     rows, length, dp = run.training.micro_batch_size, run.model.seq_length, run.dp_size
     assert rows and length
-    shares = run.gradient_accumulation_steps * dp
+    shares = setting.micro_steps * dp
 
     def share(tokens: int) -> int:
         return round(tokens / shares)
@@ -108,22 +112,17 @@ def rank_work(setting: Setting) -> RankWork:
         tokens_scored=share(work.tokens_scored),
         tokens_trained=share(work.tokens_trained),
     )
-    together = policy.options.eslm_scope == "global"
     nothing = policy.instance_source == policy.token_source == "nothing"
-    if not together or nothing or dp == 1:
+    if policy.decides_alone or nothing or dp == 1:
         return RankWork(fair=fair, largest=fair)
     alpha = run.selection.initial_alpha
     rows_kept = rows * dp
-    if policy.instance_source != "nothing":
+    if policy.instance_source != "nothing" and not policy.selects_per_step:
         rows_kept = num_to_keep(rows * dp, alpha)
-    dealing = setting.dealing
-    most = dealing.largest if dealing else expected_largest(rows_kept, rows, dp)
-    deep = trained = round(most * length)
+    deep = trained = round(expected_largest(rows_kept, rows, dp) * length)
     if policy.token_source != "nothing":
         kept = num_to_keep(rows_kept * length, alpha)
-        trained = round(
-            expected_largest_tokens(kept, rows_kept, rows, dp, length, dealt=dealing is not None)
-        )
+        trained = round(expected_largest_tokens(kept, rows_kept, rows, dp, length))
     scored = deep if policy.token_source == "head" else trained
     largest = Work(
         tokens=fair.tokens, tokens_deep=deep, tokens_scored=scored, tokens_trained=trained

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from megatron_eslm.planning.exchanges import Exchange
 from megatron_eslm.planning.hardware import Machine
 from megatron_eslm.planning.setting import Setting
-from megatron_eslm.training.flops import Work, block_forward
+from megatron_eslm.training.flops import Work, block_forward, head_forward
 from megatron_eslm.training.stages import stage_params
 
 # Elements of the residual stream and of each tensor-parallel rank's columns that the kernels of a
@@ -32,25 +32,10 @@ ACCUMULATION_BYTES = 12
 KEEP_RULE_BYTES = 100
 """For a score of all ranks: comparisons, k-th value, running sum of ties (ops/keep_rule.py)."""
 GATHERS = "selection: gathers of scores"
+PROXY_PASS = "selection: proxy pass"
 WAITS_OF_A_THRESHOLD = 4
 """Numbers that the host waits for at one keep rule: counts, tau, kept indices twice."""
-DEALING_TRAFFIC = 8
-"""Elements of the residual stream read and written for each D of a position where rows are dealt,
-forward: kept rows picked, put behind those that arrive, put in order, and copied position first.
-Backward as many."""
-REORDER_BYTES = 20
-"""For a score of all ranks: brought from the order of who holds it into that of who read it."""
-WAITS_OF_DEALING = 2
-"""Numbers that the host waits for before it knows who has which row."""
-# Seconds on one core of an EPYC: each time, for a rank, for a row that all ranks read.
-PLAN_SECONDS = 18e-6, 0.014e-6, 0.0045e-6
-"""ops.balance_rows.plan_rows; the head finds the selector's plan where both are on one stage."""
-EXCHANGE_SECONDS = 16e-6, 0.0, 0.0012e-6
-"""Which rows come from and go where, in one exchange."""
-ORDER_SECONDS = 9e-6, 0.0, 0.010e-6
-"""ops.keep_rule.keep_riskiest_of_rows."""
-ROWS, DEALING = "communication: rows", "selection: rows dealt"
-SELECTION = (GATHERS, "selection: thresholds", ROWS, DEALING)
+SELECTION = (GATHERS, "selection: thresholds")
 """What selection costs besides scoring."""
 
 
@@ -104,7 +89,6 @@ class Clock:
         self._gradients(stage, time)
         self._communicate(exchanges, time)
         self._select(first, last, time)
-        self._deal(first, last, exchanges, time)
         self._host(stage, first, last, time)
         return time
 
@@ -115,10 +99,28 @@ class Clock:
         own = params / (run.dp_size if spread else 1)
         parts = {"optimizer": own * OPTIMIZER_BYTES / self.machine.memory_bandwidth}
         for exchange in exchanges:
-            if exchange.phase == "step":
+            if exchange.phase == "step" and exchange.kind != "proxy":
                 name = f"communication: {exchange.kind}"
                 parts[name] = parts.get(name, 0.0) + exchange.count * exchange.seconds(self.machine)
         return parts
+
+    def proxy_pass(self, exchanges: tuple[Exchange, ...]) -> float:
+        """Seconds of the pass ahead of a step on a rank of the first stage; all stages wait."""
+        setting, machine = self.setting, self.machine
+        if not setting.flops.scoring(setting.work) or not setting.flops.ahead:
+            return 0.0
+        depth, tokens = setting.policy.selector_depth, self.work.tokens
+        scored = tokens / setting.flops.proxy_stride
+        one_block = sum(block_forward(setting.shape, setting.flops.seq_length)) / self.tp
+        seconds = depth * (
+            tokens * one_block / self._block_pace(tokens) + self._elementwise(tokens)
+        )
+        products = scored * head_forward(setting.shape) / self.tp / self._head_pace(scored)
+        seconds += products + self._logits(scored, 0)
+        host = (depth * KERNELS_OF_A_BLOCK / 3 + KERNELS_OF_THE_HEAD) * machine.launch_seconds
+        seconds += max(0.0, host - seconds) if machine.host_overlaps else host
+        sent = sum(e.count * e.seconds(machine) for e in exchanges if e.kind == "proxy")
+        return setting.run.gradient_accumulation_steps * seconds + sent + machine.wait_seconds
 
     def _params(self, stage: int) -> int:
         plan = self.setting.plan
@@ -138,32 +140,40 @@ class Clock:
         return flops / (flops / peak + moved / self.machine.memory_bandwidth)
 
     def _block(self, number: int, time: StageTime) -> None:
-        setting, machine, tp = self.setting, self.machine, self.tp
-        behind = number >= setting.policy.selector_depth
+        setting, tp = self.setting, self.tp
+        behind = number >= setting.policy.selector_depth or setting.flops.ahead
         tokens = self.work.tokens_deep if behind else self.work.tokens
         if not tokens:
             return
-        d, f = setting.shape.hidden_size, setting.shape.ffn_hidden_size
-        pace = self._pace(
-            [(tokens, d, 3 * d / tp), (tokens, d / tp, d), (tokens, d, f / tp), (tokens, f / tp, d)]
-        )
+        pace = self._block_pace(tokens)
         again = 1 if setting.flops.blocks_recomputed else 0
         products = setting.flops.block(self.work, number) / tp / pace
         once = tokens * sum(block_forward(setting.shape, setting.flops.seq_length)) / tp / pace
         time.forward["blocks: matrix products"] += once
         time.backward["blocks: matrix products"] += products - once
-        spread = tp if setting.run.engine.sequence_parallel else 1
-        moved = tokens * d * self.element * (RESIDUAL_TRAFFIC / spread + COLUMN_TRAFFIC / tp)
-        seconds = moved / machine.memory_bandwidth
+        seconds = self._elementwise(tokens)
         time.forward["blocks: elementwise"] += seconds
         time.backward["blocks: elementwise"] += (2 + again) * seconds
 
+    def _block_pace(self, tokens: float) -> float:
+        d, f, tp = self.setting.shape.hidden_size, self.setting.shape.ffn_hidden_size, self.tp
+        return self._pace(
+            [(tokens, d, 3 * d / tp), (tokens, d / tp, d), (tokens, d, f / tp), (tokens, f / tp, d)]
+        )
+
+    def _elementwise(self, tokens: float) -> float:
+        """Kernels of a block besides its products, forward."""
+        spread = self.tp if self.setting.run.engine.sequence_parallel else 1
+        traffic = RESIDUAL_TRAFFIC / spread + COLUMN_TRAFFIC / self.tp
+        moved = tokens * self.setting.shape.hidden_size * self.element * traffic
+        return moved / self.machine.memory_bandwidth
+
     def _early_exit(self, time: StageTime) -> None:
         setting = self.setting
-        if not setting.flops.proxy:
+        if not setting.flops.scoring(setting.work) or setting.flops.ahead:
             return
         scored = self.work.tokens / setting.flops.proxy_stride
-        products = setting.flops.scoring(self.work) / self.tp / self._head_pace(scored)
+        products = scored * head_forward(setting.shape) / self.tp / self._head_pace(scored)
         time.forward["early exit"] += products + self._logits(scored, 0)
 
     def _head(self, time: StageTime) -> None:
@@ -204,19 +214,16 @@ class Clock:
             if exchange.kind == "selection":
                 name = GATHERS
             (time.forward if forward else time.backward)[name] += seconds
-        if time.send_forward:
-            # The receiver's host reads the shapes before it knows what to receive.
-            time.send_forward += machine.wait_seconds
         if self.setting.run.engine.zero_stage == 3:
             _hide_behind_computing(time.forward, machine.hidden_share)
             _hide_behind_computing(time.backward, machine.hidden_share)
 
     def _select(self, first: bool, last: bool, time: StageTime) -> None:
         policy, machine = self.setting.policy, self.machine
-        dp = self.setting.run.dp_size if policy.options.eslm_scope == "global" else 1
+        dp = 1 if policy.decides_alone else self.setting.run.dp_size
         rows = self.work.tokens / (self.setting.run.model.seq_length or 1)
         for here, source, scores in (
-            (first, policy.instance_source, rows * dp),
+            (first and not policy.selects_per_step, policy.instance_source, rows * dp),
             (last, policy.token_source, self.work.tokens * dp),
         ):
             if here and source != "nothing":
@@ -224,43 +231,13 @@ class Clock:
                 seconds += WAITS_OF_A_THRESHOLD * machine.wait_seconds
                 time.forward["selection: thresholds"] += seconds
 
-    def _deal(
-        self, first: bool, last: bool, exchanges: tuple[Exchange, ...], time: StageTime
-    ) -> None:
-        """What dealing rows costs a rank besides sending them.
-
-        The host's part counts in the forward pass: there the device has just waited for it; in the
-        backward pass the host is ahead.
-        """
-        setting, machine = self.setting, self.machine
-        dealing = setting.dealing
-        if dealing is None:
-            return
-        if first and dealing.num_moved:
-            elements = self.work.tokens_deep * setting.shape.hidden_size
-            spread = self.tp if setting.run.engine.sequence_parallel else 1
-            moved = DEALING_TRAFFIC * elements * self.element / spread
-            time.forward[DEALING] += moved / machine.memory_bandwidth
-            time.backward[DEALING] += moved / machine.memory_bandwidth
-        orders = last and setting.policy.token_source != "nothing"
-        if orders:
-            scores = dealing.num_read * (setting.run.model.seq_length or 1)
-            time.forward[DEALING] += scores * REORDER_BYTES / machine.memory_bandwidth
-        rows = [e for e in exchanges if e.kind == "rows" and e.phase == "forward"]
-        for count, (once, a_rank, a_row) in (
-            (first or last, PLAN_SECONDS),
-            (len(rows), EXCHANGE_SECONDS),
-            (orders, ORDER_SECONDS),
-        ):
-            seconds = once + dealing.ranks * a_rank + dealing.num_read * a_row
-            time.forward[DEALING] += count * seconds
-        time.forward[DEALING] += (first + last) * WAITS_OF_DEALING * machine.wait_seconds
-
     def _host(self, stage: int, first: bool, last: bool, time: StageTime) -> None:
         setting = self.setting
         again = 1 if setting.flops.blocks_recomputed else 0
         kernels = setting.plan.num_blocks[stage] * KERNELS_OF_A_BLOCK * (3 + again) / 3
-        kernels += KERNELS_OF_THE_HEAD * (last + (first and setting.flops.proxy))
+        kernels += KERNELS_OF_THE_HEAD * (
+            last + (first and setting.flops.proxy and not setting.flops.ahead)
+        )
         host = kernels * self.machine.launch_seconds
         waits = max(0.0, host - time.busy) if self.machine.host_overlaps else host
         time.forward["host"] += waits / 3

@@ -1,9 +1,8 @@
 """Which blocks each pipeline stage gets: the split whose most expensive stage is cheapest.
 
 All stages work at once on different micro-batches, so a step takes as long as its most expensive
-stage. Stages are weighed by the matrix products that they run (training/flops.py): blocks before
-the selector see all rows, blocks behind it the kept ones; the first stage also scores with the
-early exit's head, the last one has the head.
+stage. Stages are weighed by the matrix products that they run (training/flops.py); the last one has
+the head.
 """
 
 from __future__ import annotations
@@ -53,8 +52,9 @@ def plan_stages(run: RunConfig, shape: ModelShape, flops: FlopsModel, work: Work
     blocks = [flops.block(work, number) for number in range(shape.num_layers)]
     first, last = flops.scoring(work), flops.head(work)
     early_exit = flops.selector_depth if flops.proxy else 0
+    # Ahead of a step, scoring keeps all stages waiting, so it is no matter of their balance.
     split = run.engine.pipeline_blocks or balanced_split(
-        blocks, stages, first=first, last=last, at_least=early_exit
+        blocks, stages, first=0.0 if flops.ahead else first, last=last, at_least=early_exit
     )
     bounds = [0, *accumulate(split)]
     costs = [sum(blocks[a:b]) for a, b in pairwise(bounds)]
