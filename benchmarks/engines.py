@@ -82,21 +82,27 @@ class BenchRun:
 
     def stepper(self) -> Callable[[], Any]:
         """A function that takes one step on always the same sequences, as the loop does."""
-        rows, sequences = self.run.training.micro_batch_size, self.run.training.global_batch_size
-        assert rows and sequences
-        text = _RandomText(sequences, self.run.model.seq_length or 0, self.vocab_size)
-        own = list(rows_of_rank(range(sequences), rows, self.mesh))
-        loader = itertools.cycle([read_batch(text, numbers) for numbers in own])
-        batches = StepBatches(self.engine, text, loader, rows)
+        return stepper(self.engine, self.run, self.vocab_size)
 
-        def step() -> None:
-            step = batches.step(list(range(sequences)), self.state.alpha)
-            self.engine.set_batch_size(step.num_rows)
-            self.engine.step(step.batches, 1e-5)
-            self.recorder.take()
-            self.state.iteration += 1
 
-        return step
+def stepper(engine: Engine, run: RunConfig, vocab_size: int) -> Callable[[], Any]:
+    """A function that takes one step of an engine on random ids, always the same."""
+    rows, sequences = run.training.micro_batch_size, run.training.global_batch_size
+    assert rows and sequences and run.model.seq_length
+    state, recorder = engine.model.policy.state, engine.model.recorder
+    text = _RandomText(sequences, run.model.seq_length, vocab_size)
+    own = list(rows_of_rank(range(sequences), rows, engine.mesh))
+    loader = itertools.cycle([read_batch(text, numbers) for numbers in own])
+    batches = StepBatches(engine, text, loader, rows)
+
+    def step() -> None:
+        step = batches.step(list(range(sequences)), state.alpha)
+        engine.set_batch_size(step.num_rows)
+        engine.step(step.batches, 1e-5)
+        recorder.take()
+        state.iteration += 1
+
+    return step
 
 
 class _RandomText(Mixture):

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from benchmarks.engines import stepper
 from benchmarks.interleave import machine as processor
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
@@ -37,7 +38,6 @@ from megatron_eslm.planning.cost import step_cost
 from megatron_eslm.planning.hardware import Machine, Protocol
 from megatron_eslm.planning.setting import Setting
 from megatron_eslm.planning.stage_clock import COLUMN_TRAFFIC, RESIDUAL_TRAFFIC
-from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from megatron_eslm.training.build import build_engine, build_flops, build_model
@@ -199,7 +199,7 @@ def calibrate(pair: dist.ProcessGroup | None) -> Machine:
     return machine_from(everyone)
 
 
-def stepper(words: list[str], mesh: Mesh) -> Callable[[], None]:
+def engine_stepper(words: list[str], mesh: Mesh) -> Callable[[], None]:
     """An engine as training builds it, and a step of it on random ids."""
     run = parse_run(words, mesh.world_size)
     shape = run.shape(VOCAB_SIZE)
@@ -207,27 +207,8 @@ def stepper(words: list[str], mesh: Mesh) -> Callable[[], None]:
     peers = Peers(mesh.dp_rank, mesh.dp_size, mesh.dp_group, Phases())
     policy = build_policy(run.selection, state, peers, run.training.seed)
     plan = plan_stages(run, shape, build_flops(run, shape, policy), step_work(run))
-    recorder = Recorder()
-    model = build_model(run, shape, mesh, policy, recorder, plan.blocks(mesh.pp_rank))
-    engine = build_engine(run, model, mesh, peers.phases)
-    rng = torch.Generator().manual_seed(mesh.dp_rank)
-    rows, length = run.training.micro_batch_size, run.model.seq_length
-    assert rows and length
-    batches = [
-        Batch.of(
-            torch.randint(VOCAB_SIZE, (rows, length + 1), generator=rng),
-            torch.ones(rows, length, dtype=torch.bool),
-        )
-        for _ in range(run.gradient_accumulation_steps)
-    ]
-
-    def step() -> None:
-        reads = mesh.is_first_stage or mesh.is_last_stage
-        engine.step(iter(batches if reads else ()), 1e-5)
-        recorder.take()
-        state.iteration += 1
-
-    return step
+    model = build_model(run, shape, mesh, policy, Recorder(), plan.blocks(mesh.pp_rank))
+    return stepper(build_engine(run, model, mesh, peers.phases), run, VOCAB_SIZE)
 
 
 def measure(layout: str, selection: str, alpha: float, repetitions: int) -> dict[str, float]:
@@ -242,7 +223,7 @@ def measure(layout: str, selection: str, alpha: float, repetitions: int) -> dict
             run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
         )
         pair = _pairs(world)
-        step = stepper(words, mesh)
+        step = engine_stepper(words, mesh)
         step()
         calibrate(pair)
         machines, seconds, processor_seconds = [calibrate(pair)], [], []

@@ -66,14 +66,23 @@ def test_products_alone_take_what_the_ledger_counts(flags: tuple[str, ...], worl
 
 
 def test_a_pipeline_takes_its_schedule() -> None:
-    found = cost("--pipeline-model-parallel-size", "4", world=4, machine=ONLY_PRODUCTS)
-    steps = found.setting.run.gradient_accumulation_steps
-    seconds = [flops / steps / ONLY_PRODUCTS.peak_flops for flops in found.setting.plan.flops]
+    found = cost(
+        *("--pipeline-model-parallel-size", "4", "--global-batch-size", "120"),
+        world=4,
+        machine=ONLY_PRODUCTS,
+    )
+    steps = found.setting.micro_steps
+    assert steps == 9 == found.setting.run.gradient_accumulation_steps - 1
+    proxy = found.setting.flops.scoring(found.setting.work)
+    flops = [found.setting.plan.flops[0] - proxy, *found.setting.plan.flops[1:]]
+    seconds = [each / steps / ONLY_PRODUCTS.peak_flops for each in flops]
     assert [stage.busy for stage in found.stages] == pytest.approx(seconds, rel=1e-6)
     forward = [sum(stage.forward.values()) for stage in found.stages]
     backward = [sum(stage.backward.values()) for stage in found.stages]
-    assert found.seconds == pytest.approx(pipeline_seconds(forward, backward, steps))
-    assert found.bubble == pytest.approx(1 - sum(seconds) * steps / 4 / found.seconds, rel=1e-6)
+    through = pipeline_seconds(forward, backward, steps)
+    # All stages wait for the proxy pass.
+    assert found.seconds == pytest.approx(through + proxy / ONLY_PRODUCTS.peak_flops)
+    assert found.bubble == pytest.approx(1 - sum(seconds) * steps / 4 / through, rel=1e-6)
 
 
 def test_parts_add_up() -> None:
@@ -95,43 +104,56 @@ def test_memory_is_that_of_dry_run(tp: int, pp: int, zero: int, interval: int) -
 
 
 def test_the_rank_that_keeps_most() -> None:
-    works = rank_work(setting("--eslm-alpha", "0.1", "--no-eslm-balance", world=8))
+    works = rank_work(setting("--eslm-alpha", "0.1", "--eslm-scope", "global", world=8))
     assert works.fair.tokens == works.largest.tokens == 12 * 1024
     assert works.fair.tokens_deep == pytest.approx(12 * 1024 * 86 / 96, abs=1)
     assert 1024 * 11.9 < works.largest.tokens_deep < 1024 * 12
     assert works.fair.tokens_trained < works.largest.tokens_trained < works.largest.tokens_deep
-    dealt = rank_work(setting("--eslm-alpha", "0.1", world=8))
-    assert dealt.fair == works.fair and dealt.largest.tokens == 12 * 1024
-    assert dealt.largest.tokens_deep == dealt.largest.tokens_scored == 11 * 1024  # of 86 / 8
-    assert dealt.fair.tokens_trained < dealt.largest.tokens_trained < works.largest.tokens_trained
-    # Its rows alone, and a few tokens more by chance.
-    by_rows = 11 * dealt.fair.tokens_trained / 10.75
-    assert by_rows < dealt.largest.tokens_trained < 1.01 * by_rows
     for flags in (("--eslm-scope", "local"), ("--selection", "clm")):
         works = rank_work(setting(*flags, world=8))
         assert works.fair == works.largest
-    alone = rank_work(setting("--eslm-alpha", "0.1"))
+    alone = rank_work(setting("--eslm-alpha", "0.1", "--eslm-scope", "global"))
     assert alone.fair == alone.largest and alone.fair.tokens_deep == 10 * 1024
     by_token = rank_work(setting("--eslm-level", "token", world=8))
-    assert by_token.largest.tokens_deep == 12 * 1024
-    share = by_token.largest.tokens_trained / by_token.fair.tokens_trained
-    assert 1.0 < share < 1.01
+    ahead = setting("--global-batch-size", 960, world=8)
+    assert (ahead.run.gradient_accumulation_steps, ahead.micro_steps) == (10, 9)
+    for works in (by_token, rank_work(ahead)):  # whole micro-batches; tokens differ by chance
+        assert works.fair.tokens_deep == works.largest.tokens_deep == 12 * 1024
+        assert 1.0 < works.largest.tokens_trained / works.fair.tokens_trained < 1.01
 
 
 def test_waiting_for_it_costs_what_selection_saves() -> None:
-    clm = cost("--selection", "clm", world=8).seconds
-    stay = cost("--no-eslm-balance", world=8)
-    equal = step_cost(stay.setting, A100, balanced=True).seconds
-    dealt = cost(world=8)
-    assert equal < dealt.seconds < clm < stay.seconds
-    # What dealing buys is worth what it costs: 11 rows instead of 12.
-    assert 0.9 < dealt.seconds / stay.seconds < 0.95
-    local = cost("--eslm-scope", "local", world=8)
+    batch = ("--global-batch-size", 960)
+    clm = cost("--selection", "clm", *batch, world=8).seconds
+    within = cost("--eslm-scope", "global", *batch, world=8)
+    equal = step_cost(within.setting, A100, balanced=True).seconds
+    ahead = cost(*batch, "--eslm-proxy-stride", 8, world=8)
+    assert equal < clm < within.seconds
+    assert 0.9 < ahead.seconds / clm < 0.95
+    local = cost("--eslm-scope", "local", *batch, world=8)
     assert local.seconds == step_cost(local.setting, A100, balanced=True).seconds < clm
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_the_proxy_pass_is_once_a_step_and_only_where_something_is_dropped(pp: int) -> None:
+    def proxy(*flags: str | int) -> float:
+        layout = ("--pipeline-model-parallel-size", pp, "--eslm-scope", "step")
+        found = cost(*layout, *flags, world=2, machine=ONLY_PRODUCTS)
+        return found.once["selection: proxy pass"] * ONLY_PRODUCTS.peak_flops * 2 / pp
+
+    batch = ("--global-batch-size", 240)
+    of_240 = setting(*batch, "--eslm-scope", "step").flops.scoring(
+        setting(*batch, "--eslm-scope", "step").work
+    )
+    assert proxy(*batch) == pytest.approx(of_240)
+    assert proxy(*batch, "--eslm-alpha", 0.5) == pytest.approx(of_240)
+    assert proxy("--global-batch-size", 480) == pytest.approx(2 * of_240)
+    assert proxy(*batch, "--selection", "random") == proxy(*batch, "--eslm-alpha", 0) == 0
 
 
 def test_better_machines_are_not_slower() -> None:
     flags = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
+    flags += ("--global-batch-size", 960)
     found = cost(*flags, world=32).seconds
     for change in (
         {"efficiency": 0.95},

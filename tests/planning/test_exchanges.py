@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_eslm.ops.balance_rows import RowPlan, plan_rows
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import megatron_eslm.model.instance_selector as instance_selector
-from benchmarks.plan_check import VOCAB_SIZE, stepper
+from benchmarks.plan_check import VOCAB_SIZE, engine_stepper
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.parallel.bootstrap import init_distributed
 from megatron_eslm.parallel.mesh import build_mesh
@@ -23,7 +21,6 @@ from megatron_eslm.planning.exchanges import (
     Group,
     Groups,
     link_bandwidth,
-    peer_bandwidth,
 )
 from megatron_eslm.planning.hardware import NCCL, machine_of
 from megatron_eslm.planning.setting import Setting, rank_work
@@ -44,22 +41,16 @@ def words(*flags: str) -> list[str]:
     return later_wins([*base, *flags])
 
 
-def found(
-    *flags: str, world: int, stage: int = 0, moved: tuple[float, float] | None = None
-) -> list[Exchange]:
-    """Of one rank; `moved`: rows that change hands, and those of the busiest rank."""
+def found(*flags: str, world: int, stage: int = 0) -> list[Exchange]:
+    """Of one rank."""
     run = parse_run(words(*flags), world)
     setting = Setting.of(run, VOCAB_SIZE)
-    dealing = setting.dealing
-    if dealing is not None and moved is not None:
-        dealing = dataclasses.replace(dealing, num_moved=moved[0], busiest=moved[1])
     exchanges = Exchanges(
         run=run,
         shape=setting.shape,
         plan=setting.plan,
         policy=setting.policy,
         groups=Groups.of(run, 8),
-        dealing=dealing,
     )
     return exchanges.of_stage(stage, rank_work(setting).largest)
 
@@ -102,14 +93,10 @@ def test_sequence_parallel_by_hand() -> None:
 
 def test_pipeline_by_hand() -> None:
     flags = (PP, "2", "--pipeline-split", "2,1")
+    flags = (*flags, "--global-batch-size", "24")  # 3 micro-steps, 2 of them trained on
     first, last = found(*flags, world=2), found(*flags, world=2, stage=1)
-    assert sizes(first, "pipeline") == {
-        ("shapes", "send", "forward", 1024): 1,
-        ("hidden states of kept rows", "send", "forward", 49_152): 1,
-        ("which rows", "send", "forward", 48): 1,
-        ("counts", "send", "forward", 16): 1,
-    }
-    assert sizes(last, "pipeline") == {("gradients of kept rows", "send", "backward", 49_152): 1}
+    assert sizes(first, "pipeline") == {("hidden states", "send", "forward", 65_536): 1}
+    assert sizes(last, "pipeline") == {("their gradients", "send", "backward", 65_536): 1}
     tied = {("tied embedding", "all-reduce", "step", V * D * 4): 1}
     assert sizes(first, "gradients") == sizes(last, "gradients") == tied
 
@@ -144,47 +131,32 @@ def test_selection_by_hand() -> None:
 
     rows = ("scores of rows", "all-gather", "forward", 4 * 4 * 8)
     tokens = ("scores of tokens", "all-gather", "forward", 4 * 4 * 8 * 32)
-    held = ("scores of tokens", "all-gather", "forward", 4 * 4 * 6 * 32)  # 24 rows on 4 ranks
     count = ("number of kept tokens", "all-reduce", "forward", 8)
-    assert selection() == selection("--selection", "random") == {rows: 1, held: 1}
-    assert selection("--no-eslm-balance") == {rows: 1, tokens: 1}
+    assert selection() == selection("--selection", "random") == {rows: 1, tokens: 1}
     assert selection("--eslm-level", "token") == {tokens: 1}
     assert selection("--eslm-level", "instance") == {rows: 1, count: 1}
     assert selection("--selection", "clm") == selection("--eslm-scope", "local") == {count: 1}
 
 
-def test_rows_by_hand() -> None:
-    """A row is 32 positions of 64 float32 (8,192 bytes), and 97 int64 of tokens and labels."""
-
-    def rows(*flags: str, world: int = 4, stage: int = 0) -> dict:
-        return sizes(found(*flags, world=world, stage=stage, moved=(5, 3)), "rows")
-
-    first = {
-        ("hidden states", "all-to-all", "forward", 5 * 8192): 1,
-        ("their gradients", "all-to-all", "backward", 5 * 8192): 1,
+def test_the_proxy_pass_by_hand() -> None:
+    """Three chunks of 8 rows of 32 positions of 64 float32, of which every second is scored."""
+    steps = ("--eslm-scope", "step", "--eslm-proxy-stride", "2")
+    gather = {("scores of candidates", "all-gather", "step", 4 * 4 * 24): 1}
+    exchanges = found(*steps, "--global-batch-size", "96", world=4)
+    assert sizes(exchanges, "proxy") == gather
+    assert sizes(exchanges, "selection") == {
+        ("scores of tokens", "all-gather", "forward", 4 * 4 * 8 * 32): 1
     }
-    last = {
-        ("labels", "all-to-all", "forward", 5 * 776): 1,
-        ("which are not finite", "all-to-all", "forward", 5): 1,
+    tensor = found(*steps, "--global-batch-size", "24", TP, "2", world=2)
+    assert sizes(tensor, "proxy") == {
+        ("embedding", "all-reduce", "step", 65_536): 3,
+        ("blocks", "all-reduce", "step", 65_536): 6,
+        ("early exit", "all-reduce", "step", 128 * 4): 3,
+        ("early exit", "all-reduce", "step", 128 * 12): 3,
     }
-    assert rows() == rows("--selection", "random") == rows("--eslm-level", "instance")
-    assert rows() == {**first, **last}
-    assert rows(PP, "2", stage=0) == first and rows(PP, "2", stage=1) == last
-    spread = rows(TP, "2", "--sequence-parallel")
-    assert spread["hidden states", "all-to-all", "forward", 5 * 4096] == 1
-    for flags in (
-        ("--no-eslm-balance",),
-        ("--eslm-scope", "local"),
-        ("--selection", "clm"),
-        ("--eslm-level", "token"),
-    ):
-        assert rows(*flags) == {}
-    assert rows(world=1) == {}
-    (hidden, *_) = [e for e in found(world=4, moved=(5, 3)) if e.kind == "rows"]
-    assert (hidden.sent_bytes, hidden.busiest_bytes, hidden.peers) == (5 * 2048, 3 * 8192, 3)
-    # Its pipeline says besides who keeps which of 16 rows.
-    counts = ("counts", "send", "forward", 8 * (2 + 16))
-    assert sizes(found(PP, "2", world=4), "pipeline")[counts] == 1
+    # The micro-steps behind it are plain ones.
+    blocks = [e for e in tensor if e.kind == "tensor" and e.what == "blocks"]
+    assert {e.num_bytes for e in blocks} == {65_536}
 
 
 def _is_group(argument: Any) -> bool:
@@ -224,6 +196,7 @@ class Sent(TorchDispatchMode):
             self.seen[collective, total(args[argument])] += 1
 
 
+AHEAD = ("--eslm-scope", "step", "--eslm-alpha", "0.3")
 CASES = {
     "TP": (TP, "2"),
     "TP and sequence parallel": (TP, "2", "--sequence-parallel"),
@@ -233,7 +206,7 @@ CASES = {
         *("--activation-checkpoint-interval", "2"),
     ),
     "DP": (),
-    "DP, rows stay": ("--no-eslm-balance",),
+    "DP, ahead": AHEAD,
     "DP, drawn at random": ("--selection", "random", "--eslm-alpha", "0.5"),
     "DP, whole rows": ("--eslm-level", "instance"),
     "DP, local": ("--eslm-scope", "local", "--eslm-level", "instance"),
@@ -243,45 +216,32 @@ CASES = {
     "DP, ZeRO 3": ("--zero-stage", "3", "--hidden-size", "512", "--num-layers", "2"),
     "DP, bf16": ("--bf16",),
     "DP, bf16, ZeRO 2": ("--bf16", "--zero-stage", "2"),
-    "PP": (PP, "2", "--pipeline-split", "2,1"),
-    "PP, bf16": (PP, "2", "--pipeline-split", "2,1", "--bf16"),
+    "TP, ahead": (TP, "2", *AHEAD),
+    "TP, sequence parallel, ahead": (TP, "2", "--sequence-parallel", *AHEAD),
+    "PP": (PP, "2", "--pipeline-split", "2,1", *AHEAD),
+    "PP, bf16": (PP, "2", "--pipeline-split", "2,1", "--bf16", *AHEAD),
 }
 LEAST = 200
 """Bytes; below are norms of gradients and the like. DeepSpeed sends gradients in one bucket."""
 
 
 FOUR_RANKS = {
-    "DP, PP": (PP, "2", "--pipeline-split", "2,1", "--seed", "1"),
-    "DP, TP": (TP, "2"),
-    "DP, TP, sequence parallel": (TP, "2", "--sequence-parallel", "--seed", "1"),
+    "DP, PP": (PP, "2", "--pipeline-split", "2,1", "--seed", "1", *AHEAD),
+    "DP, TP": (TP, "2", *AHEAD),
+    "DP, TP, sequence parallel": (TP, "2", "--sequence-parallel", "--seed", "1", *AHEAD),
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "send")
 
 
-class Moved:
-    """Stands before plan_rows and counts rows that change hands."""
-
-    def __init__(self) -> None:
-        self.num_plans = self.num_rows = 0
-
-    def __call__(self, kept_RM: torch.Tensor) -> RowPlan:
-        plan = plan_rows(kept_RM)
-        self.num_plans += 1
-        self.num_rows += int((plan.reader_A != plan.worker_A).sum())
-        return plan
-
-
 @pytest.mark.parametrize("world, cases", [(2, CASES), (4, FOUR_RANKS)], ids=["2", "4"])
-def test_a_real_step_sends_this(
-    world: int, cases: dict[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two micro-steps."""
+def test_a_real_step_sends_this(world: int, cases: dict[str, tuple[str, ...]]) -> None:
+    """Two micro-steps; with selection ahead of them one is left."""
 
     def batch(name: str) -> tuple[str, ...]:
         rows, dp = (4, 2) if world == 2 and "DP" in name else (8, world // 2 if "DP" in name else 1)
         return "--micro-batch-size", str(rows), "--global-batch-size", str(2 * rows * dp)
 
-    def on_rank(rank: int) -> dict[str, tuple[int, Counter, float]]:
+    def on_rank(rank: int) -> dict[str, tuple[int, Counter]]:
         init_distributed()
         seen = {}
         for name, flags in cases.items():
@@ -290,34 +250,26 @@ def test_a_real_step_sends_this(
             mesh = build_mesh(
                 run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
             )
-            step = stepper(argv, mesh)
-            moved = Moved()
-            monkeypatch.setattr(instance_selector, "plan_rows", moved)
+            step = engine_stepper(argv, mesh)
+            if mesh.pp_size > 1:
+                step()  # DeepSpeed says the shapes once
             with Sent() as sent:
                 step()
-            # The same plan is made wherever it is needed.
-            seen[name] = mesh.pp_rank, sent.seen, moved.num_rows / max(1, moved.num_plans)
+            seen[name] = mesh.pp_rank, sent.seen
         return seen
 
     results = run_ranks(world, on_rank, timeout=300.0)
-    all_moved: Counter = Counter()
     for name, flags in cases.items():
-        swapped: Counter = Counter()
+        run = parse_run(words(*flags, *batch(name)), world)
+        steps = 1 if run.selection.eslm_scope == "step" else 2
         for seen in results:
-            stage, sent, moved = seen[name]
-            all_moved[name] += moved
+            stage, sent = seen[name]
             expected: Counter = Counter()
-            for e in found(*flags, *batch(name), world=world, stage=stage, moved=(moved, moved)):
-                expected[e.collective, round(e.num_bytes)] += e.times(2)
-                if e.collective == "all-to-all":
-                    swapped[stage] -= e.times(2) * e.sent_bytes
-            swapped[stage] += _bytes(sent, "all-to-all")
+            for e in found(*flags, *batch(name), world=world, stage=stage):
+                expected[e.collective, round(e.num_bytes)] += e.times(steps)
             bytes_of = {collective: _bytes(sent, collective) for collective in COLLECTIVES}
             hoped = {collective: _bytes(expected, collective) for collective in COLLECTIVES}
             assert bytes_of == pytest.approx(hoped, rel=0.01, abs=LEAST), (name, sent, expected)
-        # Who hands rows over is not known, so what ranks of a stage send counts together.
-        assert all(abs(rest) < 1e-3 for rest in swapped.values()), (name, swapped)
-    assert sum(all_moved.values()) > 0
 
 
 def _bytes(counts: Counter, collective: str) -> float:
@@ -368,24 +320,12 @@ def test_time_of_collectives_by_hand() -> None:
     assert exchange("send", group(2, 1), 20e6).seconds(simple) == pytest.approx(1e-3 + 22.4e-6)
 
 
-def test_time_of_all_to_all_by_hand() -> None:
-    a100 = machine_of("a100-80g", "infiniband-hdr")
-    simple = dataclasses.replace(a100, protocols=NCCL[1:])
-    ethernet = machine_of("a100-80g", "ethernet-100g")
-    # One of eight cards of 25 GB/s, or an eighth of one of 12.5; within a machine NVLink.
-    assert peer_bandwidth(a100, group(16, 8)) == pytest.approx(0.8 * 25e9)
-    assert peer_bandwidth(ethernet, group(16, 8)) == pytest.approx(0.8 * 12.5e9 / 8)
-    assert peer_bandwidth(a100, group(8, 8)) == pytest.approx(0.8 * 300e9)
-    rows = exchange("all-to-all", group(16, 8), 64e6)
-    rows = dataclasses.replace(rows, busiest_bytes=20e6, peers=3)
-    assert rows.seconds(simple) == pytest.approx(1e-3 + 8.4e-6 + 3 * 14e-6)
-    assert rows.sent_bytes == 4e6
-
-
 def test_ranks_fill_machines_tensor_first() -> None:
-    run = parse_run(words(TP, "2", PP, "2", "--zero-stage", "1"), 32)
+    run = parse_run(words(TP, "2", PP, "2", "--zero-stage", "1", "--selection", "clm"), 32)
     groups = Groups.of(run, 8)
     assert (groups.tensor.size, groups.tensor.num_nodes) == (2, 1)
     assert (groups.data.size, groups.data.per_node, groups.data.num_nodes) == (8, 4, 2)
     assert groups.neighbours.num_nodes == 2
-    assert Groups.of(parse_run(words(PP, "2"), 4), 8).neighbours.num_nodes == 1
+    assert (
+        Groups.of(parse_run(words(PP, "2", "--selection", "clm"), 4), 8).neighbours.num_nodes == 1
+    )

@@ -72,7 +72,7 @@ def test_what_the_rules_refuse_is_not_there() -> None:
 
 
 def test_not_the_step_that_drops_most_by_rounding() -> None:
-    request = Request(model_size="124M", gpus=1, global_batch_size=32)
+    request = Request(model_size="124M", gpus=1, global_batch_size=32, scope="global")
     plans = search(request, A100, Pins(zero_stage=1, activation_checkpoint_interval=0))
     quickest = min(plans, key=lambda plan: plan.cost.seconds)
     assert quickest.cost.setting.work.tokens_trained < plans[0].cost.setting.work.tokens_trained

@@ -48,9 +48,9 @@ def test_alpha_moves_alike_in_every_layout(data: list[str], tmp_path: Path) -> N
     for name, (ranks, dp, flags) in LAYOUTS.items():
         other = run(name, ranks, dp, flags)
         for column in ("alpha", "cvar", "loss"):
-            np.testing.assert_allclose(
-                other.column(column), one.column(column), rtol=1e-5, err_msg=name
-            )
+            # No CVaR while nothing is dropped.
+            ours, theirs = (np.array(o.column(column), dtype=float) for o in (other, one))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, err_msg=name)
         assert_same_dumps(tmp_path / name, tmp_path / "one")
 
 

@@ -242,7 +242,7 @@ def test_the_compute_type_may_change(data: list[str], tmp_path: Path) -> None:
     expected = straight(data, tmp_path, SINGLE).column("loss")[SAVED:]
     save(data, tmp_path, (SINGLE, half))
     for pair, outcome in go_on(data, tmp_path, [(SINGLE, half), (half, SINGLE)]).items():
-        np.testing.assert_allclose(outcome.column("loss"), expected, atol=0.02, err_msg=str(pair))
+        np.testing.assert_allclose(outcome.column("loss"), expected, atol=0.03, err_msg=str(pair))
 
 
 def test_weights_alone_start_any_layout(data: list[str], tmp_path: Path) -> None:

@@ -174,14 +174,14 @@ def test_layout_and_plan_of_many_processes(data: list[str]) -> None:
     def fn(rank: int) -> list[str]:
         init_distributed()
         flags = (PP, 3, TP, 2, "--sequence-parallel", "--activation-checkpoint-interval", 2)
-        argv = words(data, *flags, "--global-batch-size", 64, "--dry-run")
+        argv = words(data, *flags, "--global-batch-size", 64, "--eslm-alpha", 0.3, "--dry-run")
         return [
             dry_run(parse_run([*argv, "--dry-run-world-size", "24"], 1))[0],
             dry_run(parse_run(words(data, "--dry-run"), 1))[0],
         ]
 
     many, one = run_ranks(1, fn)[0]
-    assert "2 micro-steps x 4 ranks x 8" in many
+    assert "2 micro-steps x 4 ranks x 8; trained on 32 (1 micro-steps, 50.0% dropped)" in many
     assert (
         "layout               2 tensor x 3 pipeline x 4 data-parallel ranks, ZeRO 0, sequence "
         "parallel, activation checkpoints every 2 blocks" in many
@@ -297,7 +297,9 @@ def test_a_stage_counts_what_is_in_flight() -> None:
     assert cut.stage == 0
     assert cut.activations == pytest.approx(4 * (6 * a_block + hidden))
     # As many micro-steps as there are, at most.
-    few = memory(PP, 4, "--pipeline-split", "6,6,6,6", "--global-batch-size", 32)
+    few = memory(
+        PP, 4, "--pipeline-split", "6,6,6,6", "--global-batch-size", 32, "--eslm-alpha", 0.3
+    )
     assert few.activations == pytest.approx(2 * (6 * a_block + hidden))
     # A stage behind it also keeps what it received.
     third = memory(PP, 4, "--pipeline-split", "1,1,21,1")

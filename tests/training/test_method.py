@@ -103,11 +103,12 @@ def test_a_method_in_words(flags: str, text: str) -> None:
 
 def test_the_header_says_what_runs_where() -> None:
     layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --zero-stage 1"
-    run = parse_run([*BASE, *layout.split(), "--bf16", "--global-batch-size", "16"], 8)
+    run = parse_run([*BASE, *layout.split(), "--bf16", "--global-batch-size", "48"], 8)
     shape = run.shape(257)
     assert header(run, shape, ["prose", "code"]).splitlines() == [
         "eslm of sequences and tokens, alpha 0.1, by loss, early exit after block 1 | "
         f"{shape.num_params:,} parameters (3 blocks x 32) | bfloat16 on CPU",
-        "2 tensor x 2 pipeline x 2 data-parallel ranks, ZeRO 1 | 10 steps of 16 sequences x 32 "
-        "tokens = 2 micro-steps x 2 ranks x 4 | data: prose, code",
+        "2 tensor x 2 pipeline x 2 data-parallel ranks, ZeRO 1 | 10 steps of 48 sequences x 32 "
+        "tokens = 6 micro-steps x 2 ranks x 4; trained on 40 (5 micro-steps, "
+        "16.7% dropped) | data: prose, code",
     ]

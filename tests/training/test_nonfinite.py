@@ -74,6 +74,8 @@ def test_a_poisoned_micro_step_skips_its_step_everywhere(
         argv = words(
             data,
             *("--global-batch-size", 2 * ROWS, *LAYOUTS[layout], "--selection", selection),
+            # A pipeline selects sequences ahead of a step (see below).
+            *(("--eslm-level", "token") if "pp2" in layout else ()),
             iters=5,
             micro_batch_size=ROWS // 2,
         )
@@ -98,6 +100,36 @@ def test_a_poisoned_micro_step_skips_its_step_everywhere(
     assert losses[1] is None  # not JSON as a number
     assert all(loss is not None for loss in losses[:1] + losses[2:])
     assert losses[4] < losses[0]
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2-bf16", "zero3"])
+def test_a_poisoned_candidate_skips_its_step_everywhere(
+    data: list[str], tmp_path: Path, layout: str
+) -> None:
+    def fn(rank: int) -> tuple[Outcome, list[bool], list[str]]:
+        watchers: list[Watcher] = []
+
+        def watch(trainer: Trainer) -> None:
+            where = trainer.state.selection
+            poison_hidden(
+                trainer, lambda: where.iteration == 1 and not torch.is_grad_enabled(), rank=1
+            )
+            watchers.append(Watcher(trainer))
+
+        steps = ("--global-batch-size", 4 * ROWS, "--eslm-scope", "step", "--eslm-alpha", "0.3")
+        argv = words(data, *steps, *LAYOUTS[layout], iters=4, micro_batch_size=ROWS // 2)
+        outcome = train(argv, tmp_path / "m.jsonl", watch)
+        w = watchers[0].weights
+        same = [all(torch.equal(w[i][n], w[i + 1][n]) for n in w[i]) for i in range(3)]
+        return outcome, same, watchers[0].messages
+
+    results = run_ranks(4 if "p2" in layout else 2, fn)
+    assert all(same == [False, True, False] for _, same, _ in results)
+    outcome, _, (said,) = results[0]
+    # Row 1 of rank 1 in each of the four chunks that iteration 2 scores.
+    assert "iteration 2: scores (data-parallel rank 1: samples 37, 45, 53, 61) not finite" in said
+    assert outcome.column("nonfinite_steps") == [0, 1, 1, 1]
+    assert outcome.column("loss")[1] is None and None not in outcome.column("loss")[2:]
 
 
 def test_gradients_alone_that_are_not_finite(data: list[str], tmp_path: Path) -> None:

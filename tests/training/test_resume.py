@@ -123,6 +123,7 @@ def test_all_ranks_of_any_layout_stop_after_the_same_step(data: list[str], tmp_p
     def fn(rank: int) -> list[tuple[int, int | None]]:
         def trainer(name: str, *flags: str) -> Trainer:
             layout = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
+            layout += ("--global-batch-size", 16, "--eslm-alpha", 0.3)
             return build(words(data, *layout, "--save", tmp_path / name, *flags))
 
         asked = trainer("signal", "--exit-signal", "USR1")

@@ -28,6 +28,7 @@ ITERS = 40
 def flags(data: list[str], folder: Path, *more: str | int | float | Path) -> list[str]:
     """Two pipeline stages with loaders of their own."""
     fixed = ("--pipeline-model-parallel-size", 2, "--num-workers", 1, "--global-batch-size", 32)
+    fixed += ("--eslm-alpha", 0.2)  # three of four micro-steps
     metrics = ("--metrics-file", folder / "m.jsonl")
     return words(data, *fixed, *metrics, *more, iters=ITERS, micro_batch_size=8)
 
