@@ -97,7 +97,7 @@ def stepper(engine: Engine, run: RunConfig, vocab_size: int) -> Callable[[], Any
 
     def step() -> None:
         step = batches.step(list(range(sequences)), state.alpha)
-        engine.set_batch_size(step.num_rows)
+        engine.set_shape(step.shape)
         engine.step(step.batches, 1e-5)
         recorder.take()
         state.iteration += 1

@@ -7,7 +7,7 @@ import logging
 from typing import Literal
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.ops.keep_rule import micro_steps_to_keep
+from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, SelectionState
@@ -26,7 +26,7 @@ def fill_scope(
     micro_steps: int,
     stored: Scope | None,
 ) -> SelectionOptions:
-    """Fill --eslm-scope where it was not given, and refuse one that cannot be or saves nothing.
+    """Fill --eslm-scope where it was not given, and refuse one that cannot be or drops nothing.
 
     Args:
         selection: as parsed.
@@ -37,8 +37,8 @@ def fill_scope(
         stored: scope of the run that is continued, where one is.
 
     Raises:
-        ConfigError: sequences cannot be selected within a micro-batch in a pipeline, or no whole
-            micro-step would be dropped.
+        ConfigError: sequences cannot be selected within a micro-batch in a pipeline, or nothing
+            would be dropped.
     """
     given = selection.eslm_scope or stored
     state, alone = SelectionState(alpha=selection.initial_alpha), Peers(0, 1, None)
@@ -46,37 +46,45 @@ def fill_scope(
     if policy.instance_source == "nothing" or not policy.chooses_together:
         # Tokens alone have no step; greats refuses what it cannot do in its own words.
         return dataclasses.replace(selection, eslm_scope=given or "global")
-    alpha = selection.initial_alpha
-    drops = micro_steps_to_keep(micro_steps, alpha) < micro_steps
-    # By the batch and never by the layout, so that every layout trains the same model.
-    scope: Scope = given or ("step" if drops or pp_size > 1 else "global")
+    alpha, batch = selection.initial_alpha, StepShape(micro_steps, micro_batch_size)
+    kept = batch.kept(alpha)
+    # By micro-steps alone: they are the same whatever ranks share them, so that by default every
+    # layout trains the same model.
+    whole = kept.micro_steps < micro_steps
+    scope: Scope = given or ("step" if whole or pp_size > 1 else "global")
     if pp_size > 1 and scope != "step":
         raise ConfigError(
             f"--eslm-scope {scope} selects sequences in mid-model and a pipeline (here "
             f"--pipeline-model-parallel-size {pp_size}) carries whole micro-batches. Use "
             "--eslm-scope step."
         )
-    if drops or not alpha:
-        return dataclasses.replace(selection, eslm_scope=scope)
-    text = _no_whole_micro_step(alpha, micro_steps, dp_size, micro_batch_size)
-    if scope == "step":
+    if scope == "step" and alpha and kept == batch:
+        least = _least_that_drops(alpha)
         instead = "" if pp_size > 1 else "; or use --eslm-scope global"
-        raise ConfigError(f"--eslm-scope step drops whole micro-steps, and {text}{instead}.")
-    if not given and dp_size > 1:
+        raise ConfigError(
+            f"--eslm-scope step drops whole micro-steps, or rows of each rank's micro-batches, and "
+            f"--eslm-alpha {alpha:g} of {micro_steps} micro-steps of {micro_batch_size} rows "
+            f"rounds to none. Raise --eslm-alpha above {0.5 / max(batch):.3g}, have {least} "
+            f"micro-steps or more by a larger --global-batch-size, or rows by a larger "
+            f"--micro-batch-size{instead}."
+        )
+    if not given and scope == "global" and dp_size > 1 and alpha:
         logger.warning(
-            "--eslm-scope global: selection within each micro-batch, where ranks keep unequal "
-            "numbers of sequences. To select once a step: %s.",
-            text,
+            "--eslm-scope global: a step has too few micro-steps (%d) to drop one at --eslm-alpha "
+            "%g, so sequences are selected within each micro-batch, where ranks wait for the one "
+            "that keeps most. Have %d micro-steps or more by a smaller --micro-batch-size or a "
+            "larger --global-batch-size%s.",
+            micro_steps,
+            alpha,
+            _least_that_drops(alpha),
+            f", or give --eslm-scope step, which keeps {kept.rows} of {micro_batch_size} rows of "
+            "every micro-batch"
+            if kept != batch
+            else "",
         )
     return dataclasses.replace(selection, eslm_scope=scope)
 
 
-def _no_whole_micro_step(alpha: float, micro_steps: int, dp_size: int, rows: int) -> str:
-    enough = next(n for n in range(micro_steps + 1, 10**9) if micro_steps_to_keep(n, alpha) < n)
-    more_alpha = f"raise --eslm-alpha above {0.5 / micro_steps:.3g}, or " if micro_steps > 1 else ""
-    return (
-        f"--eslm-alpha {alpha:g} of {micro_steps} ({micro_steps * dp_size * rows} sequences a step "
-        f"/ {dp_size} data-parallel ranks / --micro-batch-size {rows}) rounds to none: "
-        f"{more_alpha}have {enough} micro-steps or more by a smaller --micro-batch-size or a "
-        "larger --global-batch-size"
-    )
+def _least_that_drops(alpha: float) -> int:
+    """The fewest micro-steps of which one is dropped."""
+    return next(n for n in range(2, 10**9) if StepShape(n, 1).kept(alpha).micro_steps < n)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,12 +44,33 @@ def num_to_keep(num_scores: int, alpha: float) -> int:
     return max(1, math.floor((1.0 - alpha) * num_scores + 1e-9)) if num_scores else 0
 
 
-def micro_steps_to_keep(micro_steps: int, alpha: float) -> int:
-    """Micro-steps of kept rows: (1 - alpha) of those that were read, to the nearest whole number.
+class StepShape(NamedTuple):
+    """Micro-batches that every data-parallel rank works on in an optimizer step."""
 
-    Halves keep the larger number: 10 at alpha 0.1 gives 9, 5 gives 5, 6 gives 5, 16 gives 14.
-    """
-    return max(1, math.floor((1.0 - alpha) * micro_steps + 0.5 + 1e-9))
+    micro_steps: int
+    rows: int
+    """Of a micro-batch of one rank."""
+
+    def kept(self, alpha: float) -> StepShape:
+        """What is left of it where sequences are selected ahead of the step.
+
+        (1 - alpha) of the micro-steps, to the nearest whole number; where that is all of them,
+        (1 - alpha) of the rows of each. Halves keep the larger number: 10 micro-steps at alpha 0.1
+        give 9, 5 of 4 rows stay as they are, 5 of 12 rows become 5 of 11.
+        """
+        micro_steps = _nearest((1.0 - alpha) * self.micro_steps)
+        if micro_steps < self.micro_steps:
+            return StepShape(micro_steps, self.rows)
+        return StepShape(self.micro_steps, _nearest((1.0 - alpha) * self.rows))
+
+    @property
+    def sequences(self) -> int:
+        """Of one rank."""
+        return self.micro_steps * self.rows
+
+
+def _nearest(share: float) -> int:
+    return max(1, math.floor(share + 0.5 + 1e-9))
 
 
 def keep_riskiest(

@@ -146,7 +146,7 @@ class Exchanges:
             *self._pipeline(stage, work),
             *self._data(stage),
             *self._selection(stage, work),
-            *self._proxy(stage, work),
+            *self._proxy(stage),
         ]
         return [exchange for exchange in found if exchange.group.size > 1]
 
@@ -313,11 +313,13 @@ class Exchanges:
             else:
                 yield exchange("number of kept tokens", "all-reduce", INT64)
 
-    def _proxy(self, stage: int, work: Work) -> Iterable[Exchange]:
+    def _proxy(self, stage: int) -> Iterable[Exchange]:
         """The proxy pass ahead of a step: its candidates, a micro-batch at a time, forward only."""
         if not (self._is_first(stage) and self.policy.selects_per_step):
             return
-        chunks = self.run.gradient_accumulation_steps
+        chunks, rows = self.run.gradient_accumulation_steps, self.run.training.micro_batch_size
+        assert rows and self.run.model.seq_length
+        positions = rows * self.run.model.seq_length
 
         def exchange(
             what: str, collective: Collective, phase: Phase, num_bytes: float, count: float = 1
@@ -333,7 +335,7 @@ class Exchanges:
             )
 
         if self.policy.instance_source == "head":
-            size = work.tokens * self.shape.hidden_size * self.run.dtype.itemsize
+            size = positions * self.shape.hidden_size * self.run.dtype.itemsize
             depth = self.policy.selector_depth
             yield exchange("embedding", "all-reduce", "step", size)
             if self.run.engine.sequence_parallel:
@@ -342,15 +344,14 @@ class Exchanges:
                 yield exchange("early exit", "all-gather", "step", size)
             else:
                 yield exchange("blocks", "all-reduce", "step", size, 2 * depth)
-            scored = work.tokens / self.policy.proxy_stride
+            scored = positions / self.policy.proxy_stride
             yield from self._statistics("early exit", exchange, scored)
-        rows = chunks * work.tokens / (self.run.model.seq_length or 1)
         yield Exchange(
             kind="proxy",
             what="scores of candidates",
             collective="all-gather",
             group=self.groups.data,
-            num_bytes=FLOAT32 * rows * self.groups.data.size,
+            num_bytes=FLOAT32 * chunks * rows * self.groups.data.size,
             count=1,
             phase="step",
         )

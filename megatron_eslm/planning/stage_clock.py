@@ -109,7 +109,8 @@ class Clock:
         setting, machine = self.setting, self.machine
         if not setting.flops.scoring(setting.work) or not setting.flops.ahead:
             return 0.0
-        depth, tokens = setting.policy.selector_depth, self.work.tokens
+        depth, run = setting.policy.selector_depth, setting.run
+        tokens = (run.training.micro_batch_size or 0) * (run.model.seq_length or 0)
         scored = tokens / setting.flops.proxy_stride
         one_block = sum(block_forward(setting.shape, setting.flops.seq_length)) / self.tp
         seconds = depth * (

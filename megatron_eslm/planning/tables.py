@@ -59,13 +59,16 @@ def scaling(request: Request, machine: Machine) -> str:
 
 def _layout_text(plan: Plan) -> str:
     layout, setting = plan.layout, plan.cost.setting
-    steps = setting.run.gradient_accumulation_steps
-    kept = f" of {steps}" if setting.micro_steps < steps else ""
+    steps, kept = setting.run.gradient_accumulation_steps, setting.shape_trained
+    rows = _of(kept.rows, layout.micro_batch_size)
     extra = f", ZeRO {layout.zero_stage}" + (", ckpt" if layout.checkpoint_interval else "")
     return (
-        f"{layout.tp} x {layout.pp} x {layout.dp}, {layout.micro_batch_size} x "
-        f"{setting.micro_steps}{kept}{extra}"
+        f"{layout.tp} x {layout.pp} x {layout.dp}, {rows} x {_of(kept.micro_steps, steps)}{extra}"
     )
+
+
+def _of(kept: int, read: int) -> str:
+    return f"{kept} of {read}" if kept < read else str(read)
 
 
 def published(request: Request, machine: Machine) -> str:

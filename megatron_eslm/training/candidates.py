@@ -1,10 +1,10 @@
 """Sequences selected once an optimizer step, ahead of it: `--eslm-scope step`.
 
 Source: Algorithm 1 of the ESLM paper with the global batch as its batch. All sequences that a step
-reads are its candidates. The first pipeline stage scores them without gradient; the riskiest are
-kept, as many as fill whole micro-steps of all ranks, so that shapes never change and nothing but
-one number a candidate travels between data-parallel ranks. Then each rank reads the kept sequences
-that it trains on.
+reads are its candidates. The first pipeline stage scores them without gradient. The riskiest are
+kept, as many as fill micro-batches of all ranks alike. So shapes change with alpha alone, and
+nothing but one number a candidate travels between data-parallel ranks. Then each rank reads the
+kept sequences that it trains on.
 
 Shape legend: C candidates in the order of their samples; R data-parallel ranks; M rows of a
 micro-batch of one rank.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_eslm.ops.keep_rule import keep_number, micro_steps_to_keep
+from megatron_eslm.ops.keep_rule import StepShape, keep_number
 from megatron_eslm.parallel.collectives import all_gather_same_shape
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.batch import Batch, Rows
@@ -31,7 +31,9 @@ class Selection:
     """What was selected among the candidates of a step."""
 
     kept: list[int]
-    """Candidates that are trained on, ascending: whole micro-steps of all ranks, which all know."""
+    """Candidates that are trained on, ascending; all ranks know all of them."""
+    shape: StepShape
+    """How every rank works on its share of them."""
     own: list[int]
     """Candidates that this data-parallel rank read."""
     record: SelectionRecord
@@ -58,12 +60,12 @@ def select_candidates(
         alpha: share to drop.
 
     Returns:
-        None where no whole micro-step is to be dropped: nothing is scored then.
+        None where nothing is to be dropped: nothing is scored then.
     """
     mesh, policy = engine.mesh, engine.model.policy
-    micro_steps = num_candidates // (rows * mesh.dp_size)
-    kept_steps = micro_steps_to_keep(micro_steps, alpha)
-    if kept_steps == micro_steps:
+    read = StepShape(num_candidates // (rows * mesh.dp_size), rows)
+    shape = read.kept(alpha)
+    if shape == read:
         return None
     engine.prepare_scores()
     policy.state.micro_step = 0
@@ -88,7 +90,7 @@ def select_candidates(
         scores_C = scores_C.cpu()  # the only wait of the host
     if mesh.is_first_stage:
         record.num_tokens = int(valid)
-    kept = keep_number(scores_C, kept_steps * rows * mesh.dp_size)
+    kept = keep_number(scores_C, shape.sequences * mesh.dp_size)
     own = [number for some in rows_of_rank(range(num_candidates), rows, mesh) for number in some]
     scores_M = scores_C[own]
     record.instance_scores_M = scores_M
@@ -96,7 +98,9 @@ def select_candidates(
     record.tau_instance = kept.tau
     record.num_nonfinite = kept.num_nonfinite
     record.nonfinite_rows_M = torch.isnan(scores_M) | (scores_M == torch.inf)
-    return Selection(kept=kept.keep.nonzero().squeeze(1).tolist(), own=own, record=record)
+    return Selection(
+        kept=kept.keep.nonzero().squeeze(1).tolist(), shape=shape, own=own, record=record
+    )
 
 
 def _broadcast(x: torch.Tensor, group: dist.ProcessGroup) -> None:

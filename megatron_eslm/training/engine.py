@@ -16,6 +16,7 @@ from megatron_eslm.config.deepspeed_json import blamed_on
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT
+from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.parallel.collectives import all_reduce_
 from megatron_eslm.parallel.mesh import Mesh, ModelParallelUnit
 from megatron_eslm.parallel.phases import Phases
@@ -106,11 +107,14 @@ class Engine:
         """DeepSpeed's monitors (TensorBoard, W&B, CSV)."""
         return self.ds.monitor
 
-    def set_batch_size(self, global_batch_size: int) -> None:
-        """How many sequences the next steps read over all ranks: another number of micro-steps."""
+    def set_shape(self, shape: StepShape) -> None:
+        """How many micro-steps of how many rows the next steps take. Alike on all ranks."""
         ds = self.ds
-        if global_batch_size == ds.train_batch_size():
+        if shape.micro_steps == ds.gradient_accumulation_steps():
             return
+        # DeepSpeed counts in micro-batches of one size and needs only their number.
+        rows = ds.train_micro_batch_size_per_gpu() * self.mesh.dp_size
+        global_batch_size = shape.micro_steps * rows
         ds.set_train_batch_size(global_batch_size)
         # It tells the last micro-step of a step by the number of all micro-steps so far.
         ds.micro_steps = 0
@@ -136,8 +140,8 @@ class Engine:
         What was selected is in the model's recorder afterwards.
 
         Args:
-            batches: as many as `set_batch_size` says (gradient_accumulation_steps before it is
-                called), on the engine's device; a pipeline's middle stages read none.
+            batches: as `set_shape` says (gradient_accumulation_steps before it is called), on the
+                engine's device; a pipeline's middle stages read none.
             lr: learning rate of this step.
 
         Returns:

@@ -14,7 +14,7 @@ from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.plan import MixtureReport
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.head_statistics import CHUNK_BYTES
-from megatron_eslm.ops.keep_rule import micro_steps_to_keep, num_to_keep
+from megatron_eslm.ops.keep_rule import StepShape, num_to_keep
 from megatron_eslm.ops.selective_linear_cross_entropy import LEAST_COLUMNS
 from megatron_eslm.selection.alpha import AlphaController
 from megatron_eslm.selection.policy import build_policy
@@ -246,7 +246,8 @@ def step_work(run: RunConfig, alpha: float | None = None, batch_size: int | None
     rows, steps = t.micro_batch_size * ranks, micro_steps * (run.dp_size // ranks)
     kept, steps_kept = rows, steps
     if policy.selects_per_step:
-        steps_kept = micro_steps_to_keep(micro_steps, alpha)
+        shape = StepShape(micro_steps, t.micro_batch_size).kept(alpha)
+        kept, steps_kept = shape.rows * ranks, shape.micro_steps
     elif policy.instance_source != "nothing":
         kept = num_to_keep(rows, alpha)
     deep = kept * run.model.seq_length

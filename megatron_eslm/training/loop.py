@@ -174,7 +174,7 @@ class Trainer:
         self.alpha.begin_step(state.iteration)
         samples = self.reading.skipped.numbers(state.consumed_samples, batch_size)
         step = batches.step(samples, state.selection.alpha)
-        self.engine.set_batch_size(step.num_rows)
+        self.engine.set_shape(step.shape)
         self.recorder.nonfinite_candidates = step.nonfinite_candidates
         lr = learning_rate(self.run.optimizer, state.iteration)
         norm, applied = self.engine.step(step.batches, lr)

@@ -21,6 +21,7 @@ from torch import nn
 
 from megatron_eslm.model.gpt import GPT
 from megatron_eslm.model.layers import MirroredNorm, refresh_norm
+from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.batch import Batch
 from megatron_eslm.training.engine import Engine
@@ -104,6 +105,7 @@ class PipelinedEngine(Engine):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._bare_norm: float | None = None
+        self._rows = self.ds.train_micro_batch_size_per_gpu()
         # DeepSpeed's pipeline would write a loss of its own beside our metrics.
         self._monitor, self.ds.monitor = self.ds.monitor, _NoMonitor()
         self.ds._INSTRUCTION_MAP = {
@@ -151,12 +153,23 @@ class PipelinedEngine(Engine):
             source = dist.get_global_rank(mesh.ends_group, 1)
             refresh_norm(self.model.final_norm, source, mesh.ends_group)
 
+    def set_shape(self, shape: StepShape) -> None:
+        super().set_shape(shape)
+        self._set_rows(shape.rows)
+
+    def _set_rows(self, rows: int) -> None:
+        """Stages make their buffers anew where they are to receive another number of rows."""
+        if rows != self._rows:
+            self.ds.reset_activation_shape()
+            self._rows = rows
+
     def _step(self, batches: Iterable[Batch]) -> tuple[float, bool]:
         self.ds.train_batch(_twice(batches))
         return self._outcome(self._bare_norm)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], num_batches: int, num_rows: int) -> torch.Tensor:
+        self._set_rows(num_rows)
         # DeepSpeed adds up the outputs of the last stage, and ours has another shape than a loss.
         self.ds.total_loss = None
         sums = self.ds.eval_batch(

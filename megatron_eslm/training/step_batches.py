@@ -6,13 +6,14 @@ micro-batch of one rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_eslm.data.loader import read_batch
 from megatron_eslm.data.mixture import Mixture
+from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.state import SelectionRecord
 from megatron_eslm.training.candidates import Selection, rows_of_rank, select_candidates
@@ -30,8 +31,8 @@ class Step:
 
     batches: Iterator[Batch]
     """Of this rank, one a micro-step; a pipeline's middle stages must not ask for any."""
-    num_rows: int
-    """Sequences that are trained on, over all ranks; in-model selection may drop some of them."""
+    shape: StepShape
+    """Of this and of every other rank; in-model selection may drop some of its rows."""
     micro_batches: list[list[int]]
     """Rows of this rank in each micro-step, as numbers among the C."""
     selection: Selection | None
@@ -80,15 +81,18 @@ class StepBatches:
         if policy.selects_per_step:
             candidates = map(self._next, iter(int, 1))
             selection = select_candidates(self.engine, candidates, len(samples), self.rows, alpha)
-        numbers = range(len(samples)) if selection is None else selection.kept
-        micro_batches = list(rows_of_rank(numbers, self.rows, mesh))
+        shape = StepShape(len(samples) // (self.rows * mesh.dp_size), self.rows)
+        numbers: Sequence[int] = range(len(samples))
+        if selection is not None:
+            shape, numbers = selection.shape, selection.kept
+        micro_batches = list(rows_of_rank(numbers, shape.rows, mesh))
         from_loader = selection is None and self.loader is not None
         return Step(
             batches=(
                 self._next() if from_loader else self._read([samples[i] for i in rows])
                 for rows in micro_batches
             ),
-            num_rows=len(numbers),
+            shape=shape,
             micro_batches=micro_batches,
             selection=selection,
         )

@@ -9,13 +9,14 @@ import pytest
 from megatron_eslm.config.run import RunConfig, parse_flags, parse_run, resolve
 from megatron_eslm.config.scope import Scope
 from megatron_eslm.errors import ConfigError
+from tests.argv import later_wins
 
 SHAPE = "--num-layers 4 --hidden-size 32 --num-attention-heads 2 --seq-length 16"
 SMALL = f"--data-path x {SHAPE} --lr 0.1 --train-iters 9 --micro-batch-size 2".split(" ")
 
 
 def scope(flags: str, world: int = 1, stored: Scope | None = None) -> str | None:
-    parsed = parse_flags([*SMALL, *flags.split()])
+    parsed = parse_flags(later_wins([*SMALL, *flags.split()]))
     return resolve(world_size=world, stored_scope=stored, **parsed).selection.eslm_scope
 
 
@@ -53,8 +54,17 @@ def test_by_default_a_step_without_a_whole_micro_step_to_drop_selects_within(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         assert scope("--global-batch-size 20", 2) == "global"
-    for part in ("--eslm-scope global", "of 5 ", "above 0.1", "6 micro-steps"):
-        assert part in caplog.text
+        for part in ("--eslm-scope global", "micro-steps (5)", "6 micro-steps"):
+            assert part in caplog.text
+        assert "--eslm-scope step, which" not in caplog.text
+        assert scope("--global-batch-size 32 --micro-batch-size 8", 2) == "global"
+        assert "or give --eslm-scope step, which keeps 7 of 8 rows" in caplog.text
+
+
+def test_rows_are_dropped_where_micro_steps_are_too_few() -> None:
+    assert scope("--global-batch-size 32 --micro-batch-size 8 --eslm-scope step", 2) == "step"
+    pp = "--global-batch-size 16 --micro-batch-size 8 --pipeline-model-parallel-size 2"
+    assert scope(pp, 2) == "step"
 
 
 @pytest.mark.parametrize(
@@ -63,10 +73,10 @@ def test_by_default_a_step_without_a_whole_micro_step_to_drop_selects_within(
         (
             "--global-batch-size 20 --eslm-scope step",
             2,
-            ["--eslm-alpha 0.1 of 5 (20 sequences a step / 2 data-parallel ranks", "rounds to none",
-             "above 0.1", "6 micro-steps", "--eslm-scope global"],
+            ["--eslm-alpha 0.1 of 5 micro-steps of 2 rows rounds to none", "above 0.1",
+             "6 micro-steps", "--eslm-scope global"],
         ),
-        ("--global-batch-size 2 --eslm-scope step", 1, ["of 1 ", "have 6 micro-steps or more"]),
+        ("--global-batch-size 2 --eslm-scope step", 1, ["of 1 micro-steps", "above 0.25"]),
         (
             "--global-batch-size 8 --pipeline-model-parallel-size 2",
             2,

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron_eslm.ops.keep_rule import (
     EXCLUDED,
     Kept,
+    StepShape,
     keep_number,
     keep_riskiest,
-    micro_steps_to_keep,
     num_to_keep,
 )
 
@@ -271,19 +271,25 @@ def test_a_number_of_scores_is_kept(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("micro_steps", "alpha", "kept"),
+    ("read", "alpha", "kept"),
     [
-        (10, 0.1, 9),
-        (10, 0.0, 10),
-        (5, 0.1, 5),  # halves keep the larger number
-        (6, 0.1, 5),
-        (16, 0.1, 14),
-        (15, 0.1, 14),  # 13.5, which float arithmetic must not make 13
-        (20, 0.5, 10),
-        (3, 0.5, 2),
-        (1, 0.9, 1),
-        (2, 0.99, 1),
+        ((10, 4), 0.1, (9, 4)),
+        ((10, 4), 0.0, (10, 4)),
+        ((6, 1), 0.1, (5, 1)),
+        ((16, 4), 0.1, (14, 4)),
+        ((15, 4), 0.1, (14, 4)),  # 13.5, which float arithmetic must not make 13
+        ((20, 2), 0.5, (10, 2)),
+        ((3, 2), 0.5, (2, 2)),
+        ((2, 8), 0.99, (1, 8)),
+        # Too few micro-steps: rows of each; halves keep the larger number.
+        ((5, 4), 0.1, (5, 4)),
+        ((5, 5), 0.1, (5, 5)),
+        ((5, 6), 0.1, (5, 5)),
+        ((1, 16), 0.1, (1, 14)),
+        ((1, 12), 0.1, (1, 11)),
+        ((1, 1), 0.9, (1, 1)),
     ],
 )
-def test_micro_steps_kept(micro_steps: int, alpha: float, kept: int) -> None:
-    assert micro_steps_to_keep(micro_steps, alpha) == kept
+def test_shape_that_is_kept(read: tuple[int, int], alpha: float, kept: tuple[int, int]) -> None:
+    assert StepShape(*read).kept(alpha) == kept
+    assert StepShape(*read).kept(alpha).sequences == kept[0] * kept[1]

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eslm.ops.keep_rule import micro_steps_to_keep
+from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.parallel.phases import Phases
 from megatron_eslm.selection.batch import Batch
@@ -155,7 +155,7 @@ def expected(name: str) -> tuple[list[int], set[tuple[int, int]], float, dict[st
     # To float32's precision, in which scores of copies are ties.
     scores = [float(torch.tensor(score, dtype=torch.float32)) for score in whole.instance_scores]
     order = sorted(range(CANDIDATES), key=lambda row: (-scores[row], row))
-    micro_steps = micro_steps_to_keep(CANDIDATES // MICRO, ALPHA)
+    micro_steps, _ = StepShape(CANDIDATES // MICRO, MICRO).kept(ALPHA)
     kept = sorted(order[: micro_steps * MICRO])
     tokens, loss, gradients = set(), 0.0, {}
     for begin in range(0, len(kept), MICRO):
@@ -202,7 +202,7 @@ def test_a_candidate_that_is_not_finite_spoils_the_step_and_is_named(ranks: int)
     assert all(bool(gradient.isnan().any()) for gradient in step.gradients.values())
 
 
-def test_nothing_is_scored_where_no_micro_step_is_dropped() -> None:
+def test_nothing_is_scored_where_nothing_is_dropped() -> None:
     def on_rank(rank: int) -> bool:
         model, _ = small_gpt(alpha=0.1, eslm_scope="step")
         engine: Any = SimpleNamespace(mesh=build_mesh(), model=model)

@@ -181,7 +181,7 @@ def test_layout_and_plan_of_many_processes(data: list[str]) -> None:
         ]
 
     many, one = run_ranks(1, fn)[0]
-    assert "2 micro-steps x 4 ranks x 8; trained on 32 (1 micro-steps, 50.0% dropped)" in many
+    assert "2 micro-steps x 4 ranks x 8; trained on 32 = 1 x 4 x 8 (50.0% dropped)" in many
     assert (
         "layout               2 tensor x 3 pipeline x 4 data-parallel ranks, ZeRO 0, sequence "
         "parallel, activation checkpoints every 2 blocks" in many

@@ -109,6 +109,6 @@ def test_the_header_says_what_runs_where() -> None:
         "eslm of sequences and tokens, alpha 0.1, by loss, early exit after block 1 | "
         f"{shape.num_params:,} parameters (3 blocks x 32) | bfloat16 on CPU",
         "2 tensor x 2 pipeline x 2 data-parallel ranks, ZeRO 1 | 10 steps of 48 sequences x 32 "
-        "tokens = 6 micro-steps x 2 ranks x 4; trained on 40 (5 micro-steps, "
-        "16.7% dropped) | data: prose, code",
+        "tokens = 6 micro-steps x 2 ranks x 4; trained on 40 = 5 x 2 x 4 (16.7% "
+        "dropped) | data: prose, code",
     ]

@@ -58,12 +58,11 @@ def test_a_disk_that_takes_no_records_stops_the_run_behind_a_checkpoint(
     monitor = {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "job"}
     config.write_text(json.dumps({"csv_monitor": monitor}))
     tp, pp = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
-    few = ("--micro-batch-size", 4, "--eslm-alpha", 0.5)
     cases = {
         # flags, what breaks, the iteration that is saved
         "metrics": ((tp, 2), full_metrics, 1),
         "last": ((tp, 2, "--eval-iters", 0, "--log-interval", 4), full_metrics, 4),
-        "dump": ((pp, 2, *few, "--dump-selection", tmp_path / "dump"), full_dump, 2),
+        "dump": ((pp, 2, "--dump-selection", tmp_path / "dump"), full_dump, 2),
         "monitor": (("--deepspeed_config", config, "--micro-batch-size", 4), no_monitor, 1),
     }
 
@@ -169,7 +168,7 @@ def test_weights_that_are_not_finite_do_not_take_the_place_of_good_ones(
             trainer.engine.step = spoiled
 
         flags = ("--save", tmp_path / "run", "--save-interval", 1, "--keep-last", 1)
-        pp = ("--pipeline-model-parallel-size", 2, "--zero-stage", 0, "--selection", "clm")
+        pp = ("--pipeline-model-parallel-size", 2, "--zero-stage", 0)
         return stopped(words(data, *flags, *pp), spoil, None), (tmp_path / "run" / ".lock").exists()
 
     (text, locked), (same, _) = run_ranks(2, fn)

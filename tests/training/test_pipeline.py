@@ -75,6 +75,21 @@ def test_dropout_masks_are_those_of_the_single_process(data: list[str], tmp_path
     assert dropped.column("loss") != plain.column("loss")
 
 
+def test_rows_are_dropped_where_there_are_too_few_micro_steps(
+    data: list[str], tmp_path: Path
+) -> None:
+    """6 of 8 rows on one rank, 3 of 4 on each of two; evaluation sends whole micro-batches."""
+    runs = {
+        "pp2dp2": (4, 2, PP2),
+        "pp2": (2, 1, PP2),
+        "dp2-zero3": (2, 2, ("--zero-stage", "3")),
+    }
+    few = ("--eslm-alpha", "0.25", "--global-batch-size", str(ROWS), "--eval-interval", "2")
+    outcomes = course(data, tmp_path, runs, *few)
+    assert_same_course(tmp_path, outcomes)
+    assert outcomes["one"].column("batch_size_trained") == [6] * 4
+
+
 def test_activations_computed_again_are_the_same(data: list[str], tmp_path: Path) -> None:
     """And they are computed again: a block runs forward twice in a training step."""
 
