@@ -21,7 +21,7 @@ from megatron_eslm.config.layouts import (
     layout_warnings,
 )
 from megatron_eslm.config.schedule import fill_schedule
-from megatron_eslm.config.scope import Scope, fill_scope
+from megatron_eslm.config.scope import Scope, fill_scope, warn_of_ramp
 from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.data.label_noise import check_label_noise
 from megatron_eslm.data.options import DataOptions
@@ -266,6 +266,12 @@ def resolve(
         micro_batch_size=training.micro_batch_size,
         micro_steps=steps,
         stored=stored_scope,
+    )
+    warn_of_ramp(
+        selection,
+        BatchSchedule(training.global_batch_size, training.rampup_batch_size),
+        training.micro_batch_size,
+        dp_size,
     )
     full_json = deepspeed_json.complete(
         json,

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from typing import Literal
 
+from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.selection.options import SelectionOptions
@@ -83,6 +84,28 @@ def fill_scope(
             else "",
         )
     return dataclasses.replace(selection, eslm_scope=scope)
+
+
+def warn_of_ramp(
+    selection: SelectionOptions, schedule: BatchSchedule, micro_batch_size: int, dp_size: int
+) -> None:
+    """Say where a ramp begins with batches of which nothing is dropped ahead of a step."""
+    alpha = selection.initial_alpha
+    state, alone = SelectionState(alpha=alpha), Peers(0, 1, None)
+    if not (alpha and build_policy(selection, state, alone, seed=0).selects_per_step):
+        return
+    whole = []
+    for size in schedule.sizes:
+        read = StepShape(size // (micro_batch_size * dp_size), micro_batch_size)
+        if read.kept(alpha) == read:
+            whole.append(size)
+    if whole:
+        logger.warning(
+            "--rampup-batch-size: batches of up to %d sequences are trained on whole; they have "
+            "too few micro-steps to drop one at --eslm-alpha %g.",
+            max(whole),
+            alpha,
+        )
 
 
 def _least_that_drops(alpha: float) -> int:

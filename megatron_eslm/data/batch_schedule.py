@@ -33,6 +33,14 @@ class BatchSchedule:
         return start + position * self._increments // samples * increment
 
     @property
+    def sizes(self) -> list[int]:
+        """All batch sizes, ascending."""
+        if not self.rampup:
+            return [self.global_batch_size]
+        start, increment, _ = self.rampup
+        return [*range(start, self.global_batch_size, increment), self.global_batch_size]
+
+    @property
     def _increments(self) -> int:
         start, increment, _ = self.rampup
         return (self.global_batch_size - start) // increment

@@ -3,8 +3,8 @@
 Packing and shuffling within a domain are megatron-core's GPTDataset, the interleaving of domains
 its blending rule (the domain that lags its weight most comes next). The order is a function of
 (data, seed, sequence length, split, weights) and never of ranks, micro-batches or workers. While
-no domain is read more than once, a longer run begins with the samples of a shorter one; with
-several epochs megatron-core shuffles them together and the order depends on the length of the run.
+no domain is read more than once, a longer run begins with the samples of a shorter one; several
+epochs are shuffled together by megatron-core, and the order depends on their number.
 """
 
 from __future__ import annotations
@@ -212,9 +212,9 @@ def _build_split(
     parts = []
     for domain, plan in zip(source.domains, report.domains, strict=True):
         have, need = plan.sequences[split], plan.samples_needed[split]
-        # None is one epoch whatever the run reads of it, so that runs of any length share the
-        # order (and the cache).
-        count = None if need <= have else need
+        # Whole epochs, whatever the run reads of the last one, so that runs of any length share
+        # the order (and the cache); None is one.
+        count = None if need <= have else -(-need // have) * have
         key = [source.fingerprint, domain.prefix, split, count, report.seq_length, seed]
         key += [canonical_split(options.split), options.eod_mask_loss]
         parts.append(

@@ -87,6 +87,8 @@ class RecipeRun:
             planned: whether it is to be described from its start, whatever it has saved by now.
         """
         flags = dict(self.flags)
+        if resumed:
+            flags.pop("finetune", None)  # that is how it began
         _, start = flags.pop("load", ["--load", None])
         if train_iters is not None:
             flags["train_iters"] = ["--train-iters", str(train_iters)]

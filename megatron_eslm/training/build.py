@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ from megatron_eslm.training.objectives import (
 )
 from megatron_eslm.training.optimizer_state import OptimizerState
 from megatron_eslm.training.outputs import Outputs
-from megatron_eslm.training.reading_plan import ReadingPlan, plan_reading
+from megatron_eslm.training.reading_plan import ReadingPlan, forget_ahead, plan_reading
 from megatron_eslm.training.reference import find_run_reference, load_reference
 from megatron_eslm.training.stages import plan_stages, plan_text
 from megatron_eslm.training.state import TrainState
@@ -178,16 +179,12 @@ def data_record(
     run: RunConfig, source: DataSource, stored: ReferenceLosses | None, report: MixtureReport
 ) -> dict[str, Any]:
     """What decides what is read, and in which order; compared when a run continues."""
-    repeats = any(domain.epochs > 1 for domain in report.domains)
+    epochs = [math.ceil(domain.epochs) for domain in report.domains]
     return {
-        "fingerprint": source.fingerprint,
-        "weights": list(source.weights),
-        "split": canonical_split(run.data.split),
+        **order_record(run, source),
         "eod_mask_loss": run.data.eod_mask_loss,
-        "seed": run.training.seed,
-        "seq_length": run.model.seq_length,
         # While nothing is read twice, the order does not depend on how much is read in all.
-        "train_samples": report.train_samples if repeats else None,
+        "epochs": epochs if max(epochs) > 1 else None,
         "global_batch_size": run.training.global_batch_size,
         "rampup_batch_size": list(run.training.rampup_batch_size) or None,
         "micro_batch_rows": (run.training.micro_batch_size or 0) * run.dp_size,
@@ -199,7 +196,20 @@ def data_record(
     }
 
 
-def find_reading(run: RunConfig) -> tuple[Found | None, TrainState, ReadingPlan]:
+def order_record(run: RunConfig, source: DataSource) -> dict[str, Any]:
+    """What of it decides which sequence has which number, besides the number of epochs."""
+    return {
+        "fingerprint": source.fingerprint,
+        "weights": list(source.weights),
+        "split": canonical_split(run.data.split),
+        "seed": run.training.seed,
+        "seq_length": run.model.seq_length,
+    }
+
+
+def find_reading(
+    run: RunConfig, source: DataSource
+) -> tuple[Found | None, TrainState, ReadingPlan]:
     """The checkpoint that a run starts from, where it then stands, and what is left to read.
 
     Collective.
@@ -209,7 +219,12 @@ def find_reading(run: RunConfig) -> tuple[Found | None, TrainState, ReadingPlan]
 
     def plan() -> tuple[TrainState, ReadingPlan]:
         state = starting_state(run, found, run_id)
-        return state, plan_reading(run, state, carried_on(found, "skipped_samples"))
+        recorded = carried_on(found, "skipped_samples")
+        if found is not None and found.kind == "training":
+            there, here = found.run["data"], order_record(run, source)
+            if any(there.get(key) != value for key, value in here.items()):
+                recorded = forget_ahead(recorded, state.consumed_samples)
+        return state, plan_reading(run, state, recorded)
 
     return found, *on_every_rank(plan)
 
@@ -220,7 +235,7 @@ def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
     What a run would read is what one wants to know of a run that reads too much.
     """
     source, options = open_run_data(run)
-    _, start, reading = find_reading(run)
+    _, start, reading = find_reading(run, source)
     report = plan_run(run, source, options, reading)
     shape = run.shape(source.tokenizer.vocab_size)
     open_stored_losses(run, source)
@@ -259,7 +274,7 @@ def _build_trainer(run: RunConfig, phases: Phases, outputs: Outputs) -> Trainer:
     )
     source, options = open_run_data(run)
     outputs.take_folders()  # a run before this one may save until then
-    found, state, reading = find_reading(run)
+    found, state, reading = find_reading(run, source)
     report = plan_run(run, source, options, reading)
     check_reading(run, options, reading, report)
     shape = run.shape(source.tokenizer.vocab_size)

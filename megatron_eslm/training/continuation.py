@@ -102,7 +102,7 @@ def check_continues(
                 )
 
 
-_ORDER = ("fingerprint", "weights", "split", "seed", "seq_length", "train_samples")
+_ORDER = ("fingerprint", "weights", "split", "seed", "seq_length", "epochs")
 """What of a data record decides which sequence has which number."""
 
 
@@ -114,12 +114,12 @@ def _check_same_data(run: RunConfig, found: Found, data: dict[str, Any]) -> None
     text = "; ".join(f"{key}: {theirs.get(key)} there, {data[key]} here" for key in differ)
     if not run.checkpoint.allow_data_change:
         repeats = (
-            " Where data are read more than once, their order depends on how many samples are "
-            "read in all (--train-iters, batch size, --skip-samples)."
+            " Where data are read more than once, their order depends on the number of epochs "
+            "(--train-iters, batch size, --skip-samples)."
         )
         raise ConfigError(
             f"{found.folder} was trained on other data or in another order ({text})."
-            f"{repeats if 'train_samples' in differ else ''} "
+            f"{repeats if 'epochs' in differ else ''} "
             "Continue with the same, or consent with --allow-data-change."
         )
     reordered = bool(set(differ) & set(_ORDER))
@@ -174,7 +174,7 @@ def resets_optimizer(run: RunConfig, found: Found | None) -> bool:
     """
     if not run.checkpoint.reset_optimizer or found is None or found.kind == "weights":
         return False
-    saved_by = found.run["options"]["checkpoint"]
+    saved_by = found.run["options"].get("checkpoint", {})
     return not (continues_itself(run) and saved_by.get("reset_optimizer", False))
 
 

@@ -50,6 +50,7 @@ class _Options:
     optimizer: dict[str, Any] = field(default_factory=dict)
     reference: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,12 @@ class _Run(Stamp):
     shape: ModelShape
 
 
+def _is_range(part: tuple[int, int]) -> tuple[int, int]:
+    if part[0] >= part[1]:
+        raise ValueError("a range begins before it ends")
+    return part
+
+
 @dataclass(frozen=True, kw_only=True)
 class _TrainingRun(_Run):
     """What is used of run.json where a run saved it."""
@@ -75,7 +82,9 @@ class _TrainingRun(_Run):
     options: _Options
     data: dict[str, Any]
     domains: Annotated[list[_Domain], pydantic.Field(min_length=1)]
-    skipped_samples: list[tuple[Count, Count]] = field(default_factory=list)
+    skipped_samples: list[Annotated[tuple[Count, Count], pydantic.AfterValidator(_is_range)]] = (
+        field(default_factory=list)
+    )
     optimizer_resets: list[Count] = field(default_factory=list)
 
 

@@ -35,6 +35,18 @@ class ReadingPlan:
         return self.end - position - self.skipped.between(position, self.end)
 
 
+def forget_ahead(recorded: list[Any], position: int) -> list[Any]:
+    """Skipped ranges of another order of the data, without those that are not reached yet."""
+    ahead = [part for part in recorded if part[1] > position]
+    if ahead:
+        logger.warning(
+            "--skip-samples %s of the checkpoint named samples of another order of the data: not "
+            "skipped any more",
+            SkippedSamples.of(tuple((begin, end) for begin, end in ahead)),
+        )
+    return [part for part in recorded if part[1] <= position]
+
+
 def plan_reading(run: RunConfig, state: TrainState, recorded: list[Any]) -> ReadingPlan:
     """The samples of the steps that are left.
 

@@ -61,6 +61,18 @@ def test_by_default_a_step_without_a_whole_micro_step_to_drop_selects_within(
         assert "or give --eslm-scope step, which keeps 7 of 8 rows" in caplog.text
 
 
+def test_batches_of_a_ramp_that_are_trained_on_whole_are_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ramp = "--global-batch-size 40 --rampup-batch-size 4 4 100"
+    with caplog.at_level(logging.WARNING):
+        scope(f"{ramp} --selection clm")
+        scope(f"{ramp} --eslm-scope local")
+        assert not caplog.messages
+        assert scope(ramp) == "step"
+    assert "batches of up to 8 sequences are trained on whole" in caplog.text  # 4 micro-steps of 2
+
+
 def test_rows_are_dropped_where_micro_steps_are_too_few() -> None:
     assert scope("--global-batch-size 32 --micro-batch-size 8 --eslm-scope step", 2) == "step"
     pp = "--global-batch-size 16 --micro-batch-size 8 --pipeline-model-parallel-size 2"

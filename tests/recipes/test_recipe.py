@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,8 @@ def test_everything_in_its_place(tmp_path):
     ]
     assert rho1.needs == "clm" and rho1.flags["reference"] == ["--reference", str(clm.checkpoints)]
     assert short.flops_of == "eslm 0.1"
+    began = dataclasses.replace(short, flags={**short.flags, "finetune": ["--finetune"]})
+    assert "--finetune" in began.words() and "--finetune" not in began.words(resumed=True)
     # Weights to start from, until there are checkpoints of its own.
     assert short.words()[-3] == "there/w" and short.words(resumed=True)[-3] == str(
         short.checkpoints

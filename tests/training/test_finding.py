@@ -210,6 +210,11 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
         "scales adapters otherwise",
     ),
     "no domains": (put("run.json", "domains", to=[]), "domains: list should have at least 1"),
+    "empty range": (put("run.json", "skipped_samples", to=[[9, 9]]), "skipped_samples.0: a range "),
+    "checkpoint a number": (
+        put("run.json", "options", "checkpoint", to=3),
+        "options.checkpoint: ",
+    ),
     "epochs null": (put("run.json", "domains", 0, "epochs", to=None), "domains.0.epochs: input"),
     "0 heads": (put("run.json", "shape", "num_attention_heads", to=0), "num_attention_heads: inp"),
     "3 heads": (put("run.json", "shape", "num_attention_heads", to=3), "not a multiple of"),

@@ -20,7 +20,7 @@ from megatron_eslm.training.optimizer_state import OptimizerState
 from tests.harness import run_ranks
 
 from .conftest import make_domain
-from .runs import build, refusal, train, words
+from .runs import build, read_dumps, refusal, train, words
 
 
 def read_by(argv: list[str], metrics: Path | None = None) -> list[int]:
@@ -150,6 +150,50 @@ def test_skipped_samples(data: list[str], tmp_path: Path, caplog: pytest.LogCapt
     assert "read samples 0 to 82" in found["late"]
     assert "--skip-samples 75:9999 reaches beyond the data" in found["beyond"]
     assert "skipped              11 samples (10:13 40:45 56:59)" in found["dry"]
+
+
+def test_repeated_data_keep_their_order_whatever_is_skipped(tmp_path: Path) -> None:
+    """Within the same number of epochs; none is trained on under another number."""
+    short = make_domain(tmp_path / "short", "prose", 3)
+
+    def argv(name: str, *more: object) -> list[str]:
+        flags = ("--data-path", short, "--split", "100,0,0", "--eval-iters", 0, "--max-epochs", 4)
+        dump = ("--selection", "clm", "--dump-selection", tmp_path / f"{name}-dump")
+        folder = ("--save", tmp_path / name, "--load", tmp_path / name, "--lr-decay-iters", 20)
+        given = (*flags, *dump, *folder, *more)
+        return words([short, short], *given, iters=12, micro_batch_size=2)
+
+    def fn(rank: int) -> None:
+        train(argv("straight"))
+        train(argv("skips", "--exit-interval", 3))
+        train(argv("skips", "--skip-samples", "10:12"))
+
+    run_ranks(1, fn)
+    straight, skips = (
+        {
+            int(sample): tokens.tolist()
+            for dump in read_dumps(tmp_path / f"{name}-dump").values()
+            for sample, tokens in zip(dump["samples"], dump["tokens"], strict=True)
+        }
+        for name in ("straight", "skips")
+    )
+    run = find_checkpoint(tmp_path / "skips").run["data"]
+    assert run["epochs"] and run["epochs"][0] > 1
+    assert not {10, 11} & skips.keys() and len(straight.keys() & skips.keys()) > 10
+    assert all(straight[i] == skips[i] for i in straight.keys() & skips.keys())
+
+
+def test_ranges_of_another_order_are_forgotten(data: list[str], tmp_path: Path) -> None:
+    def argv(*more: object) -> list[str]:
+        folder = ("--save", tmp_path / "run", "--load", tmp_path / "run", "--lr-decay-iters", 9)
+        return words(data, *folder, *more, iters=6)
+
+    def fn(rank: int) -> list[int]:
+        train(argv("--skip-samples", "3:5", "40:48", "--exit-interval", 3))
+        return read_by(argv("--seed", 7, "--allow-data-change"))
+
+    assert run_ranks(1, fn)[0] == list(range(26, 50))
+    assert find_checkpoint(tmp_path / "run").run["skipped_samples"] == [[3, 5]]
 
 
 def test_a_fresh_optimizer_once(data: list[str], tmp_path: Path) -> None:
