@@ -147,8 +147,8 @@ def complete(
         full.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     if pipeline_stages > 1:
         # By default tensor-parallel ranks would each send a part of the activations, cut as in the
-        # first micro-step. Every micro-step keeps another number of rows, and with sequence
-        # parallelism each rank's activations are its own.
+        # first micro-step. The number of rows changes with alpha, and with sequence parallelism
+        # each rank's activations are its own.
         full["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if path is not None:
         if zero_stage >= 2 and full.get("gradient_predivide_factor", 1) != 1:

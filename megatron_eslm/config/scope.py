@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import Literal
 
 from megatron_eslm.data.batch_schedule import BatchSchedule
@@ -41,47 +42,61 @@ def fill_scope(
         ConfigError: sequences cannot be selected within a micro-batch in a pipeline, or nothing
             would be dropped.
     """
-    given = selection.eslm_scope or stored
-    state, alone = SelectionState(alpha=selection.initial_alpha), Peers(0, 1, None)
+    given, alpha = selection.eslm_scope, selection.initial_alpha
+    state, alone = SelectionState(alpha=alpha), Peers(0, 1, None)
     policy = build_policy(selection, state, alone, seed=0)
-    if policy.instance_source == "nothing" or not policy.chooses_together:
-        # Tokens alone have no step; greats refuses what it cannot do in its own words.
-        return dataclasses.replace(selection, eslm_scope=given or "global")
-    alpha, batch = selection.initial_alpha, StepShape(micro_steps, micro_batch_size)
-    kept = batch.kept(alpha)
-    # By micro-steps alone: they are the same whatever ranks share them, so that by default every
-    # layout trains the same model.
-    whole = kept.micro_steps < micro_steps
-    scope: Scope = given or ("step" if whole or pp_size > 1 else "global")
+    if policy.instance_source == "nothing" or not policy.chooses_together or not alpha:
+        # Nothing that a scope decides; greats refuses what it cannot do in its own words.
+        return selection
+    read = StepShape(micro_steps, micro_batch_size)
+    kept = read.kept(alpha)
+    dropped = 1 - kept.sequences / read.sequences
+    # By micro-steps alone, which are the same whatever ranks share them: by default every layout
+    # trains the same model.
+    near = abs(dropped - alpha) <= alpha / 3 + 1e-9
+    whole = kept.micro_steps < micro_steps and near
+    if pp_size > 1 and given is None and stored in ("global", "local"):
+        logger.warning(
+            "--eslm-scope step, which is what a pipeline selects by; the run was begun with %s.",
+            stored,
+        )
+        stored = None
+    scope: Scope = given or stored or ("step" if whole or pp_size > 1 else "global")
     if pp_size > 1 and scope != "step":
         raise ConfigError(
             f"--eslm-scope {scope} selects sequences in mid-model and a pipeline (here "
             f"--pipeline-model-parallel-size {pp_size}) carries whole micro-batches. Use "
             "--eslm-scope step."
         )
-    if scope == "step" and alpha and kept == batch:
-        least = _least_that_drops(alpha)
+    if scope == "step" and kept == read:
         instead = "" if pp_size > 1 else "; or use --eslm-scope global"
+        more_alpha = f"raise --eslm-alpha above {0.5 / max(read):.3g}, " if max(read) > 1 else ""
         raise ConfigError(
             f"--eslm-scope step drops whole micro-steps, or rows of each rank's micro-batches, and "
-            f"--eslm-alpha {alpha:g} of {micro_steps} micro-steps of {micro_batch_size} rows "
-            f"rounds to none. Raise --eslm-alpha above {0.5 / max(batch):.3g}, have {least} "
-            f"micro-steps or more by a larger --global-batch-size, or rows by a larger "
-            f"--micro-batch-size{instead}."
+            f"--eslm-alpha {alpha:g} of {micro_steps} micro-step(s) of {micro_batch_size} row(s) "
+            f"rounds to none. To drop some {more_alpha}have {_least_that_drops(alpha)} micro-steps "
+            f"or more by a larger --global-batch-size, or rows by a larger --micro-batch-size"
+            f"{instead}."
         )
-    if not given and scope == "global" and dp_size > 1 and alpha:
+    if scope == "step" and not near:
         logger.warning(
-            "--eslm-scope global: a step has too few micro-steps (%d) to drop one at --eslm-alpha "
-            "%g, so sequences are selected within each micro-batch, where ranks wait for the one "
-            "that keeps most. Have %d micro-steps or more by a smaller --micro-batch-size or a "
-            "larger --global-batch-size%s.",
+            "--eslm-scope step drops %.1f %% of the sequences where --eslm-alpha is %g: %d "
+            "micro-steps of %d rows become %d of %d. More micro-steps come nearer.",
+            100 * dropped,
+            alpha,
+            *read,
+            *kept,
+        )
+    if given is None and stored is None and scope == "global" and dp_size > 1:
+        logger.warning(
+            "--eslm-scope global: the %d micro-steps of a step are too few to drop about "
+            "--eslm-alpha %g of them, so sequences are selected within each micro-batch, where "
+            "ranks wait for the one that keeps most. Have %d micro-steps or more by a smaller "
+            "--micro-batch-size or a larger --global-batch-size%s.",
             micro_steps,
             alpha,
             _least_that_drops(alpha),
-            f", or give --eslm-scope step, which keeps {kept.rows} of {micro_batch_size} rows of "
-            "every micro-batch"
-            if kept != batch
-            else "",
+            f", or give --eslm-scope step, which drops {dropped:.1%} here" if dropped else "",
         )
     return dataclasses.replace(selection, eslm_scope=scope)
 
@@ -109,5 +124,5 @@ def warn_of_ramp(
 
 
 def _least_that_drops(alpha: float) -> int:
-    """The fewest micro-steps of which one is dropped."""
-    return next(n for n in range(2, 10**9) if StepShape(n, 1).kept(alpha).micro_steps < n)
+    """The fewest micro-steps of which one is dropped: more than half of one is alpha of them."""
+    return max(2, math.floor((0.5 + 1e-9) / alpha) + 1)

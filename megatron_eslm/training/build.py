@@ -147,6 +147,7 @@ def build_flops(
         if teacher is None
         else TeacherCost(shape=teacher, runs=lambda: policy.state.iteration < last),
         reference=None if reference is None else reference.shape,
+        refers=None if reference is None else lambda: policy.drops_tokens,
     )
 
 

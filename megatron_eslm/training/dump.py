@@ -33,10 +33,15 @@ def take_dump_folder(path: str) -> FileLock:
     return lock
 
 
+def read_tokens(dataset: Mixture, samples: Sequence[int], mesh: Mesh) -> np.ndarray | None:
+    """What rank 0 dumps of the sequences; None on the others."""
+    return None if mesh.rank else np.stack([dataset[i]["tokens"].numpy() for i in samples])
+
+
 def dump_selection(
     folder: Path,
     iteration: int,
-    dataset: Mixture,
+    tokens: np.ndarray | None,
     samples: Sequence[int],
     records: Records,
     mesh: Mesh,
@@ -52,7 +57,7 @@ def dump_selection(
     Args:
         folder: of the dumps.
         iteration: the step, from 1.
-        dataset: what was read.
+        tokens: of the C sequences, int64 [C, T+1]; needed on rank 0 (`read_tokens`).
         samples: numbers of the C sequences.
         records: of this rank and stage, with numbers among the C.
         mesh: this rank's place.
@@ -65,7 +70,7 @@ def dump_selection(
     everyone = _gathered([(rows, record.cpu()) for rows, record in records], mesh)
     if mesh.rank:
         return
-    tokens = np.stack([dataset[i]["tokens"].numpy() for i in samples])
+    assert tokens is not None
     num_rows, positions = tokens.shape[0], tokens.shape[1] - 1
 
     def filled(value: float | bool, *shape: int) -> np.ndarray:

@@ -286,6 +286,8 @@ def _totals(
     for (alpha, has_teacher, batch_size), count in kinds.items():
         work = step_work(run, alpha, batch_size)
         ledgers = flops if has_teacher else dataclasses.replace(flops, teacher=None)
+        if not alpha:  # nothing is compared then
+            ledgers = dataclasses.replace(ledgers, reference=None)
         executed += count * ledgers.executed(work)
         by_paper += count * ledgers.paper(work)
         trained += count * work.tokens_trained
@@ -368,6 +370,9 @@ def dry_run_text(
     ]
     if plan.num_stages > 1:
         steps = run.gradient_accumulation_steps
+        if flops.ahead:
+            shape_read = StepShape(steps, t.micro_batch_size or 0)
+            steps = shape_read.kept(run.selection.initial_alpha).micro_steps
         idle = (plan.num_stages - 1) / (steps + plan.num_stages - 1)
         lines.append(f"pipeline             each stage idle for {idle:.1%} of a step at best")
         lines.append(plan_text(plan))

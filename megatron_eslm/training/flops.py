@@ -88,6 +88,8 @@ class FlopsModel:
 
     teacher: TeacherCost | None = None
     reference: ModelShape | None = None
+    refers: Callable[[], bool] | None = None
+    """Whether it runs in the step under way: nothing is compared while alpha is 0. None: always."""
     """Of the reference model that scores what is read, where one runs beside training."""
     last_mlp_kept: bool = False
     """Whether the backward pass of the last block's MLP is over the tokens in the loss only."""
@@ -128,7 +130,10 @@ class FlopsModel:
         if not self._scores(work):
             return 0.0
         head = head_forward(self.shape) / self.proxy_stride
-        blocks = self.selector_depth * sum(block_forward(self.shape, self.seq_length))
+        block = sum(block_forward(self.shape, self.seq_length))
+        if self.lora_rank:
+            block += adapters_forward(self.shape, self.lora_rank)
+        blocks = self.selector_depth * block
         return work.tokens * (head + (blocks if self.ahead else 0.0))
 
     def _scores(self, work: Work) -> bool:
@@ -163,14 +168,19 @@ class FlopsModel:
 
     def referring(self, work: Work) -> float:
         """Matrix products of the reference model: a forward pass over what the head scores."""
-        if self.reference is None:
+        if not self._refers:
             return 0.0
+        assert self.reference is not None
         return forward_flops(
             self.reference,
             positions=work.tokens_deep,
             length=self.seq_length,
             scored=work.tokens_scored,
         )
+
+    @property
+    def _refers(self) -> bool:
+        return self.reference is not None and (self.refers is None or self.refers())
 
     @property
     def _is_taught(self) -> bool:
@@ -246,7 +256,8 @@ class FlopsModel:
         if self._is_taught:
             assert self.teacher is not None
             total += work.tokens_deep * 2.0 * self.teacher.shape.num_params
-        if self.reference is not None:
+        if self._refers:
+            assert self.reference is not None
             total += work.tokens_deep * 2.0 * self.reference.num_params
         return total
 

@@ -20,7 +20,7 @@ from megatron_eslm.parallel.phases import Phases
 from megatron_eslm.selection.alpha import AlphaController
 from megatron_eslm.selection.state import Recorder
 from megatron_eslm.training.checkpoint import save_checkpoint
-from megatron_eslm.training.dump import dump_selection
+from megatron_eslm.training.dump import dump_selection, read_tokens
 from megatron_eslm.training.engine import Engine
 from megatron_eslm.training.evaluate import Evaluation, evaluate
 from megatron_eslm.training.flops import FlopsModel, device_peak_flops
@@ -182,6 +182,7 @@ class Trainer:
         for numbers, record in records:
             self.nonfinite.note(record, [samples[number] for number in numbers])
         if folder := self.run.report.dump_selection:
+            tokens = read_tokens(self.datasets.train, samples, self.mesh)
             with (
                 self.phases("dump of the selection", waits=True),
                 self.outputs.recording(f"--dump-selection {folder}"),
@@ -189,7 +190,7 @@ class Trainer:
                 dump_selection(
                     Path(folder),
                     state.iteration + 1,
-                    self.datasets.train,
+                    tokens,
                     samples,
                     records,
                     self.mesh,

@@ -148,8 +148,13 @@ def _without_effect(options: SelectionOptions, *, early_exit: bool) -> set[str]:
     policy, idle = options.selection, set()
     if not early_exit:
         idle |= {"eslm_proxy_stride"}
-    if policy in ("clm", "greats") or options.eslm_scope == "global":
-        idle |= {"eslm_scope"}  # greats: each rank alone, always; global is what one rank has
+    tokens_alone = options.eslm_level == "token" or policy in ("rho1", "uncertainty")
+    if (
+        policy in ("clm", "greats")  # greats: each rank alone, always
+        or options.eslm_scope == "global"  # what one rank has
+        or (tokens_alone and options.eslm_scope == "step")
+    ):
+        idle |= {"eslm_scope"}
     if policy == "clm":
         idle |= {"eslm_start_iter", "eslm_alpha_warmup_iters"}
     if policy != "greats":

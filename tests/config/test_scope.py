@@ -32,15 +32,39 @@ def scope(flags: str, world: int = 1, stored: Scope | None = None) -> str | None
         ("--global-batch-size 40 --eslm-scope local", 2, "local"),
         ("--global-batch-size 40 --selection random", 2, "step"),
         # Nothing is selected among sequences: no step to select in, and nothing to refuse.
-        ("--global-batch-size 4 --selection clm", 2, "global"),
+        ("--global-batch-size 4 --selection clm", 2, None),
         ("--global-batch-size 4 --eslm-level token --eslm-scope step", 2, "step"),
-        ("--global-batch-size 4 --eslm-level token --pipeline-model-parallel-size 2", 2, "global"),
-        ("--global-batch-size 4 --selection greats", 2, "global"),
-        ("--global-batch-size 40 --eslm-alpha 0", 2, "global"),
+        ("--global-batch-size 4 --eslm-level token --pipeline-model-parallel-size 2", 2, None),
+        ("--global-batch-size 4 --selection greats", 2, None),
+        ("--global-batch-size 40 --eslm-alpha 0", 2, None),
+        # 6 micro-steps would drop 16.7 % at 0.1.
+        ("--global-batch-size 12", 1, "global"),
+        ("--global-batch-size 16", 1, "step"),
     ],
 )
-def test_what_it_is(flags: str, world: int, expected: str) -> None:
+def test_what_it_is(flags: str, world: int, expected: str | None) -> None:
     assert scope(flags, world) == expected
+
+
+def test_a_share_far_from_alpha_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        scope("--global-batch-size 20 --eslm-scope step")
+        assert not caplog.messages
+        scope("--global-batch-size 4 --eslm-scope step --eslm-alpha 0.3")
+    (said,) = caplog.messages
+    assert "drops 50.0 % of the sequences where --eslm-alpha is 0.3" in said
+
+
+def test_a_tiny_alpha_takes_no_time() -> None:
+    with pytest.raises(ConfigError, match="have 500000001 micro-steps"):
+        scope("--global-batch-size 20 --eslm-scope step --eslm-alpha 1e-9")
+
+
+def test_a_pipeline_goes_on_with_a_run_of_another_scope(caplog: pytest.LogCaptureFixture) -> None:
+    pp = "--global-batch-size 20 --pipeline-model-parallel-size 2"
+    with caplog.at_level(logging.WARNING):
+        assert scope(pp, 2, stored="global") == "step"
+    assert "the run was begun with global" in caplog.text
 
 
 def test_a_run_goes_on_with_the_scope_that_it_had() -> None:
@@ -54,11 +78,11 @@ def test_by_default_a_step_without_a_whole_micro_step_to_drop_selects_within(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         assert scope("--global-batch-size 20", 2) == "global"
-        for part in ("--eslm-scope global", "micro-steps (5)", "6 micro-steps"):
+        for part in ("--eslm-scope global", "the 5 micro-steps", "Have 6 micro-steps"):
             assert part in caplog.text
-        assert "--eslm-scope step, which" not in caplog.text
+        assert "or give --eslm-scope step" not in caplog.text
         assert scope("--global-batch-size 32 --micro-batch-size 8", 2) == "global"
-        assert "or give --eslm-scope step, which keeps 7 of 8 rows" in caplog.text
+        assert "or give --eslm-scope step, which drops 12.5% here" in caplog.text
 
 
 def test_batches_of_a_ramp_that_are_trained_on_whole_are_said(
@@ -85,10 +109,10 @@ def test_rows_are_dropped_where_micro_steps_are_too_few() -> None:
         (
             "--global-batch-size 20 --eslm-scope step",
             2,
-            ["--eslm-alpha 0.1 of 5 micro-steps of 2 rows rounds to none", "above 0.1",
+            ["--eslm-alpha 0.1 of 5 micro-step(s) of 2 row(s) rounds to none", "above 0.1",
              "6 micro-steps", "--eslm-scope global"],
         ),
-        ("--global-batch-size 2 --eslm-scope step", 1, ["of 1 micro-steps", "above 0.25"]),
+        ("--global-batch-size 2 --eslm-scope step", 1, ["of 1 micro-step(s)", "above 0.25"]),
         (
             "--global-batch-size 8 --pipeline-model-parallel-size 2",
             2,

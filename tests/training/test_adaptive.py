@@ -24,9 +24,10 @@ LAYOUTS = {
 def argv(data: list[str], dp: int, *flags: str | Path) -> list[str]:
     return words(
         data,
-        *("--global-batch-size", 2 * ROWS, *ADAPTIVE, *flags),
+        # Four micro-steps, of which each alpha above 0.125 drops whole ones.
+        *("--global-batch-size", 2 * ROWS, "--eslm-scope", "step", *ADAPTIVE, *flags),
         iters=10,
-        micro_batch_size=ROWS // dp,
+        micro_batch_size=ROWS // 2 // dp,
     )
 
 

@@ -186,7 +186,7 @@ def test_layout_and_plan_of_many_processes(data: list[str]) -> None:
         "layout               2 tensor x 3 pipeline x 4 data-parallel ranks, ZeRO 0, sequence "
         "parallel, activation checkpoints every 2 blocks" in many
     )
-    assert "pipeline             each stage idle for 50.0% of a step at best" in many
+    assert "pipeline             each stage idle for 66.7% of a step at best" in many
     assert "which needs most)" in many
     stages = re.findall(r"^(\d) +(\d) \(1\) .*\d  ?(.*)$", many, re.MULTILINE)
     assert [stage[:2] for stage in stages] == [("0", "0"), ("1", "1"), ("2", "2")]

@@ -158,7 +158,8 @@ BY_HAND = {
 @pytest.mark.parametrize("size", BY_HAND)
 def test_the_papers_ledger_of_all_sizes_by_hand(size: str) -> None:
     block, parameters, kept, read, masked, tokens, deep, trained = BY_HAND[size]
-    run = parse_run(["--data-path", "x", "--model-size", size, "--eslm-alpha", "0.1"], 1)
+    words = ["--data-path", "x", "--model-size", size, "--eslm-alpha", "0.1"]
+    run = parse_run([*words, "--eslm-scope", "global"], 1)
     shape = run.shape(50_257)
     assert shape.num_params_block == block
     assert shape.num_params == parameters
