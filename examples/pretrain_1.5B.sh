@@ -22,8 +22,9 @@
 #           layout to start from. GPT-2's 25 heads do not divide by 2, so it has 20 of 80: as many parameters, not the
 #           same model.
 #
-# Selection chooses among micro-batch x DP sequences: 160, 16 and 16 here. Compare runs of one layout, or set
-# MICRO_BATCH so that the product is the same.
+# Sequences are selected once a step among all 160 where there are 10 micro-steps (1x4x8, 2x4x4), and among the 160 of
+# the only micro-step in 1x1x32, where ranks wait for the one that keeps most. Tokens are chosen among micro-batch x DP
+# sequences: 160, 16 and 16. Compare runs of one layout, or set MICRO_BATCH so that the product is the same.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 : "${LAUNCH:?start this with examples/launch_hostfile.sh, launch_openmpi.sh or slurm_1.5B.sbatch}"
 pipeline=(--pipeline-model-parallel-size 4 --deepspeed_config ds_configs/pipeline_zero1_bf16.json)
