@@ -144,3 +144,32 @@ def test_a_stage_that_hangs_ends_the_job(data: list[str], tmp_path: Path) -> Non
         r'\(--distributed-timeout-minutes 0\.1\); rank 0 (waiting )?in "[a-z0-9 ]+" of',
         error,
     )
+
+
+KILLED = """
+import os, signal
+from megatron_eslm.model.gpt import GPT
+from megatron_eslm.training.main import main
+
+scores = GPT.candidate_scores
+
+def die(self, *args):
+    if os.environ["RANK"] == "1" and self.policy.state.iteration == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return scores(self, *args)
+
+GPT.candidate_scores = die
+main()
+"""
+
+
+def test_a_rank_that_dies_in_the_proxy_pass_is_named_there(data: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    steps = ("--global-batch-size", 32, "--eslm-scope", "step", "--eslm-alpha", 0.2)
+    argv = words(data, *steps, micro_batch_size=4)
+    code, _, err = run([*TORCHRUN[:-1], str(script)], *argv, cwd=tmp_path)
+    assert code == 1
+    error, iteration = the_error(err)
+    assert 'died in "proxy pass" of iteration 3' in error and "rank 1 " in error
+    assert iteration == 3
