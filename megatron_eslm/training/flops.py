@@ -88,9 +88,9 @@ class FlopsModel:
 
     teacher: TeacherCost | None = None
     reference: ModelShape | None = None
+    """Of the reference model that scores what is read, where one runs beside training."""
     refers: Callable[[], bool] | None = None
     """Whether it runs in the step under way: nothing is compared while alpha is 0. None: always."""
-    """Of the reference model that scores what is read, where one runs beside training."""
     last_mlp_kept: bool = False
     """Whether the backward pass of the last block's MLP is over the tokens in the loss only."""
     lora_rank: int = 0
