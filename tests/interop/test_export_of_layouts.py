@@ -18,7 +18,10 @@ TP2PP2 = (
     *("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
     *("--zero-stage", "1", "--sequence-parallel"),
 )
-STEPS = ("--num-layers", "4", "--global-batch-size", 2 * ROWS, "--eslm-alpha", "0.3")
+STEPS = (
+    *("--num-layers", "4", "--global-batch-size", 2 * ROWS),
+    *("--eslm-alpha", "0.3", "--eslm-scope", "step"),
+)
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ class Layout:
         return words(
             data,
             *(
+                *("--eslm-scope", "step"),
                 "--global-batch-size",
                 2 * ROWS,
                 "--eslm-alpha",

@@ -38,7 +38,7 @@ TEACHER = (
     *("--seq-length", "40", "--selection", "clm", "--lr", "1e-2"),
 )
 FLOAT32 = ("--distill-teacher-dtype", "float32")
-STEPS = ("--global-batch-size", 2 * ROWS)
+STEPS = ("--global-batch-size", 2 * ROWS, "--eslm-scope", "step")
 
 
 @pytest.fixture(scope="module")

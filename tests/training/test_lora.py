@@ -33,7 +33,10 @@ from .test_estimate import number, saved_bytes
 from .test_flops import counted
 
 RANK = 4
-LORA = ("--lora-rank", RANK, "--lr", "2e-2", "--global-batch-size", 2 * ROWS)
+LORA = (
+    *("--lora-rank", RANK, "--lr", "2e-2"),
+    *("--global-batch-size", 2 * ROWS, "--eslm-scope", "step"),
+)
 UNCERTAIN = ("--selection", "uncertainty", "--distill-teacher-dtype", "float32")
 METHODS: dict[str, tuple[str, ...]] = {
     "uncertainty": UNCERTAIN,
