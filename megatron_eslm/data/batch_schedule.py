@@ -49,9 +49,19 @@ class BatchSchedule:
         """The position behind `steps` steps that begin at `position`."""
         ramp_end = self.rampup[2] if self.rampup else 0
         while steps and position < ramp_end:
-            position = skipped.after(position, self(position))
-            steps -= 1
+            # All steps of one batch size at once: a ramp may be as long as a run.
+            size, change = self(position), self._next_change(position)
+            unread = change - position - skipped.between(position, change)
+            several = min(steps, max(1, -(-unread // size)))
+            position = skipped.after(position, several * size)
+            steps -= several
         return skipped.after(position, steps * self.global_batch_size)
+
+    def _next_change(self, position: int) -> int:
+        """The first position behind one within the ramp that has another batch size."""
+        samples = self.rampup[2]
+        increment = position * self._increments // samples
+        return -(-(increment + 1) * samples // self._increments)
 
     def check(self, micro_batch_size: int, dp_size: int) -> None:
         """ConfigError unless the ramp ends at the global batch size and every batch can be cut

@@ -7,6 +7,7 @@ that see one disk: whoever holds the lock of a folder trains that run.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import json
@@ -14,6 +15,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,9 +113,12 @@ class Runner:
 
     def _dry_run_flops(self, run: RecipeRun) -> float:
         command = [*self._launch(), *run.words(planned=True), "--dry-run"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=_environment(), preexec_fn=_with_this()
-        )
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=_environment(), preexec_fn=_with_this()
+            )
+        except OSError as error:
+            raise _cannot_start(command, error) from error
         found = _STEP_FLOPS.search(done.stdout)
         if done.returncode or found is None:
             raise ConfigError(
@@ -142,10 +147,12 @@ class Runner:
                 )
             if self.finished(run):
                 return "finished"
-            _write(stored, first)
             resumed = any(run.checkpoints.glob("iter_*"))
             command = [*self._launch(), *run.words(steps, resumed=resumed)]
             logger.info("%s: %s", run.folder.name, shlex.join(command))
+            if not shutil.which(command[0], path=_environment()["PATH"]):
+                raise _cannot_start(command, FileNotFoundError(errno.ENOENT, "no such program"))
+            _write(stored, first)  # from here on the folder is of this command
             code = _call(command, run.folder / "log.txt", lock=held)
             if code == 0:
                 _write(run.folder / "finished.json", {"command": first})
@@ -178,7 +185,12 @@ def _write(path: Path, content: object) -> None:
 @contextmanager
 def _lock(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[int | None]:
     """The open file of the lock while this process has the folder to itself; None if it has not."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be made: {error.strerror}. Choose another 'output'."
+        ) from error
     with (folder / name).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -199,6 +211,12 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": path}
 
 
+def _cannot_start(command: Sequence[str], error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{command[0]!r} cannot be started: {error.strerror}. Mend the recipe's 'launch' or step."
+    )
+
+
 def _call(command: Sequence[str], log: Path | None, lock: int | None = None) -> int:
     """Run a command to its end; its output goes to the end of `log`, or where ours goes.
 
@@ -211,15 +229,18 @@ def _call(command: Sequence[str], log: Path | None, lock: int | None = None) -> 
     received: list[int] = []
     with open(log, "ab") if log is not None else open(os.dup(1), "wb") as file:
         # A session of its own, so that a terminal's Ctrl-C comes once, from here.
-        child = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=_environment(),
-            start_new_session=True,
-            preexec_fn=_with_this(),
-            pass_fds=() if lock is None else (lock,),
-        )
+        try:
+            child = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=_environment(),
+                start_new_session=True,
+                preexec_fn=_with_this(),
+                pass_fds=() if lock is None else (lock,),
+            )
+        except OSError as error:
+            raise _cannot_start(command, error) from error
 
         def hand_on(number: int, _: object) -> None:
             received.append(number)

@@ -169,6 +169,20 @@ def test_prepare_that_fails_or_makes_nothing_is_named(recipe):
             Runner(made, ROOT).train(made.runs)
 
 
+def test_a_program_that_is_not_there_is_named_and_can_be_mended(recipe):
+    made = recipe(launch="no-such-launcher --a")
+    with pytest.raises(ConfigError, match="'no-such-launcher' cannot be started"):
+        Runner(made, ROOT).train(made.runs)
+    made = recipe(prepare=[{"creates": "data/y", "run": "no-such-step"}])
+    with pytest.raises(ConfigError, match="'no-such-step' cannot be started"):
+        Runner(made, ROOT).train(made.runs)
+    made = recipe(output="r.yaml")
+    with pytest.raises(ConfigError, match=r"r\.yaml/.* cannot be made: .* Choose another 'output'"):
+        Runner(made, ROOT).train(made.runs)
+    made = recipe()
+    assert Runner(made, ROOT).train(made.runs)["clm-seed7"] == "finished"
+
+
 def tool(*words: str, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "tools" / "run_recipe.py"), "r.yaml", *words],
