@@ -42,15 +42,35 @@ class _Training:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Selection:
+    __pydantic_config__ = _USED
+    selection: str
+    eslm_score: str = "loss"
+    eslm_level: str = "both"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Objective:
+    __pydantic_config__ = _USED
+    distill: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkpoint:
+    __pydantic_config__ = _USED
+    reset_optimizer: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Options:
     __pydantic_config__ = _USED
     model: _Model
     training: _Training
-    selection: dict[str, Any]
+    selection: _Selection
     optimizer: dict[str, Any] = field(default_factory=dict)
     reference: dict[str, Any] = field(default_factory=dict)
-    objective: dict[str, Any] = field(default_factory=dict)
-    checkpoint: dict[str, Any] = field(default_factory=dict)
+    objective: _Objective = field(default_factory=_Objective)
+    checkpoint: _Checkpoint = field(default_factory=_Checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -210,6 +210,15 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
         "scales adapters otherwise",
     ),
     "no domains": (put("run.json", "domains", to=[]), "domains: list should have at least 1"),
+    "no selection": (drop("run.json", "options", "selection", "selection"), "selection: field req"),
+    "selection a list": (
+        put("run.json", "options", "selection", "selection", to=["x"]),
+        "options.selection.selection: ",
+    ),
+    "a reset in words": (
+        put("run.json", "options", "checkpoint", to={"reset_optimizer": "x"}),
+        "options.checkpoint.reset_optimizer: ",
+    ),
     "empty range": (put("run.json", "skipped_samples", to=[[9, 9]]), "skipped_samples.0: a range "),
     "checkpoint a number": (
         put("run.json", "options", "checkpoint", to=3),
