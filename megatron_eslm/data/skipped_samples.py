@@ -80,7 +80,16 @@ class SkippedSamples:
 
     def numbers(self, position: int, count: int) -> list[int]:
         """The numbers of the next `count` samples that are read from `position` on."""
-        return [self.after(position, read) - 1 for read in range(1, count + 1)]
+        found: list[int] = []
+        for begin, end in self.ranges:
+            if end <= position:
+                continue
+            free = min(count - len(found), max(0, begin - position))
+            found += range(position, position + free)
+            if len(found) == count:
+                return found
+            position = end
+        return [*found, *range(position, position + count - len(found))]
 
     def between(self, begin: int, end: int) -> int:
         """How many samples from `begin` to `end` - 1 are skipped."""

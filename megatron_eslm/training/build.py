@@ -180,12 +180,9 @@ def data_record(
     run: RunConfig, source: DataSource, stored: ReferenceLosses | None, report: MixtureReport
 ) -> dict[str, Any]:
     """What decides what is read, and in which order; compared when a run continues."""
-    epochs = [math.ceil(domain.epochs) for domain in report.domains]
     return {
-        **order_record(run, source),
+        **order_record(run, source, report),
         "eod_mask_loss": run.data.eod_mask_loss,
-        # While nothing is read twice, the order does not depend on how much is read in all.
-        "epochs": epochs if max(epochs) > 1 else None,
         "global_batch_size": run.training.global_batch_size,
         "rampup_batch_size": list(run.training.rampup_batch_size) or None,
         "micro_batch_rows": (run.training.micro_batch_size or 0) * run.dp_size,
@@ -197,19 +194,22 @@ def data_record(
     }
 
 
-def order_record(run: RunConfig, source: DataSource) -> dict[str, Any]:
-    """What of it decides which sequence has which number, besides the number of epochs."""
+def order_record(run: RunConfig, source: DataSource, report: MixtureReport) -> dict[str, Any]:
+    """What of it decides which sequence has which number."""
+    epochs = [math.ceil(domain.epochs) for domain in report.domains]
     return {
         "fingerprint": source.fingerprint,
         "weights": list(source.weights),
         "split": canonical_split(run.data.split),
         "seed": run.training.seed,
         "seq_length": run.model.seq_length,
+        # While nothing is read twice, the order does not depend on how much is read in all.
+        "epochs": epochs if max(epochs) > 1 else None,
     }
 
 
 def find_reading(
-    run: RunConfig, source: DataSource
+    run: RunConfig, source: DataSource, options: DataOptions
 ) -> tuple[Found | None, TrainState, ReadingPlan]:
     """The checkpoint that a run starts from, where it then stands, and what is left to read.
 
@@ -221,11 +221,14 @@ def find_reading(
     def plan() -> tuple[TrainState, ReadingPlan]:
         state = starting_state(run, found, run_id)
         recorded = carried_on(found, "skipped_samples")
-        if found is not None and found.kind == "training":
-            there, here = found.run["data"], order_record(run, source)
+        reading = plan_reading(run, state, recorded)
+        if found is not None and any(end > state.consumed_samples for _, end in recorded):
+            there = found.run["data"]
+            here = order_record(run, source, plan_run(run, source, options, reading))
             if any(there.get(key) != value for key, value in here.items()):
                 recorded = forget_ahead(recorded, state.consumed_samples)
-        return state, plan_reading(run, state, recorded)
+                reading = plan_reading(run, state, recorded)
+        return state, reading
 
     return found, *on_every_rank(plan)
 
@@ -236,7 +239,7 @@ def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
     What a run would read is what one wants to know of a run that reads too much.
     """
     source, options = open_run_data(run)
-    _, start, reading = find_reading(run, source)
+    _, start, reading = find_reading(run, source, options)
     report = plan_run(run, source, options, reading)
     shape = run.shape(source.tokenizer.vocab_size)
     open_stored_losses(run, source)
@@ -275,7 +278,7 @@ def _build_trainer(run: RunConfig, phases: Phases, outputs: Outputs) -> Trainer:
     )
     source, options = open_run_data(run)
     outputs.take_folders()  # a run before this one may save until then
-    found, state, reading = find_reading(run, source)
+    found, state, reading = find_reading(run, source, options)
     report = plan_run(run, source, options, reading)
     check_reading(run, options, reading, report)
     shape = run.shape(source.tokenizer.vocab_size)

@@ -196,6 +196,24 @@ def test_ranges_of_another_order_are_forgotten(data: list[str], tmp_path: Path) 
     assert find_checkpoint(tmp_path / "run").run["skipped_samples"] == [[3, 5]]
 
 
+def test_ranges_are_forgotten_where_the_epochs_are_others(tmp_path: Path) -> None:
+    """A second epoch is another order, though data, seed and weights are the same."""
+    short = make_domain(tmp_path / "short", "prose", 12)
+
+    def argv(iters: int, *more: object) -> list[str]:
+        flags = ("--data-path", short, "--split", "100,0,0", "--eval-iters", 0, "--max-epochs", 2)
+        folder = ("--save", tmp_path / "run", "--load", tmp_path / "run", "--lr-decay-iters", 40)
+        return words([short, short], *flags, *folder, *more, iters=iters, micro_batch_size=4)
+
+    def fn(rank: int) -> list[int]:
+        train(argv(6, "--skip-samples", "20:26", "--exit-interval", 3))
+        return read_by(argv(18, "--allow-data-change"))
+
+    assert run_ranks(1, fn)[0] == list(range(12, 72))
+    run = find_checkpoint(tmp_path / "run").run
+    assert run["skipped_samples"] == [] and run["data"]["epochs"] == [2]
+
+
 def test_a_fresh_optimizer_once(data: list[str], tmp_path: Path) -> None:
     """Weights, position and learning rate go on; a requeued job does not begin anew each time."""
 
