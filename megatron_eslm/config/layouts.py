@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import build_policy
-from megatron_eslm.selection.state import Peers, SelectionState
+from megatron_eslm.selection.policy import described_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +118,7 @@ def layout_warnings(asked: AskedLayout) -> list[str]:
 
 def early_exit_layers(selection: SelectionOptions) -> int:
     """Blocks before the early exit; 0 where the policy scores sequences without one."""
-    state, alone = SelectionState(alpha=selection.initial_alpha), Peers(0, 1, None)
-    return build_policy(selection, state, alone, seed=0).selector_depth
+    return described_policy(selection).selector_depth
 
 
 def layout_table() -> str:

@@ -21,7 +21,7 @@ from megatron_eslm.config.layouts import (
     layout_warnings,
 )
 from megatron_eslm.config.schedule import fill_schedule
-from megatron_eslm.config.scope import Scope, fill_scope, warn_of_ramp
+from megatron_eslm.config.scope import fill_scope, warn_of_ramp
 from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.data.label_noise import check_label_noise
 from megatron_eslm.data.options import DataOptions
@@ -30,9 +30,10 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.options import ModelOptions
 from megatron_eslm.model.shape import PRESETS, ModelShape, Preset, pad_vocab_size
 from megatron_eslm.objectives.options import ObjectiveOptions, check_objective
+from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.parallel.mesh import check_layout
-from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import policy_class
+from megatron_eslm.selection.options import Scope, SelectionOptions
+from megatron_eslm.selection.policy import described_policy, policy_class
 from megatron_eslm.selection.reference_options import ReferenceOptions
 from megatron_eslm.training.options import (
     CheckpointOptions,
@@ -118,6 +119,19 @@ class RunConfig:
         """How many sequences each step reads."""
         assert self.training.global_batch_size
         return BatchSchedule(self.training.global_batch_size, self.training.rampup_batch_size)
+
+    @property
+    def step_shape(self) -> StepShape:
+        """Micro-batches of a rank in a step that reads --global-batch-size."""
+        assert self.training.micro_batch_size
+        return StepShape(self.gradient_accumulation_steps, self.training.micro_batch_size)
+
+    @property
+    def step_shape_trained(self) -> StepShape:
+        """What of them is trained on at the run's alpha; in-model selection may drop rows of it."""
+        if not described_policy(self.selection).selects_per_step:
+            return self.step_shape
+        return self.step_shape.kept(self.selection.initial_alpha)
 
     def keeps_logits(self, shape: ModelShape) -> bool:
         """Whether the head keeps its logits for the backward pass: `--head-logits`, resolved."""

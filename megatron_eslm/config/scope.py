@@ -5,16 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from typing import Literal
 
 from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.keep_rule import StepShape
-from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import build_policy
-from megatron_eslm.selection.state import Peers, SelectionState
-
-Scope = Literal["step", "global", "local"]
+from megatron_eslm.selection.options import Scope, SelectionOptions
+from megatron_eslm.selection.policy import described_policy
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +39,7 @@ def fill_scope(
             would be dropped.
     """
     given, alpha = selection.eslm_scope, selection.initial_alpha
-    state, alone = SelectionState(alpha=alpha), Peers(0, 1, None)
-    policy = build_policy(selection, state, alone, seed=0)
+    policy = described_policy(selection)
     if policy.instance_source == "nothing" or not policy.chooses_together or not alpha:
         # Nothing that a scope decides; greats refuses what it cannot do in its own words.
         return selection
@@ -106,8 +101,7 @@ def warn_of_ramp(
 ) -> None:
     """Say where a ramp begins with batches of which nothing is dropped ahead of a step."""
     alpha = selection.initial_alpha
-    state, alone = SelectionState(alpha=alpha), Peers(0, 1, None)
-    if not (alpha and build_policy(selection, state, alone, seed=0).selects_per_step):
+    if not (alpha and described_policy(selection).selects_per_step):
         return
     whole = []
     for size in schedule.sizes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.ops.keep_rule import StepShape, num_to_keep
+from megatron_eslm.ops.keep_rule import num_to_keep
 from megatron_eslm.planning.hardware import Machine
 from megatron_eslm.planning.imbalance import expected_largest, expected_largest_tokens
 from megatron_eslm.selection.policy import SelectionPolicy, build_policy
@@ -72,19 +72,9 @@ class Setting:
         )
 
     @property
-    def shape_trained(self) -> StepShape:
-        """Micro-batches of a step that every rank trains on; in-model selection may drop rows."""
-        rows = self.run.training.micro_batch_size
-        assert rows
-        read = StepShape(self.run.gradient_accumulation_steps, rows)
-        if not self.policy.selects_per_step:
-            return read
-        return read.kept(self.run.selection.initial_alpha)
-
-    @property
     def micro_steps(self) -> int:
         """Of a step, those that train."""
-        return self.shape_trained.micro_steps
+        return self.run.step_shape_trained.micro_steps
 
     @property
     def model_flops(self) -> float:
@@ -108,7 +98,7 @@ def rank_work(setting: Setting) -> RankWork:
     run, policy, work = setting.run, setting.policy, setting.work
     length, dp = run.model.seq_length, run.dp_size
     assert length
-    rows = setting.shape_trained.rows
+    rows = run.step_shape_trained.rows
     shares = setting.micro_steps * dp
 
     def share(tokens: int) -> int:

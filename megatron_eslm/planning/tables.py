@@ -59,12 +59,11 @@ def scaling(request: Request, machine: Machine) -> str:
 
 def _layout_text(plan: Plan) -> str:
     layout, setting = plan.layout, plan.cost.setting
-    steps, kept = setting.run.gradient_accumulation_steps, setting.shape_trained
-    rows = _of(kept.rows, layout.micro_batch_size)
+    read, kept = setting.run.step_shape, setting.run.step_shape_trained
+    rows = _of(kept.rows, read.rows)
     extra = f", ZeRO {layout.zero_stage}" + (", ckpt" if layout.checkpoint_interval else "")
-    return (
-        f"{layout.tp} x {layout.pp} x {layout.dp}, {rows} x {_of(kept.micro_steps, steps)}{extra}"
-    )
+    steps = _of(kept.micro_steps, read.micro_steps)
+    return f"{layout.tp} x {layout.pp} x {layout.dp}, {rows} x {steps}{extra}"
 
 
 def _of(kept: int, read: int) -> str:

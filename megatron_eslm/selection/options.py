@@ -20,6 +20,10 @@ _QUANTILE = Range(above=0, at_most=1, why="it is the share of tokens to learn; t
 _INSIDE = Range(above=0, below=1)
 
 
+Scope = Literal["step", "global", "local"]
+"""Of --eslm-scope."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SelectionOptions:
     """Selection of sequences and tokens."""
@@ -45,7 +49,7 @@ class SelectionOptions:
     eslm_level: Literal["both", "instance", "token"] = "both"
     """Select sequences and tokens, or only one of the two (Appendix E.3)."""
 
-    eslm_scope: Literal["step", "global", "local"] | None = None
+    eslm_scope: Scope | None = None
     """What thresholds are taken over. Of sequences: all that an optimizer step reads, scored ahead
     of it (step; it then trains on whole micro-batches of the riskiest), or each micro-batch of all
     data-parallel ranks (global) or of one rank (local), in one pass. Of tokens: each micro-batch of

@@ -152,6 +152,12 @@ def policy_class(name: str) -> type[SelectionPolicy]:
     return POLICIES[name]
 
 
+def described_policy(options: SelectionOptions) -> SelectionPolicy:
+    """The policy that `--selection` names, on one rank at its first alpha: to ask what it does."""
+    state = SelectionState(alpha=options.initial_alpha)
+    return build_policy(options, state, Peers(0, 1, None), seed=0)
+
+
 def build_policy(
     options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
 ) -> SelectionPolicy:

@@ -87,7 +87,7 @@ def select_candidates(
         if mesh.is_first_stage:
             _broadcast(scores_C, mesh.tp_group)
         _broadcast(scores_C, mesh.pp_group)
-        scores_C = scores_C.cpu()  # the only wait of the host
+        scores_C = scores_C.cpu()  # what is decided now needs the device no more
     if mesh.is_first_stage:
         record.num_tokens = int(valid)
     kept = keep_number(scores_C, shape.sequences * mesh.dp_size)

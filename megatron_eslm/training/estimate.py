@@ -369,10 +369,7 @@ def dry_run_text(
         + (f" (stage {memory.stage}, which needs most)" if plan.num_stages > 1 else ""),
     ]
     if plan.num_stages > 1:
-        steps = run.gradient_accumulation_steps
-        if flops.ahead:
-            shape_read = StepShape(steps, t.micro_batch_size or 0)
-            steps = shape_read.kept(run.selection.initial_alpha).micro_steps
+        steps = run.step_shape_trained.micro_steps
         idle = (plan.num_stages - 1) / (steps + plan.num_stages - 1)
         lines.append(f"pipeline             each stage idle for {idle:.1%} of a step at best")
         lines.append(plan_text(plan))

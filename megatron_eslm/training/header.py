@@ -9,9 +9,6 @@ import torch.distributed as dist
 
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.ops.keep_rule import StepShape
-from megatron_eslm.selection.policy import build_policy
-from megatron_eslm.selection.state import Peers, SelectionState
 from megatron_eslm.training.method import method_text
 
 
@@ -70,12 +67,9 @@ def batch_text(run: RunConfig) -> str:
 
 
 def _kept_text(run: RunConfig) -> str:
-    alpha = run.selection.initial_alpha
-    state, peers = SelectionState(alpha=alpha), Peers(0, run.dp_size, None)
-    if not build_policy(run.selection, state, peers, seed=0).selects_per_step:
+    read, kept = run.step_shape, run.step_shape_trained
+    if kept == read:
         return ""
-    read = StepShape(run.gradient_accumulation_steps, run.training.micro_batch_size or 0)
-    kept = read.kept(alpha)
     return (
         f"; trained on {kept.sequences * run.dp_size} = {kept.micro_steps} x {run.dp_size} x "
         f"{kept.rows} ({1 - kept.sequences / read.sequences:.1%} dropped)"

@@ -9,8 +9,7 @@ from typing import Any
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import build_policy
-from megatron_eslm.selection.state import Peers, SelectionState
+from megatron_eslm.selection.policy import described_policy
 from megatron_eslm.training.finding import Found
 
 _LEVELS = {
@@ -24,8 +23,7 @@ _LEVELS = {
 
 def selection_summary(options: SelectionOptions) -> dict[str, Any]:
     """What is selected and how; None for what a policy does not have, whatever its flag says."""
-    state = SelectionState(alpha=options.initial_alpha)
-    policy = build_policy(options, state, Peers(0, 1, None), seed=0)
+    policy = described_policy(options)
     by_instance, by_token = (
         source != "nothing" for source in (policy.instance_source, policy.token_source)
     )

@@ -1,8 +1,8 @@
 """Pipeline parallelism: our stages in DeepSpeed's PipelineModule, under its 1F1B schedule.
 
-Each stage is a GPT of its own blocks. Between stages travel hidden states of one shape; labels do
-not, since the first and the last stage read the same batches. Sequences are selected ahead of a
-step (training.candidates), never in mid-model.
+Each stage is a GPT of its own blocks. Between stages travel hidden states; labels do not, since the
+first and the last stage read the same batches. Sequences are selected ahead of a step
+(training.candidates), never in mid-model.
 """
 
 from __future__ import annotations

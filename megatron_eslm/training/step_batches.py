@@ -77,11 +77,11 @@ class StepBatches:
             alpha: share to drop.
         """
         mesh, policy = self.engine.mesh, self.engine.model.policy
+        shape = StepShape(len(samples) // (self.rows * mesh.dp_size), self.rows)
         selection = None
         if policy.selects_per_step:
-            candidates = map(self._next, iter(int, 1))
+            candidates = (self._next() for _ in range(shape.micro_steps))
             selection = select_candidates(self.engine, candidates, len(samples), self.rows, alpha)
-        shape = StepShape(len(samples) // (self.rows * mesh.dp_size), self.rows)
         numbers: Sequence[int] = range(len(samples))
         if selection is not None:
             shape, numbers = selection.shape, selection.kept
@@ -97,7 +97,7 @@ class StepBatches:
             selection=selection,
         )
 
-    def _next(self, _: object = None) -> Batch:
+    def _next(self) -> Batch:
         assert self.loader is not None
         with self.engine.phases("data"):
             arrays = next(self.loader)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_eslm.config.scope import Scope
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.json_file import read_json
 from megatron_eslm.files.schema import parse_as
 from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.selection.options import Scope
 from megatron_eslm.training.manifest import MANIFEST, list_checkpoints
 from megatron_eslm.training.options import CheckpointOptions
 

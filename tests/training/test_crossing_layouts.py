@@ -48,16 +48,8 @@ class Layout:
         sizes = ("--tensor-model-parallel-size", self.tp, "--pipeline-model-parallel-size", self.pp)
         return words(
             data,
-            *(
-                *("--eslm-scope", "step"),
-                "--global-batch-size",
-                2 * ROWS,
-                "--eslm-alpha",
-                "0.3",
-                *sizes,
-                "--num-attention-heads",
-                4,
-            ),
+            *("--global-batch-size", 2 * ROWS, "--eslm-alpha", "0.3", "--eslm-scope", "step"),
+            *(*sizes, "--num-attention-heads", 4),
             *("--zero-stage", self.zero, *self.extra, *flags),
             iters=LAST,
             micro_batch_size=ROWS // self.dp,
@@ -239,11 +231,13 @@ def test_deepspeed_may_order_parameters_as_it_likes(data: list[str], tmp_path: P
 
 
 def test_the_compute_type_may_change(data: list[str], tmp_path: Path) -> None:
-    half = Layout(dp=2, zero=1, extra=BF16)
-    expected = straight(data, tmp_path, SINGLE).column("loss")[SAVED:]
-    save(data, tmp_path, (SINGLE, half))
-    for pair, outcome in go_on(data, tmp_path, [(SINGLE, half), (half, SINGLE)]).items():
-        np.testing.assert_allclose(outcome.column("loss"), expected, atol=0.03, err_msg=str(pair))
+    """Plain training, where no kept token can flip: the losses differ by rounding alone."""
+    clm = ("--selection", "clm")
+    single, half = Layout(extra=clm), Layout(dp=2, zero=1, extra=(*clm, *BF16))
+    expected = straight(data, tmp_path, single).column("loss")[SAVED:]
+    save(data, tmp_path, (single, half))
+    for pair, outcome in go_on(data, tmp_path, [(single, half), (half, single)]).items():
+        np.testing.assert_allclose(outcome.column("loss"), expected, atol=0.02, err_msg=str(pair))
 
 
 def test_weights_alone_start_any_layout(data: list[str], tmp_path: Path) -> None:

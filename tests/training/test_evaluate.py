@@ -61,17 +61,8 @@ def test_every_layout_finds_the_same_losses_of_domains(data: list[str]) -> None:
     """Also a pipeline's stages that read no batch, and a set that does not divide over ranks."""
 
     def on_rank(rank: int, rows: int, *layout: str | int) -> Evaluation:
-        flags = (
-            "--num-layers",
-            4,
-            "--selection",
-            "clm",
-            "--eval-iters",
-            1000,
-            "--split",
-            "90,10,0",
-            *layout,
-        )
+        flags = ("--num-layers", 4, "--selection", "clm", "--eval-iters", 1000)
+        flags += ("--split", "90,10,0", *layout)
         trainer = build(words(data, *flags, micro_batch_size=rows))
         return trainer._evaluate()
 

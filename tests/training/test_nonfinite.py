@@ -44,14 +44,12 @@ def poison_hidden(trainer: Trainer, when, *, row: int = 1, rank: int = 0) -> Non
 
 
 class Watcher:
-    """Poisons the second micro-step of iteration 2 and keeps the weights before and after."""
+    """Keeps the weights before and after each step, and what is said of those that are skipped."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.weights: list[dict[str, torch.Tensor]] = []
         self.messages: list[str] = []
-        where = trainer.state.selection
-        poison_hidden(trainer, lambda: (where.iteration, where.micro_step) == (1, 1), rank=1)
         step = trainer.engine.step
 
         def watched(*args):
@@ -79,7 +77,13 @@ def test_a_poisoned_micro_step_skips_its_step_everywhere(
             iters=5,
             micro_batch_size=ROWS // 2,
         )
-        outcome = train(argv, tmp_path / "m.jsonl", lambda t: watchers.append(Watcher(t)))
+
+        def watch(trainer: Trainer) -> None:
+            where = trainer.state.selection
+            poison_hidden(trainer, lambda: (where.iteration, where.micro_step) == (1, 1), rank=1)
+            watchers.append(Watcher(trainer))
+
+        outcome = train(argv, tmp_path / "m.jsonl", watch)
         w = watchers[0].weights  # before steps 1 to 5; number 2 is the one to be skipped
         same = [all(torch.equal(w[i][n], w[i + 1][n]) for n in w[i]) for i in range(4)]
         finite = all(bool(p.isfinite().all()) for p in weights_of(watchers[0].trainer).values())
@@ -126,8 +130,8 @@ def test_a_poisoned_candidate_skips_its_step_everywhere(
     results = run_ranks(4 if "p2" in layout else 2, fn)
     assert all(same == [False, True, False] for _, same, _ in results)
     outcome, _, (said,) = results[0]
-    # Row 1 of rank 1 in each of the four chunks that iteration 2 scores; 53 and 61 follow.
-    assert "iteration 2: scores (data-parallel rank 1: samples 37, 45, 5" in said
+    # Row 1 of rank 1 in each of the four chunks that iteration 2 scores.
+    assert "iteration 2: scores (data-parallel rank 1: samples 37, 45, 53, 61) not finite" in said
     assert outcome.column("nonfinite_steps") == [0, 1, 1, 1]
     assert outcome.column("loss")[1] is None and None not in outcome.column("loss")[2:]
 
