@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_eslm.command_line import Parser, command
+from megatron_eslm.files.output_prefix import output_prefix
 from megatron_eslm.reports import curves
 from megatron_eslm.reports.compare import compare, markdown
 from megatron_eslm.reports.groups import group_runs
@@ -64,7 +65,8 @@ def report(args: argparse.Namespace) -> None:
     """Read, compare, print and write."""
     groups = group_runs([read_run(file) for file in args.runs], args.labels)
     comparison = compare(groups, args.target, args.baseline)
-    text, picture, page = (Path(f"{args.output_prefix}.{end}") for end in ("md", "png", "html"))
+    prefix = output_prefix(args.output_prefix)
+    text, picture, page = (Path(f"{prefix}.{end}") for end in ("md", "png", "html"))
     flag = f"--output-prefix {args.output_prefix}"
     write_page(text, markdown(comparison, picture.name), flag)
     write_page(page, comparison_page(comparison), flag)

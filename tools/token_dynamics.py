@@ -20,6 +20,7 @@ from rich.console import Console
 
 from megatron_eslm.command_line import Parser, command
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.output_prefix import output_prefix
 from megatron_eslm.parallel.bootstrap import single_process
 from megatron_eslm.reports import curves, dynamics
 from megatron_eslm.reports.held_out import held_out
@@ -57,7 +58,8 @@ def report(args: argparse.Namespace) -> None:
     found = dynamics.classify(iterations, np.stack(losses), args.threshold)
     title = f"Token dynamics of {Path(args.load).name}"
     tables = dynamics.tables(found, passages, newest.tokenizer)
-    text, picture, page = (Path(f"{args.output_prefix}.{end}") for end in ("md", "png", "html"))
+    prefix = output_prefix(args.output_prefix)
+    text, picture, page = (Path(f"{prefix}.{end}") for end in ("md", "png", "html"))
     flag = f"--output-prefix {args.output_prefix}"
     write_page(text, dynamics.markdown(tables, title, picture.name), flag)
     write_page(page, dynamics.page(found, tables, title), flag)

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     output = Path(args.output)
     try:
-        _check_output(output, args.overwrite)
+        _check_output(args.output, args.overwrite, args.input)
         bad = BadLines(args.on_bad_line)
         ids = train_bpe(read_documents(args.input, args.text_key, bad), args.vocab_size, output)
     except OSError as error:
@@ -49,9 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(text: str, overwrite: bool, inputs: Sequence[str]) -> None:
     """Find out before the training what would fail behind it."""
-    if output.is_dir() or (output.exists() and not output.is_file()):
+    output = Path(text)
+    if output.resolve() in [Path(name).resolve() for name in inputs]:
+        raise ConfigError(f"--output {output} is the --input, which it would replace.")
+    if text.endswith("/") or output.is_dir() or (output.exists() and not output.is_file()):
         raise ConfigError(f"--output {output} is not a file; name a file, as in bpe.json.")
     if output.exists() and not overwrite:
         raise ConfigError(f"--output {output} exists; choose another or give --overwrite.")

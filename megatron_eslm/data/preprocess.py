@@ -29,6 +29,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.aside import aside_folder
 from megatron_eslm.files.durable import sync_file, sync_folder
 from megatron_eslm.files.lock import FileLock
+from megatron_eslm.files.output_prefix import output_prefix as parse_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def preprocess(
         )
     if log_interval_seconds < 0:
         raise ConfigError(f"--log-interval {log_interval_seconds:g} must be 0 seconds or more.")
-    prefix = _output_prefix(output_prefix)
+    prefix = parse_prefix(output_prefix)
     if not append_eod:
         logger.warning(
             "%s: without --append-eod, nothing marks where a document ends and the next begins",
@@ -130,17 +131,6 @@ def preprocess(
         empty_documents=totals.empty,
         bad_documents=bad.count,
     )
-
-
-def _output_prefix(text: str) -> Path:
-    if not text or "\0" in text:
-        raise ConfigError(f"--output-prefix {text!r} is no path; write FOLDER/NAME.")
-    if text.endswith("/") or os.path.isdir(text):
-        raise ConfigError(
-            f"--output-prefix {text} is a folder; add the name of the files in it, as in "
-            f"{text.rstrip('/')}/NAME."
-        )
-    return Path(text)
 
 
 def _refuse_existing(prefix: Path, overwrite: bool) -> None:

@@ -138,7 +138,7 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
             value = getattr(options, field.name)
             if value != field.default and field.name not in {*told, "data_cache_path"}:
                 summary[field.name] = value if isinstance(value, _JSON) else str(value)
-    if run.checkpoint.load != run.checkpoint.save:
+    if run.checkpoint.load is not None and not run.checkpoint.continues_itself:
         summary["load"] = run.checkpoint.load
     return summary
 

@@ -60,6 +60,11 @@ def test_the_tool(tmp_path, monkeypatch, capsys):
     assert "267 ids, for the text has no more pairs" in said
     assert run("taken.json", 260, "--overwrite") == (0, "wrote taken.json: 260 ids\n")
 
+    for output, message in (("new/", "is not a file"), ("text.txt", "is the --input")):
+        code, said = run(output, 300, "--overwrite")
+        assert code == 2 and message in said
+    assert (tmp_path / "text.txt").read_text() == "hello world hello"
+
     (tmp_path / "bad.jsonl").write_text('{"text": "hello hello"}\n{"text": 7}\n')
     bad = ["--input", "bad.jsonl", "--output", "bad.json", "--vocab-size", "258"]
     assert tool.main(bad) == 2

@@ -58,6 +58,7 @@ def test_errors_exit_with_2(tool, metrics_file, tmp_path, capsys):
         ([good, good, "--labels", "x"], "--labels names 1 runs"),
         ([good, good, "--baseline", "x"], "--baseline x"),
         ([good, good, "--output-prefix", f"{good}/x"], "--output-prefix"),
+        ([good, good, "--output-prefix", "folder/"], "--output-prefix folder/ is a folder"),
         ([good, str(tmp_path / "gone")], "cannot be read"),
     ):
         assert tool.main(arguments) == 2

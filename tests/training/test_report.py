@@ -69,6 +69,7 @@ def test_the_first_line_says_whatever_is_unlike_the_default(data: list[str]) -> 
     assert other["eslm_adaptive"] is True and other["label_noise"] == 0.05
     assert summary("--save", "a", "--load", "b")["load"] == "b"
     assert "load" not in summary("--save", "a", "--load", "a")
+    assert "load" not in summary("--save", "a", "--load", "a/")
     assert other["eslm_scope"] == "local" and other["lr_warmup_iters"] == 2
     assert plain["lr_warmup_iters"] != 2
     assert json.loads(json.dumps(other)) == other
