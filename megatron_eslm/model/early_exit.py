@@ -2,53 +2,75 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from megatron_eslm.model.layers import Embedding, FinalNorm, Layout, MirroredNorm
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_eslm.model.layers import Block, Embedding, FinalNorm, Layout
 from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
 from megatron_eslm.selection.batch import Batch, Rows
 from megatron_eslm.selection.policy import SelectionPolicy
 
 
-class EarlyExit:
-    """(hidden states behind the early exit's blocks, batch, rows) -> score of each row.
+@dataclass(frozen=True, kw_only=True)
+class ExitLayers:
+    """What the early exit runs: the model's own layers, or copies that a pipeline stage holds."""
 
-    Uses the model's own embedding and final norm; holds no parameters.
+    embedding: Embedding
+    blocks: Sequence[Block]
+    final_norm: FinalNorm
+
+
+class EarlyExit:
+    """Scores rows by the head behind the first blocks; holds no parameters.
+
+    Args:
+        policy: that says what a row's score is.
+        layout: of the layers.
+        layers: None where the policy scores without looking at the model.
+        shard: of the vocabulary.
     """
 
     def __init__(
-        self,
-        policy: SelectionPolicy,
-        layout: Layout,
-        embedding: Embedding,
-        final_norm: FinalNorm | MirroredNorm | None,
-        shard: VocabShard,
+        self, policy: SelectionPolicy, layout: Layout, layers: ExitLayers | None, shard: VocabShard
     ) -> None:
         self.policy = policy
         self.layout = layout
-        self.embedding = embedding
-        self.final_norm = final_norm
+        self.layers = layers
         self.shard = shard
+
+    @torch.no_grad()
+    def candidate_scores(self, batch: Batch, rows: Rows) -> torch.Tensor:
+        """The proxy pass from the tokens on, without dropout; float32 [M] as `scores`."""
+        if self.layers is None:
+            return self.scores(batch.tokens_MS.new_empty(0), batch, rows)
+        hidden_SMD = self.layers.embedding(batch.tokens_MS)
+        for block in self.layers.blocks:
+            hidden_SMD = block(hidden_SMD)
+        return self.scores(hidden_SMD, batch, rows)
 
     @torch.no_grad()
     def scores(self, hidden_SMD: torch.Tensor, batch: Batch, rows: Rows) -> torch.Tensor:
         """float32 [M], higher is riskier; EXCLUDED for rows without any label.
 
         Args:
-            hidden_SMD: S is T, or this rank's share of it under sequence parallelism.
+            hidden_SMD: behind the early exit's blocks; S is T, or this rank's share of it under
+                sequence parallelism.
             batch: of the M rows.
             rows: which these are of all that are scored together.
         """
         valid_MT = batch.valid_MT
-        if self.policy.instance_source == "policy":
+        if self.layers is None:
             return self.policy.instance_scores(hidden_SMD.new_empty(0), valid_MT, rows)
-        assert self.final_norm is not None
         stride = self.policy.proxy_stride
         # P: the positions that are scored.
-        hidden_PMD = self.final_norm(self.layout.gather(hidden_SMD.detach())[::stride])
+        hidden_PMD = self.layers.final_norm(self.layout.gather(hidden_SMD.detach())[::stride])
         statistics = head_statistics(
             hidden_PMD.flatten(0, 1),
-            self.embedding.word.weight,
+            self.layers.embedding.word.weight,
             batch.labels_MT[:, ::stride].t().flatten(),
             self.shard,
             entropy=self.policy.needs_entropy,
@@ -61,3 +83,37 @@ class EarlyExit:
             unseen_M1 = ~seen_MP.any(1, keepdim=True) & valid_MT.any(1, keepdim=True)
             seen_MP = seen_MP | unseen_M1
         return self.policy.instance_scores(risk_MP, seen_MP, rows)
+
+
+def as_copy(module: nn.Module) -> None:
+    """Make the parameters of a module non-persistent buffers, to be filled by `refresh_copies`.
+
+    They then move and are cast with the model, and have no gradient, no optimizer state and no
+    place in checkpoints.
+    """
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, parameter.detach(), persistent=False)
+
+
+@torch.no_grad()
+def refresh_copies(layers: ExitLayers, group: dist.ProcessGroup) -> None:
+    """Send the early exit's weights from the stages that train them to all. Collective.
+
+    Args:
+        layers: of this stage. The first one trains embedding and blocks, the last one the norm.
+        group: the stages of a pipeline, in order.
+    """
+    work = []
+    for source, module in (
+        (0, layers.embedding),
+        *((0, block) for block in layers.blocks),
+        (group.size() - 1, layers.final_norm),
+    ):
+        # One of the two has all of them, in the order in which the layers made them.
+        for tensor in [*module.parameters(), *module.buffers()]:
+            sender = dist.get_global_rank(group, source)
+            work.append(dist.broadcast(tensor.detach(), sender, group=group, async_op=True))
+    for sent in work:
+        sent.wait()

@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.dropout import NamedDropout, Places
-from megatron_eslm.model.early_exit import EarlyExit
+from megatron_eslm.model.early_exit import EarlyExit, ExitLayers, as_copy
 from megatron_eslm.model.head import SelectiveHead
 from megatron_eslm.model.init import init_parameters
 from megatron_eslm.model.instance_selector import InstanceSelector, Selected
-from megatron_eslm.model.layers import Block, Embedding, FinalNorm, Layout, MirroredNorm
+from megatron_eslm.model.layers import Block, Embedding, FinalNorm, Layout
 from megatron_eslm.model.lora import freeze_all_but_adapters
 from megatron_eslm.model.options import Lora
 from megatron_eslm.model.shape import ModelShape
@@ -61,8 +61,8 @@ class GPT(nn.Module):
 
     The whole model, called with the tensors of a Batch (tokens and valid will do), returns what
     SelectiveHead returns. A stage is `run()`: the first one takes a Batch, those behind it the
-    hidden states that the stage before hands on. `candidate_scores()` is the proxy pass by which
-    sequences are selected ahead of a step.
+    hidden states that the stage before hands on. `early_exit` is the proxy pass by which sequences
+    are selected ahead of a step.
     Parameter names (`embedding.*`, `blocks.{i}.*`, `final_norm.*`) do not depend on policy or
     layout.
     """
@@ -94,25 +94,27 @@ class GPT(nn.Module):
                 probability, settings.dropout_seed, name, mesh, layout.sequence_parallel
             )
 
-        if self.is_first or self.is_last:
-            self.embedding = Embedding(
-                layout, dropout(settings.hidden_dropout, "embedding"), positions=self.is_first
+        def block(number: int) -> Block:
+            return Block(
+                layout,
+                {
+                    "weights": dropout(settings.attention_dropout, f"blocks.{number}.weights"),
+                    "attention": dropout(settings.hidden_dropout, f"blocks.{number}.attention"),
+                    "mlp": dropout(settings.hidden_dropout, f"blocks.{number}.mlp"),
+                },
             )
-        self.blocks = nn.ModuleDict(
-            {
-                str(i): Block(
-                    layout,
-                    {
-                        "weights": dropout(settings.attention_dropout, f"blocks.{i}.weights"),
-                        "attention": dropout(settings.hidden_dropout, f"blocks.{i}.attention"),
-                        "mlp": dropout(settings.hidden_dropout, f"blocks.{i}.mlp"),
-                    },
-                )
-                for i in blocks
-            }
-        )
+
+        def embedding(*, positions: bool) -> Embedding:
+            return Embedding(
+                layout, dropout(settings.hidden_dropout, "embedding"), positions=positions
+            )
+
+        if self.is_first or self.is_last:
+            self.embedding = embedding(positions=self.is_first)
+        own_blocks = {number: block(number) for number in blocks}
+        self.blocks = nn.ModuleDict({str(number): own for number, own in own_blocks.items()})
         if self.is_last:
-            self.final_norm: FinalNorm | MirroredNorm = FinalNorm(shape)
+            self.final_norm = FinalNorm(shape)
             self.head = SelectiveHead(
                 policy,
                 recorder,
@@ -123,11 +125,23 @@ class GPT(nn.Module):
                 shard,
                 settings.keep_logits,
             )
-        elif self.is_first and policy.instance_source == "head":
-            self.final_norm = MirroredNorm(shape)
+        exit_layers, self.copies = None, nn.ModuleList()
+        if policy.instance_source == "head":
+            # All stages score, so that none waits for the first one: with their own layers, or
+            # copies of those of another stage.
+            depth = policy.selector_depth
+            exit_layers = ExitLayers(
+                embedding=self.embedding if self.is_first else embedding(positions=True),
+                blocks=[own_blocks[i] if self.is_first else block(i) for i in range(depth)],
+                final_norm=self.final_norm if self.is_last else FinalNorm(shape),
+            )
+            if not self.is_first:
+                self.copies += [exit_layers.embedding, *exit_layers.blocks]
+            if not self.is_last:
+                self.copies += [exit_layers.final_norm]
+            as_copy(self.copies)
+        self.early_exit = EarlyExit(policy, layout, exit_layers, shard)
         if self.is_first:
-            final_norm = getattr(self, "final_norm", None)
-            self.early_exit = EarlyExit(policy, layout, self.embedding, final_norm, shard)
             self.selector = InstanceSelector(policy, recorder, self.early_exit)
         if settings.lora is not None:
             freeze_all_but_adapters(self)
@@ -146,7 +160,7 @@ class GPT(nn.Module):
         batch = Batch.of(*tensors)
         if candidates is not None:
             # Through the module itself, so that ZeRO 3 brings the weights.
-            return self.candidate_scores(batch, candidates)
+            return self.early_exit.candidate_scores(batch, candidates)
         return self.loss(self.run(batch), batch)
 
     def run(self, inputs: Batch | torch.Tensor) -> Selected:
@@ -173,23 +187,6 @@ class GPT(nn.Module):
         places = self._places(kept_K, num_rows)
         hidden_SKD = self._blocks(hidden_SKD, self.block_range[depth:], places, tokens)
         return Selected(hidden_SKD, kept_K)
-
-    @torch.no_grad()
-    def candidate_scores(self, batch: Batch, rows: Rows) -> torch.Tensor:
-        """The proxy pass over candidates of a step, on the first stage; without dropout.
-
-        Args:
-            batch: any number M of them.
-            rows: which these are of the step's.
-
-        Returns:
-            float32 [M], as EarlyExit.scores.
-        """
-        if self.policy.instance_source == "policy":
-            return self.early_exit.scores(batch.tokens_MS.new_empty(0), batch, rows)
-        hidden_SMD = self.embedding(batch.tokens_MS, None)
-        exit_blocks = self.block_range[: self.policy.selector_depth]
-        return self.early_exit.scores(self._run_blocks(hidden_SMD, exit_blocks), batch, rows)
 
     def loss(self, selected: Selected, batch: Batch) -> torch.Tensor:
         """The head, on the last stage."""
@@ -351,6 +348,5 @@ def reference_logits(
     # The embedding takes T+1 tokens and drops the last; any id does there.
     padded = torch.cat([tokens, tokens[:, :1]], dim=1)
     hidden_TBD, *_ = model.run(Batch.of(padded, torch.ones_like(tokens, dtype=torch.bool)))
-    assert model.final_norm is not None
     logits = model.final_norm(hidden_TBD) @ model.embedding.word.weight[: shape.vocab_size].t()
     return logits.transpose(0, 1)

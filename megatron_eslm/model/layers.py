@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.tensor_parallel import (
@@ -261,36 +260,3 @@ class FinalNorm(nn.LayerNorm):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape.hidden_size, eps=shape.layernorm_epsilon)
-
-
-class MirroredNorm(nn.Module):
-    """The final norm as the early exit of a pipeline's first stage sees it: a copy to score with.
-
-    Its values are those of the last stage's, which are sent before sequences are selected
-    (`refresh_norm`); it has no gradient, no optimizer state and no place in checkpoints.
-    """
-
-    values_2D: torch.Tensor
-    """Weight and bias."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        super().__init__()
-        self.eps = shape.layernorm_epsilon
-        values_2D = torch.stack([torch.ones(shape.hidden_size), torch.zeros(shape.hidden_size)])
-        self.register_buffer("values_2D", values_2D, persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight_D, bias_D = self.values_2D.to(x.dtype)
-        return F.layer_norm(x, weight_D.shape, weight_D, bias_D, self.eps)
-
-
-@torch.no_grad()
-def refresh_norm(norm: FinalNorm | MirroredNorm, source: int, group: dist.ProcessGroup) -> None:
-    """Send the final norm from global rank `source` to the mirrors in `group`. Collective."""
-    if isinstance(norm, MirroredNorm):
-        # Not in place: an engine that casts weights may or may not cast buffers.
-        values_2D = torch.empty_like(norm.values_2D, dtype=torch.float32)
-        dist.broadcast(values_2D, source, group=group)
-        norm.values_2D.copy_(values_2D)
-    else:
-        dist.broadcast(torch.stack([norm.weight, norm.bias]).float(), source, group=group)

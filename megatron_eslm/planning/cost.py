@@ -1,8 +1,8 @@
 """How long one optimizer step of one layout takes, and what it spends the time on.
 
 Times of a rank's parts in one micro-step are added up stage by stage (stage_clock.py), put through
-the pipeline's schedule, and what happens once a step is added: the proxy pass, for which all stages
-wait, and the optimizer.
+the pipeline's schedule, and what happens once a step is added: the proxy pass, in which all stages
+share, and the optimizer.
 """
 
 from __future__ import annotations
@@ -139,9 +139,10 @@ def step_cost(setting: Setting, machine: Machine, *, balanced: bool = False) -> 
     )
     once = [clock.once(s, lists[s]) for s in range(plan.num_stages)]
     slowest = max(once, key=lambda each: sum(each.values()))
-    proxy = clock.proxy_pass(lists[0])
+    proxy = max(clock.proxy_pass(sent) for sent in lists)
     computing, communicating = _shared(setting, stages, once)
-    computing += proxy * run.dp_size * run.engine.tensor_model_parallel_size
+    ranks = run.dp_size * run.engine.tensor_model_parallel_size * plan.num_stages
+    computing += proxy * ranks
     shared = 0.0 if machine.cores is None else computing / machine.cores + communicating
     return StepCost(
         setting=setting,

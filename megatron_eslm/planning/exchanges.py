@@ -1,8 +1,8 @@
 """What ranks send each other in a step: how much of what, in which group, and how long it takes.
 
 Volumes follow the code: megatron-core's layers for tensor parallelism, DeepSpeed for gradients and
-for what passes between stages, ops/keep_rule.py and training/candidates.py for selection (but for a
-broadcast of the candidates' scores within the model, 4 bytes each, once a step).
+for what passes between stages, ops/keep_rule.py and training/candidates.py for selection (but for
+the candidates' scores within the model, 4 bytes each, once a step).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.planning.hardware import Machine, Protocol
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.training.flops import Work
-from megatron_eslm.training.stages import StagePlan, stage_params
+from megatron_eslm.training.stages import StagePlan, exit_params, stage_params
 
-Collective = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
+Collective = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast", "send"]
 Phase = Literal["forward", "backward", "step"]
 Kind = Literal["tensor", "pipeline", "gradients", "weights", "selection", "proxy"]
 
@@ -50,6 +50,8 @@ class Groups:
     """Two stages beside each other."""
     ends: Group
     """The first and the last stage."""
+    stages: Group
+    """All of a pipeline."""
 
     @classmethod
     def of(cls, run: RunConfig, gpus_per_node: int) -> Groups:
@@ -63,6 +65,7 @@ class Groups:
             data=Group(size=dp, per_node=min(dp, max(1, gpus_per_node // tp))),
             neighbours=pair,
             ends=pair,
+            stages=Group(size=pp, per_node=min(pp, max(1, gpus_per_node // (tp * dp)))),
         )
 
 
@@ -76,7 +79,7 @@ class Exchange:
     group: Group
     num_bytes: float
     """Of the whole tensor: what an all-reduce sums, an all-gather results in, a
-    reduce-scatter starts from, a send sends."""
+    reduce-scatter starts from, a broadcast or a send sends."""
     count: float
     """A micro-step's forward or backward pass, or an optimizer step, by phase."""
     phase: Phase
@@ -85,7 +88,7 @@ class Exchange:
     def sent_bytes(self) -> float:
         """That one rank sends each time (rings; Thakur et al. 2005)."""
         n = self.group.size
-        if self.collective == "send":
+        if self.collective in ("send", "broadcast"):
             return self.num_bytes
         return (n - 1) / n * self.num_bytes * (2 if self.collective == "all-reduce" else 1)
 
@@ -315,9 +318,10 @@ class Exchanges:
 
     def _proxy(self, stage: int) -> Iterable[Exchange]:
         """The proxy pass ahead of a step: its candidates, a micro-batch at a time, forward only."""
-        if not (self._is_first(stage) and self.policy.selects_per_step):
+        if not self.policy.selects_per_step:
             return
-        chunks, rows = self.run.gradient_accumulation_steps, self.run.training.micro_batch_size
+        read, rows = self.run.gradient_accumulation_steps, self.run.training.micro_batch_size
+        chunks = math.ceil(read / self.plan.num_stages)
         assert rows and self.run.model.seq_length
         positions = rows * self.run.model.seq_length
 
@@ -335,6 +339,17 @@ class Exchanges:
             )
 
         if self.policy.instance_source == "head":
+            tp, rank = self.groups.tensor.size, self.run.model.lora_rank
+            copied = exit_params(self.shape, self.plan, rank, tp)
+            yield Exchange(
+                kind="proxy",
+                what="copies of the early exit",
+                collective="broadcast",
+                group=self.groups.stages,
+                num_bytes=copied * self.run.dtype.itemsize,
+                count=1,
+                phase="step",
+            )
             size = positions * self.shape.hidden_size * self.run.dtype.itemsize
             depth = self.policy.selector_depth
             yield exchange("embedding", "all-reduce", "step", size)
@@ -351,7 +366,7 @@ class Exchanges:
             what="scores of candidates",
             collective="all-gather",
             group=self.groups.data,
-            num_bytes=FLOAT32 * chunks * rows * self.groups.data.size,
+            num_bytes=FLOAT32 * read * rows * self.groups.data.size,
             count=1,
             phase="step",
         )

@@ -7,6 +7,7 @@ they read and write.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ class Clock:
         return parts
 
     def proxy_pass(self, exchanges: tuple[Exchange, ...]) -> float:
-        """Seconds of the pass ahead of a step on a rank of the first stage; all stages wait."""
+        """Seconds of the pass ahead of a step, in which all stages score in turn."""
         setting, machine = self.setting, self.machine
         if not setting.flops.scoring(setting.work) or not setting.flops.ahead:
             return 0.0
@@ -121,7 +122,8 @@ class Clock:
         host = (depth * KERNELS_OF_A_BLOCK / 3 + KERNELS_OF_THE_HEAD) * machine.launch_seconds
         seconds += max(0.0, host - seconds) if machine.host_overlaps else host
         sent = sum(e.count * e.seconds(machine) for e in exchanges if e.kind == "proxy")
-        return setting.run.gradient_accumulation_steps * seconds + sent + machine.wait_seconds
+        chunks = math.ceil(setting.run.gradient_accumulation_steps / setting.plan.num_stages)
+        return chunks * seconds + sent + machine.wait_seconds
 
     def _params(self, stage: int) -> int:
         plan = self.setting.plan

@@ -1,10 +1,10 @@
 """Sequences selected once an optimizer step, ahead of it: `--eslm-scope step`.
 
 Source: Algorithm 1 of the ESLM paper with the global batch as its batch. All sequences that a step
-reads are its candidates. The first pipeline stage scores them without gradient. The riskiest are
-kept, as many as fill micro-batches of all ranks alike. So shapes change with alpha alone, and
-nothing but one number a candidate travels between data-parallel ranks. Then each rank reads the
-kept sequences that it trains on.
+reads are its candidates. All ranks share in scoring them, without gradient; a pipeline's stages do
+so with copies of the early exit's weights. The riskiest are kept, as many as fill micro-batches of
+all ranks alike. So shapes change with alpha alone, and nothing but one number a candidate travels
+between data-parallel ranks. Then each rank reads the kept sequences that it trains on.
 
 Shape legend: C candidates in the order of their samples; R data-parallel ranks; M rows of a
 micro-batch of one rank.
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_eslm.ops.keep_rule import StepShape, keep_number
-from megatron_eslm.parallel.collectives import all_gather_same_shape
+from megatron_eslm.parallel.collectives import all_gather_same_shape, all_reduce_
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.batch import Batch, Rows
 from megatron_eslm.selection.state import SelectionRecord
@@ -35,7 +35,7 @@ class Selection:
     shape: StepShape
     """How every rank works on its share of them."""
     own: list[int]
-    """Candidates that this data-parallel rank read."""
+    """Candidates that this rank scored."""
     record: SelectionRecord
     """Of its own candidates."""
 
@@ -53,8 +53,8 @@ def select_candidates(
 
     Args:
         engine: with the model and the policy.
-        batches: this rank's candidates, M at a time, as `rows_of_rank` shares them out; read on the
-            first stage only.
+        batches: candidates of this data-parallel rank, M at a time, as `rows_of_rank` shares them
+            out.
         num_candidates: C, a multiple of M x R.
         rows: M.
         alpha: share to drop.
@@ -69,29 +69,27 @@ def select_candidates(
         return None
     engine.prepare_scores()
     policy.state.micro_step = 0
-    record = SelectionRecord()
-    scores_C = torch.empty(num_candidates, device=engine.device)
-    if mesh.is_first_stage:
-        scores, valid = [], torch.zeros((), dtype=torch.int64, device=engine.device)
-        for numbers in rows_of_rank(range(num_candidates), rows, mesh):
-            batch = next(batches)
+    record, own = SelectionRecord(), list[int]()
+    valid = torch.zeros((), dtype=torch.int64, device=engine.device)
+    # A: micro-batches of this data-parallel rank, which its pipeline's stages score in turn.
+    scores_AM = torch.zeros(read.micro_steps, rows, device=engine.device)
+    for number, numbers in enumerate(rows_of_rank(range(num_candidates), rows, mesh)):
+        batch = next(batches)
+        if number % mesh.pp_size == mesh.pp_rank:
             candidates = Rows(torch.tensor(numbers), num_candidates)
-            scores.append(engine.candidate_scores(batch, candidates))
+            scores_AM[number] = engine.candidate_scores(batch, candidates)
             valid += batch.valid_MT.sum()
-            record.num_rows += rows
-        with engine.phases("proxy gather", waits=mesh.dp_size > 1):
-            scores_RAM = all_gather_same_shape(torch.stack(scores), mesh.dp_group)
+            own += numbers
+    with engine.phases("proxy gather", waits=mesh.world_size > 1):
+        all_reduce_(scores_AM, mesh.pp_group)  # zeros where another stage scored
+        scores_RAM = all_gather_same_shape(scores_AM, mesh.dp_group)
         scores_C = scores_RAM.transpose(0, 1).flatten().contiguous()
-    with engine.phases("scores to all stages", waits=mesh.tp_size * mesh.pp_size > 1):
-        # One rank's numbers for all, so that none can decide otherwise by a rounding.
-        if mesh.is_first_stage:
-            _broadcast(scores_C, mesh.tp_group)
-        _broadcast(scores_C, mesh.pp_group)
+        if mesh.tp_size > 1:
+            # One rank's numbers for all, so that none can decide otherwise by a rounding.
+            dist.broadcast(scores_C, dist.get_global_rank(mesh.tp_group, 0), group=mesh.tp_group)
         scores_C = scores_C.cpu()  # what is decided now needs the device no more
-    if mesh.is_first_stage:
-        record.num_tokens = int(valid)
+    record.num_rows, record.num_tokens = len(own), int(valid)
     kept = keep_number(scores_C, shape.sequences * mesh.dp_size)
-    own = [number for some in rows_of_rank(range(num_candidates), rows, mesh) for number in some]
     scores_M = scores_C[own]
     record.instance_scores_M = scores_M
     record.instance_kept_M = kept.keep[own]
@@ -101,8 +99,3 @@ def select_candidates(
     return Selection(
         kept=kept.keep.nonzero().squeeze(1).tolist(), shape=shape, own=own, record=record
     )
-
-
-def _broadcast(x: torch.Tensor, group: dist.ProcessGroup) -> None:
-    if group.size() > 1:
-        dist.broadcast(x, dist.get_global_rank(group, 0), group=group)

@@ -10,6 +10,7 @@ import torch
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT
+from megatron_eslm.model.layers import Block
 from megatron_eslm.ops.head_kernel import c_compiler
 
 
@@ -21,8 +22,9 @@ def compile_blocks(model: GPT) -> None:
     occur; all blocks share that code. Evaluation and a last MLP whose backward pass is over kept
     tokens have code of their own. The head is not compiled: it is one operation of ours.
     """
-    for block in model.blocks.values():
-        block.compile()
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
 
 
 def check_compiler() -> None:

@@ -121,11 +121,11 @@ class Engine:
         ds.tput_timer.batch_size = global_batch_size
 
     def prepare_scores(self) -> None:
-        """Bring to the first stage what `candidate_scores` needs of others. Collective."""
+        """Bring to all stages what `candidate_scores` needs of others. Collective."""
 
     @torch.no_grad()
     def candidate_scores(self, batch: Batch, rows: Rows) -> torch.Tensor:
-        """GPT.candidate_scores with all weights whole; on ranks of the first stage, all together.
+        """EarlyExit.candidate_scores with all weights whole; tensor-parallel ranks together.
 
         Args:
             batch: candidates, on the engine's device.

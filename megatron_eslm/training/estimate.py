@@ -26,6 +26,7 @@ from megatron_eslm.training.reading_plan import ReadingPlan
 from megatron_eslm.training.stages import (
     StagePlan,
     adapter_params,
+    copied_params,
     plan_stages,
     plan_text,
     stage_params,
@@ -95,6 +96,7 @@ def _estimate_stage(
     if rank := run.model.lora_rank:
         trained = float(adapter_params(shape, plan.num_blocks[stage], rank, tp))
         n += trained
+    copies = copied_params(shape, plan, stage, run.model.lora_rank, tp)
     zero, dp = run.engine.zero_stage or 0, run.dp_size
     # DeepSpeed's pipeline in bf16 spreads the optimizer even in stage 0.
     spreads = zero >= 1 or (plan.num_stages > 1 and run.engine.bf16)
@@ -103,11 +105,11 @@ def _estimate_stage(
     gradient_element = 4 if element == 2 and zero >= 1 else element
     return MemoryEstimate(
         stage=stage,
-        weights=n * element / (dp if zero == 3 else 1),
+        weights=n * element / (dp if zero == 3 else 1) + copies * element,
         gradients=trained * gradient_element / (dp if zero >= 2 else 1),
         optimizer=0.0 if run.engine.cpu_offload else optimizer,
         activations=_stage_activations(run, shape, plan, stage),
-        head=_head_bytes(run, shape, early_exit=first and plan.early_exit > 0, last=last),
+        head=_head_bytes(run, shape, early_exit=plan.early_exit > 0, last=last),
     )
 
 

@@ -130,9 +130,9 @@ class Trainer:
     def _batches(self) -> StepBatches:
         t, position = self.run.training, self.state.consumed_samples
         assert t.micro_batch_size
-        # A pipeline's middle stages read nothing, and the last one only what is trained on.
-        ahead = self.engine.model.policy.selects_per_step
-        reads = self.mesh.is_first_stage or (self.mesh.is_last_stage and not ahead)
+        # A pipeline's middle stages read only to score.
+        scores = self.engine.model.policy.selects_per_step
+        reads = scores or self.mesh.is_first_stage or self.mesh.is_last_stage
         loader = (
             build_loader(
                 self.datasets.train,

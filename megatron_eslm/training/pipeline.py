@@ -19,8 +19,8 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
+from megatron_eslm.model.early_exit import refresh_copies
 from megatron_eslm.model.gpt import GPT
-from megatron_eslm.model.layers import MirroredNorm, refresh_norm
 from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.batch import Batch
@@ -105,6 +105,8 @@ class PipelinedEngine(Engine):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._bare_norm: float | None = None
+        # Some of DeepSpeed's optimizers cast parameters only.
+        self.model.copies.to(self.run.dtype)
         self._rows = self.ds.train_micro_batch_size_per_gpu()
         # DeepSpeed's pipeline would write a loss of its own beside our metrics.
         self._monitor, self.ds.monitor = self.ds.monitor, _NoMonitor()
@@ -142,16 +144,11 @@ class PipelinedEngine(Engine):
         return announced
 
     def prepare_scores(self) -> None:
-        """Bring the last stage's final norm to the early exit in the first one."""
-        mesh = self.mesh
-        if not (mesh.is_first_stage or mesh.is_last_stage):
-            return
-        if self.model.policy.instance_source != "head":
-            return
-        with self.phases("final norm for the early exit", waits=True):
-            assert isinstance(self.model.final_norm, MirroredNorm) == mesh.is_first_stage
-            source = dist.get_global_rank(mesh.ends_group, 1)
-            refresh_norm(self.model.final_norm, source, mesh.ends_group)
+        """Bring the early exit's weights to all stages."""
+        layers = self.model.early_exit.layers
+        if layers is not None:
+            with self.phases("early exit to all stages", waits=True):
+                refresh_copies(layers, self.mesh.pp_group)
 
     def set_shape(self, shape: StepShape) -> None:
         super().set_shape(shape)

@@ -26,7 +26,7 @@ class StagePlan:
     """Parameters that each stage holds, over its tensor-parallel ranks; the first and the last
     stage both have the word embedding."""
     early_exit: int = 0
-    """Blocks before the early exit in the first stage; 0 without one."""
+    """Blocks before the early exit, of which the other stages have copies; 0 without one."""
 
     @property
     def num_stages(self) -> int:
@@ -50,16 +50,15 @@ def plan_stages(run: RunConfig, shape: ModelShape, flops: FlopsModel, work: Work
     """
     stages = run.engine.pipeline_model_parallel_size
     blocks = [flops.block(work, number) for number in range(shape.num_layers)]
-    first, last = flops.scoring(work), flops.head(work)
+    head = flops.head(work)
     early_exit = flops.selector_depth if flops.proxy else 0
-    # Ahead of a step, scoring keeps all stages waiting, so it is no matter of their balance.
     split = run.engine.pipeline_blocks or balanced_split(
-        blocks, stages, first=0.0 if flops.ahead else first, last=last, at_least=early_exit
+        blocks, stages, last=head, at_least=early_exit
     )
     bounds = [0, *accumulate(split)]
-    costs = [sum(blocks[a:b]) for a, b in pairwise(bounds)]
-    costs[0] += first
-    costs[-1] += last
+    # All stages share in scoring.
+    costs = [sum(blocks[a:b]) + flops.scoring(work) / stages for a, b in pairwise(bounds)]
+    costs[-1] += head
     params = [
         stage_params(shape, count, first=stage == 0, last=stage == stages - 1)
         for stage, count in enumerate(split)
@@ -70,7 +69,7 @@ def plan_stages(run: RunConfig, shape: ModelShape, flops: FlopsModel, work: Work
 
 
 def balanced_split(
-    blocks: list[float], stages: int, *, first: float, last: float, at_least: int = 0
+    blocks: list[float], stages: int, *, last: float, at_least: int = 0
 ) -> tuple[int, ...]:
     """Number of blocks of each stage, so that the most expensive stage is as cheap as can be.
 
@@ -80,15 +79,13 @@ def balanced_split(
     Args:
         blocks: cost of each block, in order.
         stages: 1 to len(blocks).
-        first: what the first stage costs besides its blocks.
         last: what the last stage costs besides its blocks.
         at_least: blocks that the first stage must have.
     """
     total = [0.0, *accumulate(blocks)]
 
     def cost(stage: int, begin: int, end: int) -> float:
-        extra = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
-        return total[end] - total[begin] + extra
+        return total[end] - total[begin] + (last if stage == stages - 1 else 0.0)
 
     def begins(stage: int, end: int) -> range:
         if stage == 0:
@@ -140,6 +137,34 @@ def stage_params(
     if last:
         params += 2 * d
     return params
+
+
+def copied_params(
+    shape: ModelShape, plan: StagePlan, stage: int, rank: int = 0, tp: int = 1
+) -> int:
+    """Of other stages' parameters, those that a rank has copies of for the early exit.
+
+    Args:
+        shape: of the model.
+        plan: its stages.
+        stage: of the rank.
+        rank: of adapters; 0 without any.
+        tp: tensor-parallel ranks.
+    """
+    if not plan.early_exit or plan.num_stages == 1:
+        return 0
+    norm = 2 * shape.hidden_size
+    if stage == 0:
+        return norm
+    copied = exit_params(shape, plan, rank, tp)
+    return copied - (norm if stage == plan.num_stages - 1 else 0)
+
+
+def exit_params(shape: ModelShape, plan: StagePlan, rank: int = 0, tp: int = 1) -> int:
+    """Parameters by which the early exit scores, on one of `tp` tensor-parallel ranks."""
+    exit_blocks = plan.early_exit
+    own = stage_params(shape, exit_blocks, first=True, last=True, tp=tp)
+    return own + adapter_params(shape, exit_blocks, rank, tp)
 
 
 def adapter_params(shape: ModelShape, num_blocks: int, rank: int, tp: int = 1) -> int:

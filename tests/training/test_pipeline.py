@@ -118,22 +118,34 @@ def test_activations_computed_again_are_the_same(data: list[str], tmp_path: Path
 
 
 @pytest.mark.parametrize("flags", [("--zero-stage", "1"), ("--bf16",)], ids=["float32", "bf16"])
-def test_shared_weights_stay_the_same_on_both_ends(
+def test_what_several_stages_hold_stays_the_same(
     data: list[str], tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
-    def fn(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tied word embedding of both ends, and every stage's copies of the early exit."""
+
+    def fn(rank: int) -> tuple[torch.Tensor | None, list[torch.Tensor], list[str]]:
         built: list[Trainer] = []
-        train(words(data, *STEPS, *PP2, *flags), tmp_path / "m.jsonl", built.append)
+        pp3 = ("--pipeline-model-parallel-size", "3", "--num-layers", "6")
+        train(words(data, *STEPS, *pp3, *flags), tmp_path / "m.jsonl", built.append)
         model = built[0].engine.model
         built[0].engine.prepare_scores()
-        norm = model.final_norm
-        values = norm.values_2D if rank == 0 else torch.stack([norm.weight, norm.bias])
-        return model.embedding.word.weight.detach(), values.detach().float()
+        layers = model.early_exit.layers
+        assert layers is not None
+        held = [
+            tensor.detach().float()
+            for module in (layers.embedding, *layers.blocks, layers.final_norm)
+            for tensor in [*module.parameters(), *module.buffers()]
+        ]
+        word = None if rank == 1 else model.embedding.word.weight.detach()
+        return word, held, [name for name, _ in model.named_parameters()]
 
-    (first, mirror), (last, norm) = run_ranks(2, fn)
-    assert torch.equal(first, last)
-    assert torch.equal(mirror, norm)
-    assert not torch.equal(norm[0], torch.ones_like(norm[0]))
+    (first, scores_first, _), (_, scores_middle, names), (last, scores_last, _) = run_ranks(3, fn)
+    assert first is not None and last is not None and torch.equal(first, last)
+    assert len(scores_first) == 2 + 12 + 2
+    for one, middle, other in zip(scores_first, scores_middle, scores_last, strict=True):
+        assert torch.equal(one, middle) and torch.equal(one, other)
+    assert not torch.equal(scores_first[-2], torch.ones_like(scores_first[-2]))  # it was trained
+    assert names and all(name.startswith("blocks.") for name in names)  # copies are no parameters
 
 
 def test_bf16_in_three_dimensions_follows_the_single_process(
@@ -177,16 +189,20 @@ def test_the_early_exit_must_fit_into_the_first_stage(data: list[str]) -> None:
         assert "--eslm-proxy-layers 2" in message and "--pipeline-split" in message
 
 
-def test_middle_stages_hold_blocks_only_and_read_nothing(data: list[str], tmp_path: Path) -> None:
-    def fn(rank: int) -> tuple[list[str], bool]:
+def test_middle_stages_hold_blocks_only_and_read_only_to_score(
+    data: list[str], tmp_path: Path
+) -> None:
+    def fn(rank: int) -> tuple[list[str], list[bool]]:
         built: list[Trainer] = []
         flags = ("--pipeline-model-parallel-size", "3", "--pipeline-split", "1,2,1")
-        train(words(data, *STEPS, *flags), tmp_path / "m.jsonl", built.append)
+        for selection in ("clm", "eslm"):
+            argv = words(data, *STEPS, *flags, "--selection", selection)
+            train(argv, tmp_path / f"{selection}.jsonl", built.append)
         names = [name for name, _ in built[0].engine.model.named_parameters()]
-        return names, built[0]._batches().loader is not None
+        return names, [trainer._batches().loader is not None for trainer in built]
 
     (first, _), (middle, reads), (last, _) = run_ranks(3, fn)
-    assert {name.split(".")[1] for name in middle} == {"1", "2"} and not reads
+    assert {name.split(".")[1] for name in middle} == {"1", "2"} and reads == [False, True]
     assert all(name.startswith("blocks.") for name in middle)
     assert "embedding.position.weight" in first and not any("norm" in n[:10] for n in first)
     assert [n for n in last if not n.startswith("blocks")] == [
