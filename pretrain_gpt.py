@@ -7,8 +7,8 @@ Runs under deepspeed, torchrun and plain python. README.md has the first command
 
 if __name__ == "__main__":
     # Before the imports that take seconds.
-    from megatron_eslm.parallel.parent import end_with_launcher
-    from megatron_eslm.training.signals import end_at_once
+    from megatron_eslm.launch.signals import end_at_once
+    from megatron_eslm.watchdog.parent import end_with_launcher
 
     launcher = end_with_launcher()
     end_at_once()

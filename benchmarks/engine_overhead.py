@@ -13,9 +13,9 @@ import torch
 from benchmarks.engines import BenchRun
 from benchmarks.flags import parser, settings, training_flags
 from benchmarks.interleave import interleaved, report
-from megatron_eslm.parallel.bootstrap import init_distributed
+from megatron_eslm.engine.engine import build_optimizer
+from megatron_eslm.launch.bootstrap import init_distributed
 from megatron_eslm.training.build import build_model
-from megatron_eslm.training.engine import build_optimizer
 
 
 def bare_stepper(run: BenchRun) -> Callable[[], Any]:

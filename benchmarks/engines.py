@@ -13,21 +13,21 @@ import torch
 
 from benchmarks.flags import GPT2_VOCAB
 from megatron_eslm.config.run import RunConfig, parse_run
+from megatron_eslm.cost.flops import Work
+from megatron_eslm.cost.of_run import build_flops, step_work
+from megatron_eslm.cost.stages import plan_stages
+from megatron_eslm.data.batch import Batch
 from megatron_eslm.data.loader import read_batch
 from megatron_eslm.data.mixture import Mixture
-from megatron_eslm.parallel.bootstrap import prepare_device
+from megatron_eslm.engine.engine import Engine
+from megatron_eslm.launch.bootstrap import prepare_device
 from megatron_eslm.parallel.mesh import build_mesh
-from megatron_eslm.parallel.phases import Phases
-from megatron_eslm.selection.batch import Batch
-from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
-from megatron_eslm.training.build import build_engine, build_flops, build_model
+from megatron_eslm.training.build import build_engine, build_model
 from megatron_eslm.training.candidates import rows_of_rank
-from megatron_eslm.training.engine import Engine
-from megatron_eslm.training.estimate import step_work
-from megatron_eslm.training.flops import Work
-from megatron_eslm.training.stages import plan_stages
 from megatron_eslm.training.step_batches import StepBatches
+from megatron_eslm.watchdog.phases import Phases
 
 
 class BenchRun:

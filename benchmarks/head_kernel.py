@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.interleave import report
-from megatron_eslm.ops.head_kernel import HeadKernel, resolve_head_kernel
-from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
-from megatron_eslm.ops.selective_linear_cross_entropy import selective_linear_cross_entropy
+from megatron_eslm.ops.head.contract import HeadKernel
+from megatron_eslm.ops.head.cross_entropy import selective_linear_cross_entropy
+from megatron_eslm.ops.head.dispatch import resolve_head_kernel
+from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 
 KERNELS: tuple[HeadKernel, ...] = ("torch", "triton", "triton-fused")
 

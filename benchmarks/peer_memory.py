@@ -19,7 +19,7 @@ from benchmarks.engines import BenchRun
 from benchmarks.flags import parser, training_flags
 from benchmarks.interleave import report
 from benchmarks.peer import peer_stepper
-from megatron_eslm.parallel.bootstrap import init_distributed
+from megatron_eslm.launch.bootstrap import init_distributed
 
 
 def main() -> None:

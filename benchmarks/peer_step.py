@@ -10,7 +10,7 @@ from benchmarks.engines import BenchRun
 from benchmarks.flags import parser, settings, training_flags
 from benchmarks.interleave import interleaved, report
 from benchmarks.peer import peer_stepper
-from megatron_eslm.parallel.bootstrap import init_distributed
+from megatron_eslm.launch.bootstrap import init_distributed
 
 
 def main() -> None:

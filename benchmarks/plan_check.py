@@ -30,19 +30,19 @@ import torch.nn.functional as F
 from benchmarks.engines import stepper
 from benchmarks.interleave import machine as processor
 from megatron_eslm.config.run import parse_run
-from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
-from megatron_eslm.parallel.bootstrap import init_distributed
+from megatron_eslm.cost.of_run import build_flops, step_work
+from megatron_eslm.cost.stages import plan_stages
+from megatron_eslm.launch.bootstrap import init_distributed
+from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
-from megatron_eslm.parallel.phases import Phases
 from megatron_eslm.planning.cost import step_cost
 from megatron_eslm.planning.hardware import Machine, Protocol
 from megatron_eslm.planning.setting import Setting
 from megatron_eslm.planning.stage_clock import COLUMN_TRAFFIC, RESIDUAL_TRAFFIC
-from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
-from megatron_eslm.training.build import build_engine, build_flops, build_model
-from megatron_eslm.training.estimate import step_work
-from megatron_eslm.training.stages import plan_stages
+from megatron_eslm.training.build import build_engine, build_model
+from megatron_eslm.watchdog.phases import Phases
 from tests.harness import run_ranks
 
 VOCAB_SIZE, HIDDEN, LAYERS, HEADS, LENGTH = 4000, 256, 4, 4, 128

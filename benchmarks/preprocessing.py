@@ -21,7 +21,7 @@ import zstandard
 from benchmarks.interleave import interleaved, report
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.readers import read_documents
-from megatron_eslm.data.tokenizers import build_tokenizer
+from megatron_eslm.data.tokenizers.build import build_tokenizer
 from megatron_eslm.errors import ConfigError
 
 

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.engines import BenchRun
 from benchmarks.flags import parser, training_flags
 from benchmarks.interleave import machine
-from megatron_eslm.parallel.bootstrap import init_distributed
+from megatron_eslm.launch.bootstrap import init_distributed
 
 
 def main() -> None:

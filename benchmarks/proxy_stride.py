@@ -21,10 +21,10 @@ from datetime import date
 import numpy as np
 import torch
 
+from megatron_eslm.launch.bootstrap import single_process
 from megatron_eslm.model.gpt import bare_gpt, load_weights
-from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
+from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 from megatron_eslm.ops.keep_rule import num_to_keep
-from megatron_eslm.parallel.bootstrap import single_process
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.reports.held_out import held_out
 from megatron_eslm.reports.passages import validation_passages

@@ -10,7 +10,7 @@ from __future__ import annotations
 from benchmarks.engines import BenchRun
 from benchmarks.flags import GPT2_VOCAB, parser, settings, training_flags
 from benchmarks.interleave import interleaved, report
-from megatron_eslm.parallel.bootstrap import init_distributed
+from megatron_eslm.launch.bootstrap import init_distributed
 
 ESLM, RANDOM = ("--selection", "eslm"), ("--selection", "random")
 CASES = {

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from benchmarks.engines import BenchRun
 from benchmarks.flags import parser, settings, training_flags
 from benchmarks.interleave import interleaved, report
-from megatron_eslm.parallel.bootstrap import init_distributed, leave
+from megatron_eslm.launch.bootstrap import init_distributed, leave
 
 
 def main() -> None:

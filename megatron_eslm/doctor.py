@@ -46,7 +46,7 @@ def _packages() -> Iterator[tuple[str, str]]:
 def _accelerator() -> Iterator[tuple[str, str]]:
     import torch
 
-    from megatron_eslm.parallel.bootstrap import quiet_imports
+    from megatron_eslm.launch.bootstrap import quiet_imports
 
     quiet_imports()
     if torch.cuda.is_available():
@@ -69,12 +69,12 @@ def _kernels() -> Iterator[tuple[str, str]]:
     yield "attention", "torch scaled_dot_product_attention (flash kernels)"
     yield "layer norm", "torch (fused on CUDA)"
     yield "optimizer", "torch AdamW, fused"
-    from megatron_eslm.ops.head_kernel import resolve_head_kernel
+    from megatron_eslm.ops.head.dispatch import resolve_head_kernel
 
     kernel = resolve_head_kernel("auto", "cuda" if torch.cuda.is_available() else "cpu")
     triton = _version("triton") or "not installed"
     yield "head", f"selective linear cross-entropy (ours), --head-kernel auto is {kernel}"
-    from megatron_eslm.ops.head_kernel import c_compiler
+    from megatron_eslm.ops.head.dispatch import c_compiler
 
     builds = c_compiler() or "no C compiler"
     yield "triton", f"{triton}, {builds}; --head-kernel triton needs both, and CUDA"

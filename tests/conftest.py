@@ -21,7 +21,7 @@ def process_group() -> Iterator[None]:
 
     Not together with `harness.run_ranks`, which forks: its ranks make groups of their own.
     """
-    from megatron_eslm.parallel.bootstrap import single_process
+    from megatron_eslm.launch.bootstrap import single_process
 
     with single_process():
         yield

@@ -43,7 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_eslm.parallel.bootstrap import prepare_device, quiet_imports
+from megatron_eslm.launch.bootstrap import prepare_device, quiet_imports
 
 
 class RankFailed(AssertionError):

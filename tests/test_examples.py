@@ -15,11 +15,11 @@ import pytest
 from deepspeed.launcher.runner import fetch_hostfile, parse_args
 
 from megatron_eslm.config.run import RunConfig, parse_run
-from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.cost.memory import estimate_memory
+from megatron_eslm.cost.of_run import build_flops, step_work
+from megatron_eslm.cost.stages import plan_stages
+from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.state import Peers, SelectionState
-from megatron_eslm.training.build import build_flops
-from megatron_eslm.training.estimate import estimate_memory, step_work
-from megatron_eslm.training.stages import plan_stages
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_eslm.command_line import Parser, command
-from megatron_eslm.data.tokenizers import same_ids
+from megatron_eslm.data.tokenizers.build import same_ids
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.parallel.bootstrap import single_process
+from megatron_eslm.launch.bootstrap import single_process
 from megatron_eslm.reports.groups import default_labels
 from megatron_eslm.reports.held_out import held_out
 from megatron_eslm.reports.highlight import Column, choose, highlight_page

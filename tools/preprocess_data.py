@@ -17,7 +17,7 @@ from megatron_eslm.command_line import Parser, command
 from megatron_eslm.data.bad_lines import OnBadLine
 from megatron_eslm.data.options import TokenizerType
 from megatron_eslm.data.preprocess import preprocess
-from megatron_eslm.data.tokenizers import build_tokenizer
+from megatron_eslm.data.tokenizers.build import build_tokenizer
 from megatron_eslm.files.stopped import stopped_by_signals
 
 

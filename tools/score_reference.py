@@ -22,7 +22,7 @@ from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.reference_losses import losses_path
 from megatron_eslm.data.source import open_data
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.parallel.bootstrap import prepare_device, single_process
+from megatron_eslm.launch.bootstrap import prepare_device, single_process
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.selection.reference_options import is_plain_name
 
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _score(args: argparse.Namespace) -> None:
-    from megatron_eslm.training.reference import find_reference, load_reference
-    from megatron_eslm.training.reference_scoring import score_pair
+    from megatron_eslm.frozen.reference import find_reference, load_reference
+    from megatron_eslm.frozen.score import score_pair
 
     if not is_plain_name(args.name):
         raise ConfigError(

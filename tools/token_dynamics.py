@@ -18,17 +18,17 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from megatron_eslm.checkpoint.manifest import checkpoint_name, list_checkpoints
 from megatron_eslm.command_line import Parser, command
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.output_prefix import output_prefix
-from megatron_eslm.parallel.bootstrap import single_process
+from megatron_eslm.launch.bootstrap import single_process
 from megatron_eslm.reports import curves, dynamics
 from megatron_eslm.reports.held_out import held_out
 from megatron_eslm.reports.html import write_page
 from megatron_eslm.reports.passages import Passage, validation_passages
 from megatron_eslm.reports.tables import to_console
 from megatron_eslm.reports.token_scores import open_scoring_model, window_of
-from megatron_eslm.training.manifest import checkpoint_name, list_checkpoints
 
 
 @command

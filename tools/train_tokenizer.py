@@ -17,7 +17,7 @@ from typing import get_args
 from megatron_eslm.command_line import Parser, command
 from megatron_eslm.data.bad_lines import BadLines, OnBadLine
 from megatron_eslm.data.readers import read_documents
-from megatron_eslm.data.train_bpe import train_bpe
+from megatron_eslm.data.tokenizers.train_bpe import train_bpe
 from megatron_eslm.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files import json_file
-from megatron_eslm.parallel.bootstrap import quiet_imports
+from megatron_eslm.launch.bootstrap import quiet_imports
 
 Json = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """What a DeepSpeed JSON may say: DeepSpeed's own models of its sections, and what is not for here.
 
-Imports DeepSpeed: `parallel.bootstrap.quiet_imports` comes first.
+Imports DeepSpeed: `launch.bootstrap.quiet_imports` comes first.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.selection.build import described_policy
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import described_policy
 
 
 @dataclass(frozen=True, kw_only=True)

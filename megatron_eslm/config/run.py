@@ -22,6 +22,13 @@ from megatron_eslm.config.layouts import (
 )
 from megatron_eslm.config.schedule import fill_schedule
 from megatron_eslm.config.scope import fill_scope, warn_of_ramp
+from megatron_eslm.config.training_options import (
+    CheckpointOptions,
+    EngineOptions,
+    OptimizerOptions,
+    ReportOptions,
+    TrainingOptions,
+)
 from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.data.label_noise import check_label_noise
 from megatron_eslm.data.options import DataOptions
@@ -32,16 +39,9 @@ from megatron_eslm.model.shape import PRESETS, ModelShape, Preset, pad_vocab_siz
 from megatron_eslm.objectives.options import ObjectiveOptions, check_objective
 from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.parallel.mesh import check_layout
+from megatron_eslm.selection.build import described_policy
 from megatron_eslm.selection.options import Scope, SelectionOptions
-from megatron_eslm.selection.policy import described_policy, policy_class
 from megatron_eslm.selection.reference_options import ReferenceOptions
-from megatron_eslm.training.options import (
-    CheckpointOptions,
-    EngineOptions,
-    OptimizerOptions,
-    ReportOptions,
-    TrainingOptions,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -371,7 +371,7 @@ def _check_lora(
 def _check_reference(
     selection: SelectionOptions, reference: ReferenceOptions, data: DataOptions
 ) -> None:
-    needed = policy_class(selection.selection).needs_reference
+    needed = described_policy(selection).needs_reference
     if needed and not reference.given:
         raise ConfigError(
             f"--selection {selection.selection} needs the losses of a reference model. Score the "

@@ -9,8 +9,8 @@ import math
 from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.keep_rule import StepShape
+from megatron_eslm.selection.build import described_policy
 from megatron_eslm.selection.options import Scope, SelectionOptions
-from megatron_eslm.selection.policy import described_policy
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-
+"""Text becomes token files, and these become batches."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_eslm.data.index_file import IndexFile
 from megatron_eslm.data.meta import DataMeta
-from megatron_eslm.data.tokenizer_base import Tokenizer
+from megatron_eslm.data.tokenizers.base import Tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.checksum import sha256_of
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from megatron_eslm.data.meta import read_meta
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.shared_folder import shared_folder
-from megatron_eslm.data.tokenizers import HuggingFaceTokenizer
-from megatron_eslm.data.train_bpe import train_bpe
+from megatron_eslm.data.tokenizers.build import HuggingFaceTokenizer
+from megatron_eslm.data.tokenizers.train_bpe import train_bpe
 from megatron_eslm.errors import ConfigError
 
 logger = logging.getLogger(__name__)

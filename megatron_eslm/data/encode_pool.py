@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_eslm.data.tokenizer_base import Tokenizer, clean_text
+from megatron_eslm.data.tokenizers.base import Tokenizer, clean_text
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.stopped import signals_wait
-from megatron_eslm.parallel.parent import heed_parent_only
+from megatron_eslm.watchdog.parent import heed_parent_only
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096

@@ -24,10 +24,10 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.parallel.heartbeat import HOW_TO_GO_ON
-from megatron_eslm.parallel.parent import heed_parent_only
-from megatron_eslm.parallel.process import Process
-from megatron_eslm.parallel.stopwatch import Stopwatch
+from megatron_eslm.watchdog.heartbeat import HOW_TO_GO_ON
+from megatron_eslm.watchdog.parent import heed_parent_only
+from megatron_eslm.watchdog.process import Process
+from megatron_eslm.watchdog.stopwatch import Stopwatch
 
 LOOK_SECONDS = 1.0
 """Between two looks at a process from which nothing comes."""

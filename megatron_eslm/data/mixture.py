@@ -25,9 +25,9 @@ import torch
 
 from megatron_eslm.data.label_noise import LabelNoise
 from megatron_eslm.data.limits import check_order
+from megatron_eslm.data.megatron_imports import gpt_dataset
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.plan import MixtureReport, document_ranges, plan_mixture
-from megatron_eslm.data.quiet import gpt_dataset
 from megatron_eslm.data.reference_losses import ReferenceLosses
 from megatron_eslm.data.shared_folder import shared_folder
 from megatron_eslm.data.source import DataSource, canonical_split

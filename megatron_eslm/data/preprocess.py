@@ -20,11 +20,11 @@ from pathlib import Path
 
 from megatron_eslm.data.bad_lines import BadLines, OnBadLine
 from megatron_eslm.data.encode_pool import MOST_WORKERS, Encoded, Encoder, encoding
+from megatron_eslm.data.megatron_imports import indexed_dataset
 from megatron_eslm.data.meta import DataMeta
-from megatron_eslm.data.quiet import indexed_dataset
 from megatron_eslm.data.readers import read_documents
-from megatron_eslm.data.tokenizer_base import Tokenizer
-from megatron_eslm.data.tokenizer_samples import warn_of_changes
+from megatron_eslm.data.tokenizers.base import Tokenizer
+from megatron_eslm.data.tokenizers.samples import warn_of_changes
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.aside import aside_folder
 from megatron_eslm.files.durable import sync_file, sync_folder

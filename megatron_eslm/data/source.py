@@ -17,7 +17,7 @@ from megatron_eslm.data.index_file import IndexFile, read_index
 from megatron_eslm.data.limits import check_domains
 from megatron_eslm.data.meta import DataMeta, read_meta
 from megatron_eslm.data.options import DataOptions
-from megatron_eslm.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
+from megatron_eslm.data.tokenizers.build import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.ranks import first_on_machine, has_group, rank_zero_first
 

@@ -10,7 +10,7 @@ from megatron_eslm.data.contents import check_ends, check_ids, check_meta, check
 from megatron_eslm.data.index_file import read_index
 from megatron_eslm.data.meta import read_meta
 from megatron_eslm.data.reference_losses import verify_losses
-from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_eslm.data.tokenizers.build import Tokenizer, load_tokenizer
 from megatron_eslm.errors import ConfigError
 
 

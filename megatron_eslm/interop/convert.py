@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_eslm.data.folder_tokenizer import folder_tokenizer
 from megatron_eslm.data.hub import TOKENIZER_FILES, model_folder
+from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.interop import huggingface
 from megatron_eslm.interop.prompts import prompts_ids
 from megatron_eslm.interop.publish import published
-from megatron_eslm.model.gpt2_folder import from_gpt2, load_gpt2
+from megatron_eslm.model.hf.gpt2_folder import from_gpt2, load_gpt2
 
 
 class LogitMismatch(RuntimeError):
@@ -50,7 +50,7 @@ def checkpoint_to_folder(
         ConfigError: unusable checkpoint or output.
         LogitMismatch: the difference is above `LOGIT_TOLERANCE`.
     """
-    from megatron_eslm.training.checkpoint import read_weights
+    from megatron_eslm.checkpoint.weights import read_weights
 
     with published(output, "--output", "config.json" if overwrite else None) as aside:
         source = read_weights(load, tag)
@@ -79,7 +79,7 @@ def folder_to_checkpoint(source: str, save: str, multiple: int = 128) -> float:
     folder = _hub_or_local(source)
     model, tokenizer = load_gpt2(folder), folder_tokenizer(folder)
     weights, shape = from_gpt2(model, model.config, multiple, tokenizer.vocab_size)
-    from megatron_eslm.training.checkpoint import read_weights, write_weights  # slow to import
+    from megatron_eslm.checkpoint.weights import read_weights, write_weights
 
     with published(save, "--save") as aside, tempfile.TemporaryDirectory() as tokenizer_dir:
         tokenizer.save(tokenizer_dir)
@@ -100,7 +100,7 @@ def _hub_or_local(source: str) -> Path:
 
 def checkpoint_tokenizer(directory: Path | None, load: str) -> Any:
     """The tokenizer stored in a checkpoint; ConfigError if it holds none."""
-    from megatron_eslm.data.tokenizers import load_tokenizer
+    from megatron_eslm.data.tokenizers.build import load_tokenizer
 
     if directory is None:
         raise ConfigError(

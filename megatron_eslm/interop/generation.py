@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_eslm.data.tokenizer_base import clean_text
+from megatron_eslm.data.tokenizers.base import clean_text
 from megatron_eslm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ def open_model(load: str, tag: str | None = None) -> tuple[GPT2LMHeadModel, Any]
     Raises:
         ConfigError: `load` is neither, or is damaged.
     """
-    from megatron_eslm.data.folder_tokenizer import folder_tokenizer
+    from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
     from megatron_eslm.interop import convert, huggingface
-    from megatron_eslm.model.gpt2_config import gpt2_shape, read_fields
-    from megatron_eslm.model.gpt2_folder import load_gpt2
+    from megatron_eslm.model.hf.gpt2_config import gpt2_shape, read_fields
+    from megatron_eslm.model.hf.gpt2_folder import load_gpt2
 
     if (Path(load) / "config.json").is_file():
         if tag is not None:
@@ -86,7 +86,7 @@ def open_model(load: str, tag: str | None = None) -> tuple[GPT2LMHeadModel, Any]
         gpt2_shape(read_fields(model.config), 1, tokenizer.vocab_size)  # a row for every id
         return model, tokenizer
 
-    from megatron_eslm.training.checkpoint import read_weights
+    from megatron_eslm.checkpoint.weights import read_weights
 
     source = read_weights(load, tag)
     tokenizer = convert.checkpoint_tokenizer(source.tokenizer_dir, load)

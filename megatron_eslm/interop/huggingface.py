@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.gpt2_names import to_gpt2_state
+from megatron_eslm.model.hf.gpt2_names import to_gpt2_state
 from megatron_eslm.model.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -94,15 +94,15 @@ def export(
     Args:
         directory: created if missing; files of these names in it are replaced.
         weights, shape: as for `to_gpt2`.
-        tokenizer: of `megatron_eslm.data.tokenizers`.
+        tokenizer: of `megatron_eslm.data.tokenizers.build`.
         with_tokenizer: else its files are left out.
 
     Raises:
         ConfigError: weights or tokenizer do not fit the shape, `transformers` reads text otherwise
             than the tokenizer, or the folder cannot be written.
     """
-    from megatron_eslm.data.hf_tokenizer import export_no_tokenizer, export_tokenizer
-    from megatron_eslm.training.tensor_files import write_file
+    from megatron_eslm.checkpoint.tensor_files import write_file
+    from megatron_eslm.data.tokenizers.to_transformers import export_no_tokenizer, export_tokenizer
 
     directory = Path(directory)
     check_tokenizer(tokenizer, shape)
@@ -141,8 +141,8 @@ def compare_logits(
     Returns:
         The difference; infinity if any logit is not a finite number.
     """
+    from megatron_eslm.launch.bootstrap import single_process
     from megatron_eslm.model.gpt import reference_logits
-    from megatron_eslm.parallel.bootstrap import single_process
 
     worst = 0.0
     with single_process():

@@ -1,1 +1,1 @@
-
+"""The GPT: layers, early exit, selectors and head."""

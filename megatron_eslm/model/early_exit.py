@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_eslm.data.batch import Batch, Rows
 from megatron_eslm.model.layers import Block, Embedding, FinalNorm, Layout
-from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
-from megatron_eslm.selection.batch import Batch, Rows
+from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 from megatron_eslm.selection.policy import SelectionPolicy
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_eslm.data.batch import Batch, Rows
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.dropout import NamedDropout, Places
 from megatron_eslm.model.early_exit import EarlyExit, ExitLayers, as_copy
@@ -24,14 +25,15 @@ from megatron_eslm.model.layers import Block, Embedding, FinalNorm, Layout
 from megatron_eslm.model.lora import freeze_all_but_adapters
 from megatron_eslm.model.options import Lora
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.ops.head_kernel import HeadKernel
-from megatron_eslm.ops.head_statistics import VocabShard
+from megatron_eslm.objectives.base import Objective
+from megatron_eslm.objectives.loss_tokens import LossTokens
+from megatron_eslm.ops.head.contract import HeadKernel
+from megatron_eslm.ops.head.statistics import VocabShard
 from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
-from megatron_eslm.selection.batch import Batch, LossTokens, Rows
-from megatron_eslm.selection.objective import Objective
+from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import SelectionPolicy, build_policy
+from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 
 
@@ -333,7 +335,7 @@ def reference_logits(
 ) -> torch.Tensor:
     """Logits of our model in one process, in float32.
 
-    Needs a process group of one (`parallel.bootstrap.single_process`).
+    Needs a process group of one (`launch.bootstrap.single_process`).
 
     Args:
         weights: parameters of GPT by name.

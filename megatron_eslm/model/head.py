@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megatron_eslm.data.batch import Batch
 from megatron_eslm.model.instance_selector import Selected
 from megatron_eslm.model.layers import Embedding, FinalNorm, Layout
-from megatron_eslm.ops.head_statistics import HeadStatistics, VocabShard, head_statistics
+from megatron_eslm.objectives.base import Objective
+from megatron_eslm.objectives.loss_tokens import LossTokens
+from megatron_eslm.ops.head.statistics import HeadStatistics, VocabShard, head_statistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens
 from megatron_eslm.parallel.collectives import sum_later
-from megatron_eslm.selection.batch import Batch, LossTokens
-from megatron_eslm.selection.objective import Objective
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.state import Recorder
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from megatron_eslm.data.batch import Batch
 from megatron_eslm.model.early_exit import EarlyExit
-from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.state import Recorder
 

@@ -1,1 +1,1 @@
-
+"""Losses of kept tokens: cross-entropy, distillation, uncertainty."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from megatron_eslm.ops.selective_linear_cross_entropy import selective_linear_cross_entropy
-from megatron_eslm.selection.batch import LossTokens
-from megatron_eslm.selection.objective import Objective
+from megatron_eslm.objectives.base import Objective
+from megatron_eslm.objectives.loss_tokens import LossTokens
+from megatron_eslm.ops.head.cross_entropy import selective_linear_cross_entropy
 
 
 class CausalLM(Objective):

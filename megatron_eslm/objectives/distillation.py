@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from megatron_eslm.objectives.base import Objective
 from megatron_eslm.objectives.causal_lm import CausalLM
+from megatron_eslm.objectives.loss_tokens import LossTokens
 from megatron_eslm.objectives.teacher import Teacher, taught_losses
-from megatron_eslm.selection.batch import LossTokens
-from megatron_eslm.selection.objective import Objective
 
 
 class Distillation(Objective):

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import torch
 
-from megatron_eslm.ops.selective_distillation import selective_distillation
-from megatron_eslm.selection.batch import LossTokens
+from megatron_eslm.objectives.loss_tokens import LossTokens
+from megatron_eslm.ops.head.distillation import selective_distillation
 
 
 class Teacher(Protocol):

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
+from megatron_eslm.objectives.base import Objective
+from megatron_eslm.objectives.loss_tokens import LossTokens
 from megatron_eslm.objectives.teacher import Teacher, taught_losses
-from megatron_eslm.selection.batch import LossTokens
-from megatron_eslm.selection.objective import Objective
 
 
 class Uncertainty(Objective):

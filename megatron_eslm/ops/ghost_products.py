@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_eslm.ops.head_statistics import CHUNK_BYTES, chunk_rows
+from megatron_eslm.ops.head.statistics import CHUNK_BYTES, chunk_rows
 
 
 @dataclass

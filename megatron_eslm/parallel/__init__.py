@@ -1,1 +1,1 @@
-
+"""The process mesh and its collectives."""

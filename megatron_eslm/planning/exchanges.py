@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_eslm.config.run import RunConfig
+from megatron_eslm.cost.flops import Work
+from megatron_eslm.cost.stages import StagePlan, exit_params
+from megatron_eslm.model.arithmetic import stage_params
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.planning.hardware import Machine, Protocol
 from megatron_eslm.selection.policy import SelectionPolicy
-from megatron_eslm.training.flops import Work
-from megatron_eslm.training.stages import StagePlan, exit_params, stage_params
 
 Collective = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast", "send"]
 Phase = Literal["forward", "backward", "step"]

@@ -184,8 +184,8 @@ class Machine:
 
 
 EAGER_LOGIT_BYTES = (30.0, 36.0)
-"""Reads and writes of the unfused head by its lines in ops/head_statistics.py and
-ops/selective_linear_cross_entropy.py: bf16 in, float32 between."""
+"""Reads and writes of the unfused head by its lines in ops/head/statistics.py and
+ops/head/cross_entropy.py: bf16 in, float32 between."""
 
 ASSUMED = (
     "matrix products: {efficiency:.0%} of the peak where they are large (fitted to published "

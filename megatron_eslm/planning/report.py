@@ -6,12 +6,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_eslm.cost.stages import plan_text
 from megatron_eslm.planning.cost import ideal_bubble, step_cost
 from megatron_eslm.planning.hardware import GIB, Machine, assumptions
 from megatron_eslm.planning.request import Request
 from megatron_eslm.planning.search import Plan, plan_layout
 from megatron_eslm.planning.setting import rank_work
-from megatron_eslm.training.stages import plan_text
 
 
 def plan_values(plan: Plan, clm: Plan) -> dict[str, Any]:

@@ -6,16 +6,17 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_eslm.config.run import RunConfig
+from megatron_eslm.cost.flops import FlopsModel, Work
+from megatron_eslm.cost.memory import MemoryEstimate, estimate_memory
+from megatron_eslm.cost.of_run import build_flops, step_work
+from megatron_eslm.cost.stages import StagePlan, plan_stages
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.keep_rule import num_to_keep
 from megatron_eslm.planning.hardware import Machine
 from megatron_eslm.planning.imbalance import expected_largest, expected_largest_tokens
-from megatron_eslm.selection.policy import SelectionPolicy, build_policy
+from megatron_eslm.selection.build import build_policy
+from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.state import Peers, SelectionState
-from megatron_eslm.training.build import build_flops
-from megatron_eslm.training.estimate import MemoryEstimate, estimate_memory, step_work
-from megatron_eslm.training.flops import FlopsModel, Work
-from megatron_eslm.training.stages import StagePlan, plan_stages
 
 Plans = dict[tuple[FlopsModel, Work, int, str | None], StagePlan]
 """Stage plans by all that decides them."""

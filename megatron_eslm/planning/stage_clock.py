@@ -1,6 +1,6 @@
 """The clock of a stage: seconds of each part of a micro-step on one rank, and of an optimizer step.
 
-Matrix products are those of the ledger (training/flops.py); other kernels count by the bytes that
+Matrix products are those of the ledger (cost/flops.py); other kernels count by the bytes that
 they read and write.
 """
 
@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from megatron_eslm.cost.flops import Work
+from megatron_eslm.model.arithmetic import block_forward, head_forward, stage_params
 from megatron_eslm.planning.exchanges import Exchange
 from megatron_eslm.planning.hardware import Machine
 from megatron_eslm.planning.setting import Setting
-from megatron_eslm.training.flops import Work, block_forward, head_forward
-from megatron_eslm.training.stages import stage_params
 
 # Elements of the residual stream and of each tensor-parallel rank's columns that the kernels of a
 # block read and write, forward, for each D of a position: two norms (2 + 2), two biases (2 + 2),

@@ -26,8 +26,8 @@ from typing import Literal
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.json_file import read_json
-from megatron_eslm.parallel.parent import end_with_parent
 from megatron_eslm.recipes.recipe import Recipe, RecipeRun, Step
+from megatron_eslm.watchdog.parent import end_with_parent
 
 logger = logging.getLogger(__name__)
 

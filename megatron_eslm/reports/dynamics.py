@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_eslm.data.tokenizers import Tokenizer
+from megatron_eslm.data.tokenizers.build import Tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.reports import html
 from megatron_eslm.reports.curves import LINES, MARKERS, dress, svg

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_eslm.data.tokenizers import Tokenizer
+from megatron_eslm.data.tokenizers.build import Tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.keep_rule import keep_riskiest
 from megatron_eslm.reports import html

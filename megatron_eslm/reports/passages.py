@@ -13,7 +13,7 @@ import numpy as np
 from megatron_eslm.data.index_file import read_index
 from megatron_eslm.data.meta import read_meta
 from megatron_eslm.data.plan import document_ranges
-from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer, same_ids
+from megatron_eslm.data.tokenizers.build import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.regular import open_regular
 

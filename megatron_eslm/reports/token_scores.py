@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_eslm.data.folder_tokenizer import folder_tokenizer
-from megatron_eslm.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_eslm.checkpoint.weights import Weights, read_weights
+from megatron_eslm.data.batch import Batch
+from megatron_eslm.data.tokenizers.build import Tokenizer, load_tokenizer
+from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import bare_gpt, load_weights
-from megatron_eslm.model.gpt2_folder import from_gpt2, load_gpt2
-from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
+from megatron_eslm.model.hf.gpt2_folder import from_gpt2, load_gpt2
+from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.reports.passages import Passage
-from megatron_eslm.selection.batch import Batch
-from megatron_eslm.training.checkpoint import Weights, read_weights
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ScoringModel:
     def score(self, passages: Sequence[Passage], batch_size: int = 8) -> list[TokenScores]:
         """Scores of all tokens of passages, each from what stands before it in its passage.
 
-        Needs a process group of one (`parallel.bootstrap.single_process`). Logits exist for a few
+        Needs a process group of one (`launch.bootstrap.single_process`). Logits exist for a few
         tokens at a time only.
         """
         shape = self.weights.shape

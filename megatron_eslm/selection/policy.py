@@ -12,9 +12,9 @@ from typing import ClassVar, Literal, TypeVar
 
 import torch
 
-from megatron_eslm.ops.head_statistics import HeadStatistics
+from megatron_eslm.data.batch import Batch, Rows
+from megatron_eslm.ops.head.statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import Kept, keep_riskiest, num_to_keep
-from megatron_eslm.selection.batch import Batch, Rows
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.state import Peers, SelectionState
 
@@ -145,21 +145,16 @@ def register(name: str) -> Callable[[P], P]:
     return add
 
 
-def policy_class(name: str) -> type[SelectionPolicy]:
-    """The class of `--selection name`."""
-    import megatron_eslm.selection.policies  # noqa: F401  (registers them)
+class LeveledPolicy(SelectionPolicy):
+    """A policy that selects at the levels that `--eslm-level` names."""
 
-    return POLICIES[name]
+    source: Source
 
-
-def described_policy(options: SelectionOptions) -> SelectionPolicy:
-    """The policy that `--selection` names, on one rank at its first alpha: to ask what it does."""
-    state = SelectionState(alpha=options.initial_alpha)
-    return build_policy(options, state, Peers(0, 1, None), seed=0)
-
-
-def build_policy(
-    options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
-) -> SelectionPolicy:
-    """The policy that `--selection` names."""
-    return policy_class(options.selection)(options, state, peers, seed)
+    def __init__(
+        self, options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
+    ) -> None:
+        super().__init__(options, state, peers, seed)
+        if options.eslm_level != "token":
+            self.instance_source = self.source
+        if options.eslm_level != "instance":
+            self.token_source = self.source

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_eslm.files.schema import STRICT, Count
-from megatron_eslm.parallel.phases import Phases
+from megatron_eslm.watchdog.phases import Phases
 
 
 @dataclass

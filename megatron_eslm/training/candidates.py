@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_eslm.data.batch import Batch, Rows
+from megatron_eslm.engine.engine import Engine
 from megatron_eslm.ops.keep_rule import StepShape, keep_number
 from megatron_eslm.parallel.collectives import all_gather_same_shape, all_reduce_
 from megatron_eslm.parallel.mesh import Mesh
-from megatron_eslm.selection.batch import Batch, Rows
 from megatron_eslm.selection.state import SelectionRecord
-from megatron_eslm.training.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_eslm.checkpoint.stored_shape import holds_nothing_yet, stored_run
 from megatron_eslm.config.filler import MissingFlags
 from megatron_eslm.config.run import RunConfig, parse_flags, resolve
+from megatron_eslm.config.training_options import CheckpointOptions
 from megatron_eslm.data.options import DataOptions
-from megatron_eslm.training.options import CheckpointOptions
-from megatron_eslm.training.stored_shape import holds_nothing_yet, stored_run
 
 
 def read_command_line(argv: Sequence[str], world_size: int) -> RunConfig:
@@ -44,7 +44,7 @@ def _check_data(options: DataOptions) -> None:
 
 
 def _check_checkpoint(options: CheckpointOptions) -> None:
-    from megatron_eslm.training.finding import find_checkpoint
+    from megatron_eslm.checkpoint.find import find_checkpoint
 
     if options.load is not None and not holds_nothing_yet(options):
         find_checkpoint(options.load)

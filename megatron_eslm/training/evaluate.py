@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_eslm.data.batch import Batch
 from megatron_eslm.data.mixture import Mixture
+from megatron_eslm.engine.engine import Engine
 from megatron_eslm.parallel.collectives import all_reduce_
 from megatron_eslm.parallel.mesh import Mesh
-from megatron_eslm.selection.batch import Batch
-from megatron_eslm.training.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,11 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import nn
 
 from megatron_eslm.config.run import RunConfig
+from megatron_eslm.cost.of_run import alignment_rows
+from megatron_eslm.data.batch import Batch
 from megatron_eslm.data.mixture import Mixture
 from megatron_eslm.data.plan import MixtureReport
+from megatron_eslm.engine.engine import Engine
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT
 from megatron_eslm.model.layers import Embedding
@@ -39,18 +42,7 @@ from megatron_eslm.ops.ghost_products import (
     vector_products,
 )
 from megatron_eslm.parallel.seeding import generator
-from megatron_eslm.selection.batch import Batch
-from megatron_eslm.selection.greats import Greats
-from megatron_eslm.training.engine import Engine
-
-
-def alignment_rows(run: RunConfig) -> tuple[int, int] | None:
-    """(candidates, validation rows) of a rank's micro-step; None where nothing is aligned."""
-    if run.selection.selection != "greats":
-        return None
-    candidates = run.training.micro_batch_size
-    assert candidates
-    return candidates, max(1, int(candidates * run.selection.greats_valid_share + 0.5))
+from megatron_eslm.selection.policies.greats import Greats
 
 
 def rows_to_choose_by(run: RunConfig) -> int:

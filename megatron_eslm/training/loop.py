@@ -12,28 +12,28 @@ from typing import Any
 
 import torch
 
+from megatron_eslm.checkpoint.save import save_checkpoint
+from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.config.run import RunConfig
+from megatron_eslm.cost.flops import FlopsModel, device_peak_flops
 from megatron_eslm.data.loader import build_loader
 from megatron_eslm.data.mixture import Datasets
+from megatron_eslm.engine.engine import Engine
+from megatron_eslm.engine.schedule import learning_rate
+from megatron_eslm.launch.signals import StopSignal
 from megatron_eslm.parallel.mesh import Mesh
-from megatron_eslm.parallel.phases import Phases
 from megatron_eslm.selection.alpha import AlphaController
 from megatron_eslm.selection.state import Recorder
-from megatron_eslm.training.checkpoint import save_checkpoint
 from megatron_eslm.training.dump import dump_selection, read_tokens
-from megatron_eslm.training.engine import Engine
 from megatron_eslm.training.evaluate import Evaluation, evaluate
-from megatron_eslm.training.flops import FlopsModel, device_peak_flops
 from megatron_eslm.training.nonfinite import NonfiniteGuard
 from megatron_eslm.training.outputs import Outputs
 from megatron_eslm.training.reading_plan import ReadingPlan
 from megatron_eslm.training.report import Speed, metrics_line, progress_line, write_monitors
-from megatron_eslm.training.schedule import learning_rate
-from megatron_eslm.training.signals import StopSignal
-from megatron_eslm.training.state import TrainState
 from megatron_eslm.training.step_batches import StepBatches
 from megatron_eslm.training.step_stats import StepStats, reduce_records
 from megatron_eslm.training.stopping import Stop, StopRequests
+from megatron_eslm.watchdog.phases import Phases
 
 logger = logging.getLogger(__name__)
 

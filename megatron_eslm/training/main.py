@@ -10,15 +10,15 @@ import traceback
 from collections.abc import Sequence
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.parallel.bootstrap import init_distributed, leave
-from megatron_eslm.parallel.last_words import say
-from megatron_eslm.parallel.launch import discover
-from megatron_eslm.parallel.parent import SAVE_SECONDS, Launcher
-from megatron_eslm.parallel.phases import Phases
-from megatron_eslm.parallel.rendezvous import meet
-from megatron_eslm.parallel.watchdog import Watchdog, job_watchdog
-from megatron_eslm.training import signals
+from megatron_eslm.launch import signals
+from megatron_eslm.launch.bootstrap import init_distributed, leave
+from megatron_eslm.launch.launchers import discover
+from megatron_eslm.launch.rendezvous import meet
 from megatron_eslm.training.command_line import read_command_line
+from megatron_eslm.watchdog.last_words import say
+from megatron_eslm.watchdog.parent import SAVE_SECONDS, Launcher
+from megatron_eslm.watchdog.phases import Phases
+from megatron_eslm.watchdog.watchdog import Watchdog, job_watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None, launcher: Launcher | None = None) ->
         )
         # Imported here, so that --help and a mistyped flag need not wait for them.
         from megatron_eslm.data.loader_processes import LoaderError
-        from megatron_eslm.training.build import build_trainer, dry_run
+        from megatron_eslm.training.build import build_trainer
+        from megatron_eslm.training.dry_run import dry_run
         from megatron_eslm.training.nonfinite import NonfiniteError
 
         if run.report.dry_run:

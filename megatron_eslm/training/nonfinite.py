@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.state import SelectionRecord
-from megatron_eslm.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_eslm.checkpoint.save_folder import SaveFolder
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.lock import FileLock
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.training.dump import take_dump_folder
 from megatron_eslm.training.report import MetricsFile, run_summary
-from megatron_eslm.training.save_folder import SaveFolder
 
 
 class Outputs:

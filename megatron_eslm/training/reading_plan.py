@@ -10,11 +10,11 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.data.skipped_samples import SkippedSamples, join_skipped, parse_ranges
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.source import canonical_data_path, canonical_split
 from megatron_eslm.errors import ConfigError
@@ -19,7 +20,6 @@ from megatron_eslm.files.lock import FileLock
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.training.evaluate import Evaluation
 from megatron_eslm.training.method import selection_summary
-from megatron_eslm.training.state import TrainState
 from megatron_eslm.training.step_stats import StepStats
 
 logger = logging.getLogger(__name__)

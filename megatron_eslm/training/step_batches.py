@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_eslm.data.batch import Batch
 from megatron_eslm.data.loader import read_batch
 from megatron_eslm.data.mixture import Mixture
+from megatron_eslm.engine.engine import Engine
 from megatron_eslm.ops.keep_rule import StepShape
-from megatron_eslm.selection.batch import Batch
 from megatron_eslm.selection.state import SelectionRecord
 from megatron_eslm.training.candidates import Selection, rows_of_rank, select_candidates
-from megatron_eslm.training.engine import Engine
 
 Arrays = dict[str, torch.Tensor]
 """A batch as the loader yields it."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_eslm.cost.flops import Work
 from megatron_eslm.parallel.collectives import all_reduce_
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.state import SelectionRecord
-from megatron_eslm.training.flops import Work
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_eslm.training.options import TrainingOptions
+from megatron_eslm.config.training_options import TrainingOptions
+from megatron_eslm.launch.signals import StopSignal
 from megatron_eslm.training.outputs import Outputs
-from megatron_eslm.training.signals import StopSignal
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_eslm.checkpoint import manifest as manifests
+from megatron_eslm.checkpoint.find import find_checkpoint
+from megatron_eslm.checkpoint.manifest import MANIFEST, checkpoint_name
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.training import manifest as manifests
-from megatron_eslm.training.finding import find_checkpoint
-from megatron_eslm.training.manifest import MANIFEST, checkpoint_name
 from tests.chaos import mutations, warm
 from tests.chaos.outcome import Outcome, judge
 from tests.chaos.table import Table, Verdict

@@ -7,7 +7,7 @@ import resource
 import shutil
 from pathlib import Path
 
-from megatron_eslm.training.manifest import list_checkpoints
+from megatron_eslm.checkpoint.manifest import list_checkpoints
 from tests.chaos import warm
 from tests.chaos.damage import argv
 from tests.chaos.outcome import Outcome, judge

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_eslm.training.checkpoint import read_weights
-from megatron_eslm.training.manifest import list_checkpoints
+from megatron_eslm.checkpoint.manifest import list_checkpoints
+from megatron_eslm.checkpoint.weights import read_weights
 from tests.chaos.table import Verdict
 from tests.chaos.warm import Ended
 from tests.training.runs import read_metrics

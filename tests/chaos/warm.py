@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_eslm.parallel.bootstrap import prepare_device, quiet_imports
+from megatron_eslm.launch.bootstrap import prepare_device, quiet_imports
 
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_eslm.config.run import RunConfig, parse_flags, parse_run, resolve
+from megatron_eslm.engine.schedule import learning_rate
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.training.schedule import learning_rate
 
 from ..argv import later_wins
 

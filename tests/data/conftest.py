@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatron_eslm.data.preprocess import preprocess
-from megatron_eslm.data.tokenizers import ByteTokenizer, GPT2BPETokenizer, HuggingFaceTokenizer
-from megatron_eslm.data.train_bpe import train_bpe
+from megatron_eslm.data.tokenizers.build import (
+    ByteTokenizer,
+    GPT2BPETokenizer,
+    HuggingFaceTokenizer,
+)
+from megatron_eslm.data.tokenizers.train_bpe import train_bpe
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -10,7 +10,7 @@ import pytest
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.source import open_data
-from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from megatron_eslm.errors import ConfigError
 
 

@@ -7,14 +7,14 @@ import json
 import pytest
 from transformers import AutoTokenizer, GPT2Config
 
-from megatron_eslm.data.folder_tokenizer import folder_tokenizer
-from megatron_eslm.data.hf_tokenizer import export_no_tokenizer, export_tokenizer
-from megatron_eslm.data.tokenizers import (
+from megatron_eslm.data.tokenizers.build import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     same_ids,
 )
+from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
+from megatron_eslm.data.tokenizers.to_transformers import export_no_tokenizer, export_tokenizer
 from megatron_eslm.errors import ConfigError
 
 POSITIONS = 4096

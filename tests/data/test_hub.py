@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from megatron_eslm.data.hub import check_data_set, is_hub_name, model_folder
-from megatron_eslm.data.tokenizers import build_tokenizer
+from megatron_eslm.data.tokenizers.build import build_tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.interop.convert import folder_to_checkpoint
 

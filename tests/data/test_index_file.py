@@ -14,7 +14,7 @@ import pytest
 from megatron_eslm.data import index_file
 from megatron_eslm.data.index_file import read_index
 from megatron_eslm.data.preprocess import preprocess
-from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from megatron_eslm.errors import ConfigError
 
 S = 40

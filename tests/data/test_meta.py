@@ -13,7 +13,7 @@ from megatron_eslm.data.meta import read_meta
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.source import open_data
-from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from megatron_eslm.data.verify import verify_data
 from megatron_eslm.errors import ConfigError
 

@@ -21,7 +21,7 @@ from megatron_eslm.data.plan import check_epochs, check_skipped, plan_mixture
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.skipped_samples import SkippedSamples
 from megatron_eslm.data.source import open_data
-from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.built_once import RECORD, _seal
 from tests.harness import run_ranks

@@ -19,11 +19,11 @@ import psutil
 import pytest
 import torch
 
+from megatron_eslm.data.megatron_imports import indexed_dataset
 from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.preprocess import preprocess
-from megatron_eslm.data.quiet import indexed_dataset
 from megatron_eslm.data.source import open_data
-from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from megatron_eslm.data.verify import verify_data
 from megatron_eslm.errors import ConfigError
 

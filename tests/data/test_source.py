@@ -20,7 +20,7 @@ from megatron_eslm.data.source import (
     parse_data_path,
     parse_split,
 )
-from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from megatron_eslm.errors import ConfigError
 from tests.harness import run_ranks
 

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 
-from megatron_eslm.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
+from megatron_eslm.data.tokenizers.build import HuggingFaceTokenizer, load_tokenizer
 from megatron_eslm.errors import ConfigError
 
 END = "<|endoftext|>"

@@ -8,12 +8,12 @@ import logging
 import pytest
 
 from megatron_eslm.data.preprocess import preprocess
-from megatron_eslm.data.tokenizer_samples import changes, warn_of_changes
-from megatron_eslm.data.tokenizers import (
+from megatron_eslm.data.tokenizers.build import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
 )
+from megatron_eslm.data.tokenizers.samples import changes, warn_of_changes
 
 
 def test_lossless_kinds_change_nothing(gpt2, hf, sentencepiece_model, caplog):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as RustTokenizer
 
-from megatron_eslm.data.tokenizers import (
+from megatron_eslm.data.tokenizers.build import (
     ByteTokenizer,
     GPT2BPETokenizer,
     HuggingFaceTokenizer,
@@ -18,7 +18,7 @@ from megatron_eslm.data.tokenizers import (
     load_tokenizer,
     same_ids,
 )
-from megatron_eslm.data.train_bpe import train_bpe
+from megatron_eslm.data.tokenizers.train_bpe import train_bpe
 from megatron_eslm.errors import ConfigError
 
 TEXTS = [
@@ -67,7 +67,7 @@ def test_long_space_does_not_overflow_the_regex_engine(gpt2):
     for ids in (gpt2.encode(text), gpt2.encode_arrays([text])[0]):
         assert gpt2.decode(ids) == text
     # A cut before the last space changes no id: compare where the reference can still follow.
-    from megatron_eslm.data import tokenizer_gpt2
+    from megatron_eslm.data.tokenizers import gpt2 as tokenizer_gpt2
 
     short = "a" + " " * 50 + "the \t\n  x" + " " * 33 + "\n"
     expected = gpt2.encode(short)

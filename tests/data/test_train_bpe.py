@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_eslm.data.tokenizers import HuggingFaceTokenizer
-from megatron_eslm.data.train_bpe import train_bpe
+from megatron_eslm.data.tokenizers.build import HuggingFaceTokenizer
+from megatron_eslm.data.tokenizers.train_bpe import train_bpe
 from megatron_eslm.errors import ConfigError
 from tests.interop.conftest import load_tool
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from megatron_eslm.data.tokenizers import ByteTokenizer, build_tokenizer
+from megatron_eslm.data.tokenizers.build import ByteTokenizer, build_tokenizer
 
 TEXT = "the cat sat on the mat; the dog ate the cat's hat and sat on that mat.\n" * 3
 

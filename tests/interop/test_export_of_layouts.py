@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_eslm.data.preprocess import preprocess
-from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from megatron_eslm.interop.convert import checkpoint_to_folder
-from megatron_eslm.model.gpt2_folder import load_gpt2
+from megatron_eslm.model.hf.gpt2_folder import load_gpt2
 from tests.harness import run_ranks
 from tests.training.runs import ROWS, build, train, words
 

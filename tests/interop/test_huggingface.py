@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-from megatron_eslm.data.folder_tokenizer import folder_tokenizer
+from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.interop.huggingface import (
     LOGIT_TOLERANCE,
@@ -17,8 +17,8 @@ from megatron_eslm.interop.huggingface import (
     to_gpt2,
 )
 from megatron_eslm.interop.prompts import prompts_ids
-from megatron_eslm.model.gpt2_folder import from_gpt2, load_gpt2
-from megatron_eslm.model.gpt2_names import weight_sizes
+from megatron_eslm.model.hf.gpt2_folder import from_gpt2, load_gpt2
+from megatron_eslm.model.hf.gpt2_names import weight_sizes
 
 from .conftest import edit_json, files_of, random_gpt2
 

@@ -8,18 +8,18 @@ import shutil
 import pytest
 import torch
 
-from megatron_eslm.data.folder_tokenizer import folder_tokenizer
-from megatron_eslm.data.hf_tokenizer import export_tokenizer
-from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.checkpoint.weights import read_weights
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
+from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
+from megatron_eslm.data.tokenizers.to_transformers import export_tokenizer
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.frozen.model import find_frozen, load_frozen
 from megatron_eslm.interop import huggingface
 from megatron_eslm.interop.huggingface import export
 from megatron_eslm.model.gpt import reference_logits
-from megatron_eslm.model.gpt2_folder import from_gpt2, load_gpt2
+from megatron_eslm.model.hf.gpt2_folder import from_gpt2, load_gpt2
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.reports.token_scores import open_scoring_model
-from megatron_eslm.training.checkpoint import read_weights
-from megatron_eslm.training.frozen import find_frozen, load_frozen
 
 from .conftest import edit_json, files_of, load_tool, random_gpt2
 

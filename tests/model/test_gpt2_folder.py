@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.gpt2_config import gpt2_shape, read_fields
-from megatron_eslm.model.gpt2_folder import from_gpt2, load_gpt2, read_gpt2_config
+from megatron_eslm.model.hf.gpt2_config import gpt2_shape, read_fields
+from megatron_eslm.model.hf.gpt2_folder import from_gpt2, load_gpt2, read_gpt2_config
 from tests.interop.conftest import edit_json, random_gpt2
 
 

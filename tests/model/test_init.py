@@ -13,8 +13,8 @@ from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt, load_weights,
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.parallel.mesh import build_mesh
+from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 
 from ..harness import run_ranks

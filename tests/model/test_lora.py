@@ -15,8 +15,8 @@ from megatron_eslm.model.lora import adapter_names, is_adapter
 from megatron_eslm.model.options import Lora, ModelOptions
 from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.parallel.mesh import build_mesh
+from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from tests.harness import run_ranks
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_eslm.data.batch import Batch
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.selection.batch import Batch
 
 from .reference import algorithm1, losses_and_entropies, riskiest
 from .small import CONFIG, POSITIONS, make_batch, small_gpt

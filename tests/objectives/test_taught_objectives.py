@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_eslm.frozen.model import FrozenModel
 from megatron_eslm.model.gpt import GPT
+from megatron_eslm.objectives.base import Objective
 from megatron_eslm.objectives.distillation import Distillation
 from megatron_eslm.objectives.uncertainty import Uncertainty
-from megatron_eslm.selection.objective import Objective
 from megatron_eslm.selection.state import Recorder
-from megatron_eslm.training.frozen import FrozenModel
 from tests.model.reference import Config, algorithm1, logits_of
 from tests.model.small import (
     CONFIG,

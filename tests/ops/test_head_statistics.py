@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eslm.ops.head_statistics import (
+from megatron_eslm.ops.head.statistics import (
     HeadStatistics,
     VocabShard,
     chunk_rows,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_eslm.ops import head_torch
-from megatron_eslm.ops import selective_linear_cross_entropy as gradients
-from megatron_eslm.ops.head_kernel import BlockLimits
-from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
-from megatron_eslm.ops.selective_linear_cross_entropy import block_shape
+from megatron_eslm.ops.head import cross_entropy as gradients
+from megatron_eslm.ops.head import torch_kernel
+from megatron_eslm.ops.head.contract import BlockLimits
+from megatron_eslm.ops.head.cross_entropy import block_shape
+from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 
 from .plain_head import make_case, plain_head
 from .test_head_statistics import TOLERANCE as LOSS_TOLERANCE
@@ -30,7 +30,7 @@ def test_tiles(
     monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], keep_logits: bool, dtype: torch.dtype
 ) -> None:
     """Tiles that end in mid-vocabulary, at its end and in its padding."""
-    monkeypatch.setattr(head_torch, "CPU_TILE", tile)
+    monkeypatch.setattr(torch_kernel, "CPU_TILE", tile)
     for least in (1, 8):
         monkeypatch.setattr(gradients, "LEAST_COLUMNS", least)
         for shape in ((13, 5, 17, 48), (33, 6, 46, 48)):
@@ -56,7 +56,7 @@ def test_tiles(
 
 def test_a_tile_of_nothing_but_minus_infinity_is_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """As float16 logits may overflow to; the first two tiles are such."""
-    monkeypatch.setattr(head_torch, "CPU_TILE", (2, 10))
+    monkeypatch.setattr(torch_kernel, "CPU_TILE", (2, 10))
     weight_VD = torch.cat([torch.full((20, 2), -torch.inf), torch.randn(25, 2)])
     hidden_ND = torch.rand(3, 2) + 0.1
     labels_N = torch.tensor([30, 44, 20])
@@ -69,7 +69,7 @@ def test_a_tile_of_nothing_but_minus_infinity_is_no_nan(monkeypatch: pytest.Monk
 def test_what_is_not_finite_is_seen_whichever_tile_it_is_in(
     monkeypatch: pytest.MonkeyPatch, bad: float
 ) -> None:
-    monkeypatch.setattr(head_torch, "CPU_TILE", (2, 10))
+    monkeypatch.setattr(torch_kernel, "CPU_TILE", (2, 10))
     for row in (0, 15, 44):
         case = make_case(5, 3, 45, 48)
         case.weight_VD[row, 1] = bad

@@ -13,10 +13,11 @@ import torch
 
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.ops import head_kernel, head_torch
-from megatron_eslm.ops.head_kernel import head_form, resolve_head_kernel
+from megatron_eslm.ops.head import dispatch, torch_kernel
+from megatron_eslm.ops.head.contract import HeadKernel
+from megatron_eslm.ops.head.dispatch import head_form, resolve_head_kernel
 from megatron_eslm.parallel.mesh import build_mesh
-from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from megatron_eslm.training.build import build_model, build_trainer
 
@@ -50,7 +51,8 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_eslm.ops import head_triton, head_triton_fused
+from megatron_eslm.ops.head import triton_kernel
+from megatron_eslm.ops.head import triton_fused_kernel
 
 INTS = "stride sums_stride out_stride hidden_stride weight_stride num_columns num_real num_tokens "
 INTS += "num_hidden share_columns num_shares"
@@ -80,13 +82,14 @@ def shared_memory(kernel, element, capability, num_warps, num_stages=3, **consta
 
 capability, limit = int(sys.argv[1]), int(sys.argv[2])
 for element, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-    chunk = {"COLUMNS": head_triton.COLUMNS, "num_warps": head_triton.NUM_WARPS}
-    fused, tile = head_triton_fused, head_triton_fused.TILES[size]
+    chunk = {"COLUMNS": triton_kernel.COLUMNS, "num_warps": triton_kernel.NUM_WARPS}
+    fused, tile = triton_fused_kernel, triton_fused_kernel.TILES[size]
     used = [
-        shared_memory(head_triton._statistics_kernel, element, capability, ENTROPY=True, **chunk),
-        shared_memory(head_triton._gradient_kernel, element, capability, INDEXED=True, **chunk),
+        shared_memory(triton_kernel._statistics_kernel, element, capability, ENTROPY=True, **chunk),
+        shared_memory(triton_kernel._gradient_kernel, element, capability, INDEXED=True, **chunk),
         shared_memory(
-            head_triton._gradient_kernel, element, capability, INDEXED=False, kept_ptr=None, **chunk
+            triton_kernel._gradient_kernel, element, capability,
+            INDEXED=False, kept_ptr=None, **chunk
         ),
         shared_memory(
             fused._fused_kernel, element, capability, fused.NUM_WARPS, fused.NUM_STAGES,
@@ -122,16 +125,16 @@ def test_they_compile_for_a_gpu_and_fit_into_its_shared_memory(
 
 @pytest.mark.parametrize("kernel", ["triton", "triton-fused"])
 def test_triton_is_refused_where_it_cannot_run(
-    monkeypatch: pytest.MonkeyPatch, kernel: head_kernel.HeadKernel
+    monkeypatch: pytest.MonkeyPatch, kernel: HeadKernel
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(head_kernel, "triton_imports", lambda: True)
+    monkeypatch.setattr(dispatch, "triton_imports", lambda: True)
     with pytest.raises(ConfigError, match=f"--head-kernel {kernel} needs a CUDA device.*cpu"):
         resolve_head_kernel(kernel, "cpu")
     assert resolve_head_kernel(kernel, "cuda") == kernel
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert resolve_head_kernel(kernel, "cpu") == kernel
-    monkeypatch.setattr(head_kernel, "triton_imports", lambda: False)
+    monkeypatch.setattr(dispatch, "triton_imports", lambda: False)
     for device in ("cpu", "cuda"):
         with pytest.raises(ConfigError, match=f"--head-kernel {kernel} needs Triton.*pip install"):
             resolve_head_kernel(kernel, device)
@@ -139,18 +142,18 @@ def test_triton_is_refused_where_it_cannot_run(
 
 def test_auto_is_triton_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for imports, on_cuda in ((True, "triton"), (False, "torch")):
-        monkeypatch.setattr(head_kernel, "triton_imports", lambda imports=imports: imports)
+        monkeypatch.setattr(dispatch, "triton_imports", lambda imports=imports: imports)
         assert resolve_head_kernel("auto", "cuda") == on_cuda
         assert resolve_head_kernel("auto", "cpu") == "torch"
         assert resolve_head_kernel("torch", "cuda") == "torch"
-    assert head_form("auto", torch.device("cpu")) is head_torch
+    assert head_form("auto", torch.device("cpu")) is torch_kernel
 
 
 def test_training_is_refused_before_anything_is_read_or_written(
     process_group: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(head_kernel, "triton_imports", lambda: True)
+    monkeypatch.setattr(dispatch, "triton_imports", lambda: True)
     monkeypatch.chdir(tmp_path)
     run = parse_run(["--head-kernel", "triton", "--save", "run"], 1)
     with pytest.raises(ConfigError, match="--head-kernel triton needs a CUDA device"):

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
-from megatron_eslm.ops.selective_distillation import selective_distillation
-from megatron_eslm.ops.selective_linear_cross_entropy import selective_linear_cross_entropy
+from megatron_eslm.ops.head.cross_entropy import selective_linear_cross_entropy
+from megatron_eslm.ops.head.distillation import selective_distillation
+from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 
 from ..harness import run_ranks
 from .plain_head import Case, make_case, observe

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eslm.ops.head_statistics import HeadStatistics, VocabShard, head_statistics
-from megatron_eslm.ops.selective_linear_cross_entropy import selective_linear_cross_entropy
+from megatron_eslm.ops.head.cross_entropy import selective_linear_cross_entropy
+from megatron_eslm.ops.head.statistics import HeadStatistics, VocabShard, head_statistics
 
 from ..harness import run_ranks
 from .plain_head import Case, make_case, observe, plain_head

@@ -13,8 +13,8 @@ import os
 import pytest
 import torch
 
-from megatron_eslm.ops import head_kernel, head_triton, head_triton_fused
-from megatron_eslm.ops.head_statistics import VocabShard, head_statistics
+from megatron_eslm.ops.head import dispatch, triton_fused_kernel, triton_kernel
+from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 
 from ..model.small import make_batch, run_step, small_gpt
 from . import test_head_statistics as of_statistics
@@ -49,21 +49,21 @@ test_gradients_of_shards = of_gradients.test_shards_agree_with_one_process
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small shapes have several tiles, the last of them in part."""
-    monkeypatch.setattr(head_triton, "COLUMNS", 16)
-    tile = head_triton_fused.Tile(16, 16, 16)
-    monkeypatch.setattr(head_triton_fused, "TILES", {2: tile, 4: tile})
-    monkeypatch.setattr(head_triton_fused, "PROGRAMS", 4)
+    monkeypatch.setattr(triton_kernel, "COLUMNS", 16)
+    tile = triton_fused_kernel.Tile(16, 16, 16)
+    monkeypatch.setattr(triton_fused_kernel, "TILES", {2: tile, 4: tile})
+    monkeypatch.setattr(triton_fused_kernel, "PROGRAMS", 4)
 
 
 @pytest.fixture(autouse=True, params=KERNELS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What `auto` is in this test; tests of the PyTorch form know of no other."""
-    resolve = head_kernel.resolve_head_kernel
+    resolve = dispatch.resolve_head_kernel
 
     def resolved(kernel: str, device_type: str) -> str:
         return resolve(request.param if kernel == "auto" else kernel, device_type)
 
-    monkeypatch.setattr(head_kernel, "resolve_head_kernel", resolved)
+    monkeypatch.setattr(dispatch, "resolve_head_kernel", resolved)
     return request.param
 
 
@@ -85,7 +85,7 @@ def everything(
     monkeypatch: pytest.MonkeyPatch, kernel: str, dtype: torch.dtype, keep_logits: bool
 ) -> list[torch.Tensor]:
     """Statistics and gradients of one case whose tokens, vocabulary and width fill no tile."""
-    monkeypatch.setattr(head_kernel, "resolve_head_kernel", lambda *_: kernel)
+    monkeypatch.setattr(dispatch, "resolve_head_kernel", lambda *_: kernel)
     case = make_case(21, 35, 42, 48, dtype=dtype, scale=0.3)
     got = of_statistics.statistics(case, 5, keep_logits=keep_logits)
     run = of_gradients.run(
@@ -132,7 +132,7 @@ def test_the_same_is_selected(
     for score in ("loss", "entropy"):
         steps = []
         for name in ("torch", kernel):
-            monkeypatch.setattr(head_kernel, "resolve_head_kernel", lambda *_, name=name: name)
+            monkeypatch.setattr(dispatch, "resolve_head_kernel", lambda *_, name=name: name)
             model, recorder = small_gpt(keep_logits=keep_logits, alpha=0.3, eslm_score=score)
             steps.append(run_step(model, recorder, batch))
         plain, mine = steps

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_eslm.parallel.rendezvous import Meeting, meet
+from megatron_eslm.launch.rendezvous import meet
+from megatron_eslm.parallel.meeting import Meeting
 
 Environment = Mapping[str, str]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_eslm.parallel.attendee import Attendee, job_name
-from megatron_eslm.parallel.launch import described
-from megatron_eslm.parallel.process import Process
+from megatron_eslm.launch.attendee import Attendee, job_name
+from megatron_eslm.launch.launchers import described
+from megatron_eslm.watchdog.process import Process
 
 RANK_1_OF_2 = {
     "RANK": "1",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eslm.parallel.blackboard import Blackboard
-from megatron_eslm.parallel.phases import Moment
+from megatron_eslm.watchdog.phases import Moment
+from megatron_eslm.watchdog.status_memory import Blackboard
 
 
 def test_it_outlives_its_writer() -> None:

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.parallel.bootstrap import init_distributed, quiet_imports, single_process
-from megatron_eslm.parallel.phases import Phases
-from megatron_eslm.parallel.rendezvous import Meeting
-from megatron_eslm.parallel.watchdog import job_watchdog
+from megatron_eslm.launch.bootstrap import init_distributed, quiet_imports, single_process
+from megatron_eslm.parallel.meeting import Meeting
+from megatron_eslm.watchdog.phases import Phases
+from megatron_eslm.watchdog.watchdog import job_watchdog
 
 from ..harness import run_ranks
 from .ranks import Ranks, environment, free_port
@@ -119,7 +119,7 @@ def test_ranks_that_have_met_connect_within_a_limit_or_say_why(
 
 def test_importing_the_package_is_silent_and_light() -> None:
     code = (
-        "import sys, megatron_eslm, megatron_eslm.parallel.bootstrap;"
+        "import sys, megatron_eslm, megatron_eslm.launch.bootstrap;"
         "heavy = {'deepspeed', 'megatron.core', 'apex', 'mpi4py'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -129,7 +129,7 @@ def test_importing_the_package_is_silent_and_light() -> None:
 
 LEAVES = """
 import atexit
-from megatron_eslm.parallel.bootstrap import leave
+from megatron_eslm.launch.bootstrap import leave
 
 class Left:
     def __del__(self):

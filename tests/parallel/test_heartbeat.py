@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_eslm.parallel.heartbeat import (
+from megatron_eslm.watchdog.heartbeat import (
     HOW_TO_GO_ON,
     Beat,
     Finding,
@@ -12,8 +12,8 @@ from megatron_eslm.parallel.heartbeat import (
     find_silent,
     ranks_text,
 )
-from megatron_eslm.parallel.phases import Moment
-from megatron_eslm.parallel.process import Process
+from megatron_eslm.watchdog.phases import Moment
+from megatron_eslm.watchdog.process import Process
 
 
 def beat(

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from megatron_eslm.parallel import last_words
+from megatron_eslm.watchdog import last_words
 
 LONG = "Ω" * 200_000 + "\n"
 

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.parallel.launch import discover
+from megatron_eslm.launch.launchers import discover
 
 FIVE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eslm.parallel import parent
-from megatron_eslm.parallel.parent import end_with_parent, heed_parent_only
-from megatron_eslm.parallel.process import stat
+from megatron_eslm.watchdog import parent
+from megatron_eslm.watchdog.parent import end_with_parent, heed_parent_only
+from megatron_eslm.watchdog.process import stat
 
 ROOT = Path(__file__).parents[2]
 
 RANK = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from megatron_eslm.parallel.parent import end_with_launcher
+from megatron_eslm.watchdog.parent import end_with_launcher
 launcher = end_with_launcher()
 heavy = {{"torch", "numpy", "multiprocessing"}} & set(sys.modules)
 assert not heavy, heavy
@@ -184,7 +184,7 @@ def test_a_launcher_that_had_ended_before_the_first_look(
 SAVES = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from megatron_eslm.parallel.parent import end_with_launcher
+from megatron_eslm.watchdog.parent import end_with_launcher
 def save(*_):
     open("saved", "w").write("x")
     while {hangs}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_eslm.parallel.phases import Moment, Phases
+from megatron_eslm.watchdog.phases import Moment, Phases
 
 
 def test_phases_nest_and_end_in_the_one_around_them() -> None:

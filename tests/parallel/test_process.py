@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_eslm.parallel.process import Process, State
+from megatron_eslm.watchdog.process import Process, State
 
 
 @pytest.fixture

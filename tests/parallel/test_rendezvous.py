@@ -12,8 +12,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.parallel import rendezvous
-from megatron_eslm.parallel.rendezvous import Meeting, meet
+from megatron_eslm.launch import rendezvous
+from megatron_eslm.launch.rendezvous import meet
+from megatron_eslm.parallel.meeting import Meeting
 
 from .ranks import Ranks, connections, environment, free_port, stay
 

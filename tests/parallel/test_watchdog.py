@@ -21,12 +21,12 @@ from typing import Any, NoReturn
 import pytest
 import torch.distributed as dist
 
-from megatron_eslm.parallel.heartbeat import HOW_TO_GO_ON, Finding
-from megatron_eslm.parallel.phases import Phases
-from megatron_eslm.parallel.process import Process
-from megatron_eslm.parallel.rendezvous import Meeting
-from megatron_eslm.parallel.stopwatch import Stopwatch
-from megatron_eslm.parallel.watchdog import SILENCE_SECONDS, Watchdog, job_watchdog
+from megatron_eslm.parallel.meeting import Meeting
+from megatron_eslm.watchdog.heartbeat import HOW_TO_GO_ON, Finding
+from megatron_eslm.watchdog.phases import Phases
+from megatron_eslm.watchdog.process import Process
+from megatron_eslm.watchdog.stopwatch import Stopwatch
+from megatron_eslm.watchdog.watchdog import SILENCE_SECONDS, Watchdog, job_watchdog
 
 Work = Callable[[int, Phases, Watchdog], None]
 

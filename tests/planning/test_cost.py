@@ -8,12 +8,13 @@ import math
 import pytest
 
 from megatron_eslm.config.run import parse_run
+from megatron_eslm.cost.memory import estimate_memory
+from megatron_eslm.cost.of_run import step_work
 from megatron_eslm.planning.cost import StepCost, step_cost
 from megatron_eslm.planning.hardware import Machine, machine_of
 from megatron_eslm.planning.pipeline_time import pipeline_seconds
 from megatron_eslm.planning.request import GPT2_VOCAB_SIZE
 from megatron_eslm.planning.setting import Setting, rank_work
-from megatron_eslm.training.estimate import estimate_memory, step_work
 
 A100 = machine_of("a100-80g", "infiniband-hdr")
 ONLY_PRODUCTS = dataclasses.replace(

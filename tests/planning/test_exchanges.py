@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plan_check import VOCAB_SIZE, engine_stepper
 from megatron_eslm.config.run import parse_run
-from megatron_eslm.parallel.bootstrap import init_distributed
+from megatron_eslm.launch.bootstrap import init_distributed
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.planning.exchanges import (
     Exchange,
@@ -223,7 +223,8 @@ CASES = {
     "PP, bf16": (PP, "2", "--pipeline-split", "2,1", "--bf16", *AHEAD),
 }
 LEAST = 2000
-"""Bytes; below are norms of gradients, ZeRO 3's check of its trace and the like. DeepSpeed sends gradients in one bucket."""
+"""Bytes; below are norms of gradients, ZeRO 3's check of its trace and the like. DeepSpeed sends
+gradients in one bucket."""
 
 
 FOUR_RANKS = {

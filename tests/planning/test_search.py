@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 
 from megatron_eslm.config.run import parse_run
+from megatron_eslm.cost.memory import estimate_memory
+from megatron_eslm.cost.of_run import step_work
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.planning.hardware import GIB, Machine, Overrides, assumptions, machine_of
 from megatron_eslm.planning.request import GPT2_VOCAB_SIZE, SIZES, Layout, Request, laid_out
 from megatron_eslm.planning.search import Pins, divisors, layouts, plan_layout, search
-from megatron_eslm.training.estimate import estimate_memory, step_work
 from tests.test_examples import bytes_a_gpu
 
 A100 = machine_of("a100-80g", "infiniband-hdr")

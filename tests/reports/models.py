@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from megatron_eslm.data.tokenizers import ByteTokenizer, Tokenizer
-from megatron_eslm.model.gpt2_folder import from_gpt2
+from megatron_eslm.checkpoint.weights import write_weights
+from megatron_eslm.data.tokenizers.build import ByteTokenizer, Tokenizer
+from megatron_eslm.model.hf.gpt2_folder import from_gpt2
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.training.checkpoint import write_weights
 
 POSITIONS = 24
 

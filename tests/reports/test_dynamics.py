@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.reports import dynamics
 from megatron_eslm.reports.passages import Passage

@@ -6,11 +6,11 @@ import logging
 
 import pytest
 
-from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.checkpoint.weights import Weights
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.reports.held_out import HeldOut, held_out
 from megatron_eslm.reports.token_scores import ScoringModel
-from megatron_eslm.training.checkpoint import Weights
 
 from .models import random_model
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_eslm.data.preprocess import preprocess
-from megatron_eslm.data.tokenizers import ByteTokenizer, build_tokenizer
+from megatron_eslm.data.tokenizers.build import ByteTokenizer, build_tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.reports.passages import (
     END_OF_DOCUMENT,

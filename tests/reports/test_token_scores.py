@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import reference_logits
 from megatron_eslm.reports.passages import passages_of_text

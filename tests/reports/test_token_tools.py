@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eslm.data.preprocess import preprocess
-from megatron_eslm.data.tokenizers import ByteTokenizer
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from tests.harness import run_ranks
 
 from .models import save_model

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
+from megatron_eslm.data.batch import Batch
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.ghost_products import GradientProducts
 from megatron_eslm.ops.keep_rule import EXCLUDED, num_to_keep
-from megatron_eslm.selection.batch import Batch
-from megatron_eslm.selection.greats import Greats, choose_greedily
+from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.selection.policies.greats import Greats, choose_greedily
 from megatron_eslm.selection.state import Peers, SelectionState
 
 

@@ -40,8 +40,7 @@ def test_options_cannot_be_changed() -> None:
 
 
 def test_every_policy_is_a_choice_and_every_choice_a_policy() -> None:
-    import megatron_eslm.selection.policies  # noqa: F401
-    from megatron_eslm.selection.policy import POLICIES
+    from megatron_eslm.selection.build import POLICIES
 
     choices = typing.get_args(typing.get_type_hints(SelectionOptions)["selection"])
     assert set(choices) == set(POLICIES)

@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eslm.ops.head_statistics import HeadStatistics
+from megatron_eslm.data.batch import Batch, Rows
+from megatron_eslm.ops.head.statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
-from megatron_eslm.selection.batch import Batch, Rows
+from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policies import ESLM, CausalLM, RandomControl
-from megatron_eslm.selection.policy import POLICIES, SelectionPolicy, build_policy, register
+from megatron_eslm.selection.policies.clm import CausalLM
+from megatron_eslm.selection.policies.eslm import ESLM
+from megatron_eslm.selection.policies.random_control import RandomControl
+from megatron_eslm.selection.policy import POLICIES, SelectionPolicy, register
 from megatron_eslm.selection.state import Peers, Recorder, SelectionRecord, SelectionState
 
 from ..harness import run_ranks

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_eslm.data.preprocess import preprocess
-from megatron_eslm.data.tokenizers import ByteTokenizer
-from megatron_eslm.parallel.bootstrap import quiet_imports
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
+from megatron_eslm.launch.bootstrap import quiet_imports
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

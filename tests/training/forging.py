@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_eslm.model.gpt2_names import weight_sizes
+from megatron_eslm.checkpoint import manifest as manifests
+from megatron_eslm.checkpoint.manifest import Manifest, Stamp
+from megatron_eslm.checkpoint.save_folder import SaveFolder
+from megatron_eslm.checkpoint.shards import whole
+from megatron_eslm.checkpoint.tensor_files import file_name, metadata_of, write_file
+from megatron_eslm.checkpoint.tensor_index import KINDS, Scalars, index_of, write_index
+from megatron_eslm.checkpoint.train_state import TrainState
+from megatron_eslm.model.hf.gpt2_names import weight_sizes
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.selection.state import SelectionState
-from megatron_eslm.training import manifest as manifests
-from megatron_eslm.training.manifest import Manifest, Stamp
-from megatron_eslm.training.parameter_shard import whole
-from megatron_eslm.training.save_folder import SaveFolder
-from megatron_eslm.training.state import TrainState
-from megatron_eslm.training.tensor_files import file_name, metadata_of, write_file
-from megatron_eslm.training.tensor_index import KINDS, Scalars, index_of, write_index
 
 SHAPE = ModelShape(
     num_layers=2,

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.parallel.bootstrap import init_distributed
+from megatron_eslm.launch.bootstrap import init_distributed
 from megatron_eslm.training.build import build_trainer
 from megatron_eslm.training.command_line import read_command_line
 from megatron_eslm.training.loop import Trainer

@@ -17,19 +17,16 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from megatron_eslm.checkpoint import manifest as manifests
+from megatron_eslm.checkpoint import save_folder, tensor_files
+from megatron_eslm.checkpoint.save import find_checkpoint
+from megatron_eslm.checkpoint.save_folder import SaveFolder
+from megatron_eslm.checkpoint.weights import read_weights, write_weights
 from megatron_eslm.data.preprocess import preprocess
-from megatron_eslm.data.tokenizers import HuggingFaceTokenizer
-from megatron_eslm.data.train_bpe import train_bpe
+from megatron_eslm.data.tokenizers.build import HuggingFaceTokenizer
+from megatron_eslm.data.tokenizers.train_bpe import train_bpe
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.training import manifest as manifests
-from megatron_eslm.training import save_folder, tensor_files
-from megatron_eslm.training.checkpoint import (
-    find_checkpoint,
-    read_weights,
-    write_weights,
-)
 from megatron_eslm.training.loop import Trainer
-from megatron_eslm.training.save_folder import SaveFolder
 from tests.harness import RankFailed, run_ranks
 
 from .conftest import make_domain

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eslm.training import signals
+from megatron_eslm.launch import signals
+from megatron_eslm.launch.signals import ECHO_SECONDS
 from megatron_eslm.training.main import fail
-from megatron_eslm.training.signals import ECHO_SECONDS
 
 from ..parallel.ranks import free_port
 from .runs import read_metrics, words

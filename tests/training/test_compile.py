@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_eslm.engine import compile as module
+from megatron_eslm.engine.compile import check_compiler
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.training import compile as module
-from megatron_eslm.training.compile import check_compiler
 from tests.harness import run_ranks
 
 from .runs import ROWS, Outcome, assert_same_dumps, train, words

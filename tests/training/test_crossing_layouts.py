@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eslm.training.checkpoint import read_weights, write_weights
-from megatron_eslm.training.finding import find_checkpoint
+from megatron_eslm.checkpoint.find import find_checkpoint
+from megatron_eslm.checkpoint.shards import shards_of
+from megatron_eslm.checkpoint.tensor_files import TensorReader
+from megatron_eslm.checkpoint.tensor_index import KINDS, Scalars
+from megatron_eslm.checkpoint.weights import read_weights, write_weights
 from megatron_eslm.training.loop import Trainer
-from megatron_eslm.training.parameter_shard import shards_of
-from megatron_eslm.training.tensor_files import TensorReader
-from megatron_eslm.training.tensor_index import KINDS, Scalars
 from tests.harness import run_ranks
 
 from .runs import ROWS, Outcome, build, train, words

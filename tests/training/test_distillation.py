@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from megatron_eslm.config.run import parse_run
+from megatron_eslm.frozen.model import FrozenModel
 from megatron_eslm.interop.convert import checkpoint_to_folder
-from megatron_eslm.parallel.bootstrap import init_distributed
-from megatron_eslm.training.build import dry_run
-from megatron_eslm.training.frozen import FrozenModel
+from megatron_eslm.launch.bootstrap import init_distributed
+from megatron_eslm.training.dry_run import dry_run
 from megatron_eslm.training.loop import Trainer
 from tests.harness import run_ranks
 

@@ -11,23 +11,24 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_eslm.config.run import parse_run
-from megatron_eslm.parallel.bootstrap import init_distributed
-from megatron_eslm.parallel.mesh import build_mesh
-from megatron_eslm.selection.batch import Batch
-from megatron_eslm.selection.policy import build_policy
-from megatron_eslm.selection.state import Peers, Recorder, SelectionState
-from megatron_eslm.training.build import build_flops, build_model, dry_run
-from megatron_eslm.training.estimate import (
+from megatron_eslm.cost.flops import Work
+from megatron_eslm.cost.memory import (
     MemoryEstimate,
     alignment_bytes,
     block_activations,
     estimate_memory,
-    step_work,
 )
-from megatron_eslm.training.flops import Work
+from megatron_eslm.cost.of_run import build_flops, step_work
+from megatron_eslm.cost.stages import plan_stages
+from megatron_eslm.data.batch import Batch
+from megatron_eslm.launch.bootstrap import init_distributed
+from megatron_eslm.parallel.mesh import build_mesh
+from megatron_eslm.selection.build import build_policy
+from megatron_eslm.selection.state import Peers, Recorder, SelectionState
+from megatron_eslm.training.build import build_model
+from megatron_eslm.training.dry_run import dry_run
 from megatron_eslm.training.gradient_alignment import gradient_products
 from megatron_eslm.training.loop import Trainer
-from megatron_eslm.training.stages import plan_stages
 from tests.argv import later_wins
 from tests.harness import run_ranks
 

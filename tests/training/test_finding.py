@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_eslm.checkpoint.find import find_checkpoint, open_checkpoint
+from megatron_eslm.checkpoint.tensor_files import TensorReader
+from megatron_eslm.checkpoint.weights import read_weights
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.training.checkpoint import read_weights
-from megatron_eslm.training.finding import find_checkpoint, open_checkpoint
-from megatron_eslm.training.tensor_files import TensorReader
 
 from .forging import OTHER_RUN, TENSORS_0, drop, edit, put, seal, tensors, tiny, write
 

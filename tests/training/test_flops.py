@@ -13,9 +13,8 @@ from torch.utils.flop_counter import (
 )
 
 from megatron_eslm.config.run import parse_run
-from megatron_eslm.training.build import build_flops
-from megatron_eslm.training.estimate import step_work
-from megatron_eslm.training.flops import FlopsModel, Work, device_peak_flops
+from megatron_eslm.cost.flops import FlopsModel, Work, device_peak_flops
+from megatron_eslm.cost.of_run import build_flops, step_work
 from megatron_eslm.training.loop import Trainer
 from tests.harness import run_ranks
 
@@ -216,7 +215,7 @@ def test_the_executed_ledger_is_the_sum_of_its_parts(depth: int, again: bool) ->
 
 
 def test_a_policy_without_proxy_pays_for_none() -> None:
-    from megatron_eslm.selection.policy import build_policy
+    from megatron_eslm.selection.build import build_policy
     from megatron_eslm.selection.state import Peers, SelectionState
 
     for flags, proxy, depth in (

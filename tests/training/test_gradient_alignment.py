@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_eslm.checkpoint.weights import read_weights
+from megatron_eslm.data.batch import Batch
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt
 from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.ops.ghost_products import GradientProducts
 from megatron_eslm.ops.keep_rule import num_to_keep
 from megatron_eslm.parallel.mesh import build_mesh
-from megatron_eslm.selection.batch import Batch
+from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policy import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from megatron_eslm.training import gradient_alignment
-from megatron_eslm.training.checkpoint import read_weights
 from megatron_eslm.training.gradient_alignment import check_covered, gradient_products
 from megatron_eslm.training.loop import Trainer
 from tests.harness import run_ranks
@@ -343,7 +343,7 @@ def test_the_papers_ledger_of_greats_by_hand(data: list[str]) -> None:
     A pair of the 12 x 13 / 2 = 78: 2 T^2 times, in a block 4D + 2D + 5D + 5D = 16 D = 12,288, in
     the embedding 4D + V = 53,376, so 2 x 1,048,576 x (147,456 + 53,376) = 421,175,230,464.
     """
-    from megatron_eslm.training.flops import FlopsModel, Work
+    from megatron_eslm.cost.flops import FlopsModel, Work
 
     from .test_flops import SHAPE_124M
 

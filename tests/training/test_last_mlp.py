@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from megatron_eslm.config.run import parse_run
+from megatron_eslm.cost.last_mlp import last_mlp_kept
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.state import Peers, SelectionState
-from megatron_eslm.training.last_mlp import last_mlp_kept
 from tests.harness import run_ranks
 
 from .runs import ROWS, Outcome, assert_same_dumps, train, words

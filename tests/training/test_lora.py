@@ -11,20 +11,21 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from megatron_eslm.checkpoint.find import find_checkpoint
+from megatron_eslm.checkpoint.tensor_files import TensorReader
+from megatron_eslm.checkpoint.weights import read_weights
 from megatron_eslm.config.run import parse_run
+from megatron_eslm.cost.memory import estimate_memory
+from megatron_eslm.cost.of_run import step_work
+from megatron_eslm.cost.stages import plan_stages
+from megatron_eslm.data.batch import Batch
 from megatron_eslm.interop.convert import checkpoint_to_folder, folder_to_checkpoint
 from megatron_eslm.interop.generation import open_model
-from megatron_eslm.model.gpt2_folder import load_gpt2
+from megatron_eslm.launch.bootstrap import init_distributed
+from megatron_eslm.model.hf.gpt2_folder import load_gpt2
 from megatron_eslm.model.lora import is_adapter
-from megatron_eslm.parallel.bootstrap import init_distributed
-from megatron_eslm.selection.batch import Batch
-from megatron_eslm.training.build import dry_run
-from megatron_eslm.training.checkpoint import read_weights
-from megatron_eslm.training.estimate import estimate_memory, step_work
-from megatron_eslm.training.finding import find_checkpoint
+from megatron_eslm.training.dry_run import dry_run
 from megatron_eslm.training.loop import Trainer
-from megatron_eslm.training.stages import plan_stages
-from megatron_eslm.training.tensor_files import TensorReader
 from tests.harness import run_ranks
 
 from .parity import Case
@@ -284,7 +285,7 @@ def test_exported_is_the_model_that_was_trained(adapted: Path, start: Path, tmp_
 
 def test_parts_of_merged_weights_are_parts_of_the_whole(adapted: Path) -> None:
     """Whichever rows or columns of a layer a rank reads, its adapter is in them."""
-    from megatron_eslm.training.parameter_shard import Shard
+    from megatron_eslm.checkpoint.shards import Shard
 
     reader = TensorReader(find_checkpoint(adapted / "run").folder)
     whole, separate = reader.read_whole("weight"), parts(adapted / "run")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eslm.checkpoint import manifest as manifests
+from megatron_eslm.checkpoint.find import find_checkpoint
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.training import manifest as manifests
-from megatron_eslm.training.finding import find_checkpoint
 
 from .forging import seal, tiny
 

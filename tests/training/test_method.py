@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eslm.checkpoint.find import Found
+from megatron_eslm.checkpoint.manifest import Entry, Manifest
+from megatron_eslm.checkpoint.same_method import check_same_method
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.training.finding import Found
 from megatron_eslm.training.header import header
-from megatron_eslm.training.manifest import Entry, Manifest
-from megatron_eslm.training.method import check_same_method, method_text
+from megatron_eslm.training.method import method_text
 
 from ..argv import later_wins
 from .forging import SHAPE

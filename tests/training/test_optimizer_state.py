@@ -10,9 +10,9 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
+from megatron_eslm.checkpoint.optimizer_state import OptimizerState
+from megatron_eslm.checkpoint.tensor_index import LossScale, Scalars
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.training.optimizer_state import OptimizerState
-from megatron_eslm.training.tensor_index import LossScale, Scalars
 
 
 def engine(optimizer: Any, *, bare: bool = False) -> Any:

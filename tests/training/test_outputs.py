@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eslm.checkpoint.find import find_checkpoint
+from megatron_eslm.checkpoint.manifest import list_checkpoints
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.lock import FileLock
 from megatron_eslm.training import dump
-from megatron_eslm.training.finding import find_checkpoint
 from megatron_eslm.training.loop import Trainer
-from megatron_eslm.training.manifest import list_checkpoints
 from megatron_eslm.training.report import MetricsFile
 from tests.harness import run_ranks
 

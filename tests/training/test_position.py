@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_eslm.checkpoint.optimizer_state import OptimizerState
+from megatron_eslm.checkpoint.save import find_checkpoint
+from megatron_eslm.checkpoint.weights import read_weights
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.parallel.bootstrap import init_distributed
-from megatron_eslm.training.build import dry_run
-from megatron_eslm.training.checkpoint import find_checkpoint, read_weights
+from megatron_eslm.launch.bootstrap import init_distributed
+from megatron_eslm.training.dry_run import dry_run
 from megatron_eslm.training.loop import Trainer
-from megatron_eslm.training.optimizer_state import OptimizerState
 from tests.harness import run_ranks
 
 from .conftest import make_domain

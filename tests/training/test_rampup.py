@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_eslm.checkpoint.train_state import TrainState
+from megatron_eslm.checkpoint.weights import read_weights
 from megatron_eslm.config.run import parse_run
-from megatron_eslm.parallel.bootstrap import init_distributed
+from megatron_eslm.launch.bootstrap import init_distributed
 from megatron_eslm.selection.state import SelectionState
-from megatron_eslm.training.build import dry_run
-from megatron_eslm.training.checkpoint import read_weights
+from megatron_eslm.training.dry_run import dry_run
 from megatron_eslm.training.reading_plan import plan_reading
-from megatron_eslm.training.state import TrainState
 from tests.harness import run_ranks
 
 from .runs import ROWS, Outcome, assert_same_dumps, refusal, train, words

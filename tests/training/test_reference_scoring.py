@@ -12,20 +12,20 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_eslm.checkpoint.weights import write_weights
 from megatron_eslm.data.index_file import read_index
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.reference_losses import losses_path
-from megatron_eslm.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
-from megatron_eslm.data.train_bpe import train_bpe
+from megatron_eslm.data.tokenizers.build import ByteTokenizer, HuggingFaceTokenizer
+from megatron_eslm.data.tokenizers.train_bpe import train_bpe
+from megatron_eslm.frozen import score as scoring
+from megatron_eslm.frozen.reference import ReferenceModel, find_reference, load_reference
+from megatron_eslm.frozen.score import Window, windows
 from megatron_eslm.interop.huggingface import export
+from megatron_eslm.launch.bootstrap import single_process
+from megatron_eslm.model.arithmetic import forward_flops
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.parallel.bootstrap import single_process
 from megatron_eslm.parallel.mesh import build_mesh
-from megatron_eslm.training import reference_scoring
-from megatron_eslm.training.checkpoint import write_weights
-from megatron_eslm.training.flops import forward_flops
-from megatron_eslm.training.reference import ReferenceModel, find_reference, load_reference
-from megatron_eslm.training.reference_scoring import Window, windows
 
 from ..argv import later_wins
 from ..interop.conftest import load_tool
@@ -130,9 +130,9 @@ class Killed(BaseException):
 def test_killed_in_the_middle_it_goes_on(
     checkpoint: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference_scoring, "_BATCHES_A_CHUNK", 2)
+    monkeypatch.setattr(scoring, "_BATCHES_A_CHUNK", 2)
     assert run_tool(*arguments(checkpoint, prefix)) == 0
-    path, ordinary = losses_path(prefix, "self"), reference_scoring._score
+    path, ordinary = losses_path(prefix, "self"), scoring._score
     whole = path.read_bytes()
     seen: list[list[Window]] = []  # in each forward pass
     kill_at = 0
@@ -143,7 +143,7 @@ def test_killed_in_the_middle_it_goes_on(
             raise Killed
         return ordinary(model, ids, batch, eod)
 
-    monkeypatch.setattr(reference_scoring, "_score", score)
+    monkeypatch.setattr(scoring, "_score", score)
     for kill_at in (2, 3, 6):
         seen.clear()
         with pytest.raises(Killed):

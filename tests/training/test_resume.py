@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_eslm.training.checkpoint import read_weights
-from megatron_eslm.training.finding import find_checkpoint
+from megatron_eslm.checkpoint.find import find_checkpoint
+from megatron_eslm.checkpoint.train_state import TrainState
+from megatron_eslm.checkpoint.weights import read_weights
 from megatron_eslm.training.loop import Trainer
-from megatron_eslm.training.state import TrainState
 from tests.harness import run_ranks
 
 from .runs import ROWS, Outcome, assert_same_dumps, build, refusal, train, words

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from megatron_eslm.config.run import parse_run
+from megatron_eslm.cost.of_run import step_work
+from megatron_eslm.cost.stages import plan_stages
+from megatron_eslm.data.batch import Batch
 from megatron_eslm.data.reference_losses import losses_path
-from megatron_eslm.data.tokenizers import ByteTokenizer
-from megatron_eslm.parallel.bootstrap import init_distributed, single_process
+from megatron_eslm.data.tokenizers.build import ByteTokenizer
+from megatron_eslm.frozen.reference import find_reference, load_reference
+from megatron_eslm.launch.bootstrap import init_distributed, single_process
 from megatron_eslm.parallel.mesh import build_mesh
-from megatron_eslm.selection.batch import Batch
-from megatron_eslm.training.build import dry_run
-from megatron_eslm.training.estimate import step_work
+from megatron_eslm.training.dry_run import dry_run
 from megatron_eslm.training.loop import Trainer
-from megatron_eslm.training.reference import find_reference, load_reference
-from megatron_eslm.training.stages import plan_stages
 from tests.harness import run_ranks
 
 from ..interop.conftest import load_tool

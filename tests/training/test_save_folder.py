@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eslm.checkpoint import save_folder
+from megatron_eslm.checkpoint.find import find_checkpoint
+from megatron_eslm.checkpoint.manifest import list_checkpoints
+from megatron_eslm.checkpoint.save_folder import SaveFolder
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files import durable
-from megatron_eslm.training import save_folder
-from megatron_eslm.training.finding import find_checkpoint
-from megatron_eslm.training.manifest import list_checkpoints
-from megatron_eslm.training.save_folder import SaveFolder
 
 from .forging import tiny
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eslm.training.options import OptimizerOptions
-from megatron_eslm.training.schedule import learning_rate
+from megatron_eslm.config.training_options import OptimizerOptions
+from megatron_eslm.engine.schedule import learning_rate
 from tests.harness import run_ranks
 
 from .runs import train, words

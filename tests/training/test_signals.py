@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_eslm.training import signals
-from megatron_eslm.training.options import TrainingOptions
-from megatron_eslm.training.signals import EXIT_SIGNALS, Interrupted, StopSignal
+from megatron_eslm.config.training_options import TrainingOptions
+from megatron_eslm.launch import signals
+from megatron_eslm.launch.signals import EXIT_SIGNALS, Interrupted, StopSignal
 
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def test_names_of_signals(name: str) -> None:
 )
 def test_before_anything_is_there(number: signal.Signals, rank: str, line: str | None) -> None:
     code = (
-        "import signal, sys; from megatron_eslm.training.signals import end_at_once; "
+        "import signal, sys; from megatron_eslm.launch.signals import end_at_once; "
         "end_at_once(); assert 'torch' not in sys.modules; "
         f"signal.raise_signal({int(number)})"
     )

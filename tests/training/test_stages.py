@@ -11,21 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_eslm.config.layouts import early_exit_layers
 from megatron_eslm.config.run import RunConfig, parse_run
+from megatron_eslm.cost.of_run import build_flops, step_work
+from megatron_eslm.cost.stages import StagePlan, balanced_split, plan_stages, plan_text
+from megatron_eslm.launch.bootstrap import init_distributed
+from megatron_eslm.model.arithmetic import stage_params
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.parallel.bootstrap import init_distributed
 from megatron_eslm.parallel.mesh import build_mesh
-from megatron_eslm.selection.policy import build_policy
+from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
-from megatron_eslm.training.build import build_flops, build_model
-from megatron_eslm.training.estimate import step_work
+from megatron_eslm.training.build import build_model
 from megatron_eslm.training.loop import Trainer
-from megatron_eslm.training.stages import (
-    StagePlan,
-    balanced_split,
-    plan_stages,
-    plan_text,
-    stage_params,
-)
 from tests.argv import later_wins
 from tests.harness import run_ranks
 

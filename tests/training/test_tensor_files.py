@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_eslm.errors import ConfigError
-from megatron_eslm.training.manifest import TENSORS, Stamp
-from megatron_eslm.training.parameter_shard import Shard, whole
-from megatron_eslm.training.tensor_files import (
+from megatron_eslm.checkpoint.manifest import TENSORS, Stamp
+from megatron_eslm.checkpoint.shards import Shard, whole
+from megatron_eslm.checkpoint.tensor_files import (
     TensorReader,
     file_name,
     metadata_of,
     write_file,
 )
-from megatron_eslm.training.tensor_index import LossScale, Scalars, index_of, write_index
-from megatron_eslm.training.tensor_shares import deal
+from megatron_eslm.checkpoint.tensor_index import LossScale, Scalars, index_of, write_index
+from megatron_eslm.checkpoint.tensor_shares import deal
+from megatron_eslm.errors import ConfigError
 
 ROWS, PADDED, WIDTH = 10, 12, 8
 STAMP = Stamp(run_id="0" * 32, iteration=7)

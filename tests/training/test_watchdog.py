@@ -115,7 +115,7 @@ def test_a_stopped_stage_ends_the_job(data: list[str], tmp_path: Path) -> None:
 
 HANGS = """
 import os, time
-from megatron_eslm.training.engine import Engine
+from megatron_eslm.engine.engine import Engine
 from megatron_eslm.training.main import main
 
 step = Engine.step

@@ -1,0 +1,199 @@
+"""Where a run starts from: what `--load` names, whether it fits this run, and where it stood."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from megatron_eslm.checkpoint.find import Found, find_checkpoint
+from megatron_eslm.checkpoint.load import load_engine
+from megatron_eslm.checkpoint.manifest import list_checkpoints
+from megatron_eslm.checkpoint.same_method import check_same_method
+from megatron_eslm.checkpoint.stored_shape import holds_nothing_yet
+from megatron_eslm.checkpoint.train_state import TrainState
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.data.tokenizers.build import Tokenizer, load_tokenizer, same_ids
+from megatron_eslm.engine.engine import Engine
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.selection.state import SelectionState
+
+logger = logging.getLogger(__name__)
+
+
+def continues_itself(run: RunConfig) -> bool:
+    """Whether the run loads from where it saves: the habit of jobs that are requeued."""
+    return run.checkpoint.continues_itself
+
+
+def find_start(run: RunConfig) -> Found | None:
+    """The checkpoint to start from; None starts a new run."""
+    load, save = run.checkpoint.load, run.checkpoint.save
+    if load is None:
+        return None
+    if holds_nothing_yet(run.checkpoint):
+        logger.info("--load %s holds no checkpoint yet: starting a new run", load)
+        return None
+    found = find_checkpoint(load)
+    if run.checkpoint.finetune:
+        return _for_finetuning(run, found)
+    siblings = list_checkpoints(Path(save)) if save is not None else []
+    if found.folder.resolve() == Path(load).resolve() and found.folder.resolve() in (
+        path.resolve() for path in siblings[1:]
+    ):
+        raise ConfigError(
+            f"--load {load} goes back behind {siblings[0].name} in the same --save {save}, and a "
+            "later --load of that folder would take the newer one. Save to another folder, or "
+            "remove the newer checkpoints."
+        )
+    return found
+
+
+def _for_finetuning(run: RunConfig, found: Found) -> Found:
+    """A checkpoint as if it held weights alone."""
+    save = run.checkpoint.save
+    if save is not None and Path(save).resolve() == found.folder.resolve().parent:
+        raise ConfigError(
+            f"--finetune starts a new run from --load {run.checkpoint.load}, and --save {save} is "
+            "where that run saves. Save to another folder; or leave out --finetune to continue "
+            "the run."
+        )
+    return found.as_weights()
+
+
+def check_continues(
+    run: RunConfig, found: Found, shape: ModelShape, data: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    """ConfigError unless the checkpoint fits this run; differences that may be are logged."""
+    ours, theirs = shape.to_dict(), found.shape.to_dict()
+    unequal = [
+        f"{key}: {theirs[key]} there, {value} here"
+        for key, value in ours.items()
+        if value != theirs[key] and key != "padded_vocab_size"  # that depends on the layout
+    ]
+    if unequal:
+        raise ConfigError(
+            f"{found.folder} holds a model of another shape ({', '.join(unequal)}). Start with the "
+            "same model flags and tokenizer, or load another checkpoint."
+        )
+    if found.kind == "weights":
+        theirs_dir = found.tokenizer_dir
+        if theirs_dir is not None and not same_ids(load_tokenizer(theirs_dir), tokenizer):
+            raise ConfigError(
+                f"The weights in {found.folder} were trained with another tokenizer than the one "
+                f"of --data-path ({tokenizer.name}): the same text has other ids. Preprocess the "
+                f"text with the tokenizer in {theirs_dir}."
+            )
+        return
+    check_same_method(run, found)
+    options = found.run["options"]
+    _check_same_data(run, found, data)
+    _check_something_is_left(run, found)
+    for group in ("optimizer", "selection", "reference", "objective"):
+        for key, value in dataclasses.asdict(getattr(run, group)).items():
+            if key in options.get(group, {}) and options[group][key] != value:
+                logger.warning(
+                    "--%s is %s; it was %s when %s was saved",
+                    key.replace("_", "-"),
+                    value,
+                    options[group][key],
+                    found.folder,
+                )
+
+
+_ORDER = ("fingerprint", "weights", "split", "seed", "seq_length", "epochs")
+"""What of a data record decides which sequence has which number."""
+
+
+def _check_same_data(run: RunConfig, found: Found, data: dict[str, Any]) -> None:
+    theirs = found.run["data"]
+    differ = [key for key, value in data.items() if theirs.get(key) != value]
+    if not differ:
+        return
+    text = "; ".join(f"{key}: {theirs.get(key)} there, {data[key]} here" for key in differ)
+    if not run.checkpoint.allow_data_change:
+        repeats = (
+            " Where data are read more than once, their order depends on the number of epochs "
+            "(--train-iters, batch size, --skip-samples)."
+        )
+        raise ConfigError(
+            f"{found.folder} was trained on other data or in another order ({text})."
+            f"{repeats if 'epochs' in differ else ''} "
+            "Continue with the same, or consent with --allow-data-change."
+        )
+    reordered = bool(set(differ) & set(_ORDER))
+    logger.warning(
+        "--allow-data-change: %s; reading goes on with sample %d%s",
+        text,
+        found.state().consumed_samples,
+        " of the new order, whose samples may have been read in the old one" if reordered else "",
+    )
+
+
+def _check_something_is_left(run: RunConfig, found: Found) -> None:
+    iteration, last = found.state().iteration, run.training.train_iters
+    assert last
+    if iteration > last or (iteration == last and not continues_itself(run)):
+        raise ConfigError(
+            f"{found.folder} is at iteration {iteration} and --train-iters is {last}: nothing is "
+            "left to train. Raise --train-iters."
+        )
+
+
+def starting_state(run: RunConfig, found: Found | None, run_id: str) -> TrainState:
+    """Where the run stands before its first step: at the beginning, or where a checkpoint is.
+
+    Args:
+        run: the run.
+        found: the checkpoint that it starts from, if there is one.
+        run_id: of a run that is new.
+    """
+    fresh = SelectionState(alpha=run.selection.initial_alpha)
+    if found is None or found.kind == "weights":
+        return TrainState(fresh, run_id=run_id)
+    state = found.state()
+    before = found.run["options"]["selection"]
+    decide = ("selection", "eslm_alpha", "uncertainty_quantile")
+    if any(key in before and before[key] != getattr(run.selection, key) for key in decide):
+        state.selection = fresh
+    return state
+
+
+def carried_on(found: Found | None, key: str) -> list[Any]:
+    """A list of run.json that every later checkpoint of the run carries on."""
+    return list(found.run.get(key, [])) if found is not None and found.kind == "training" else []
+
+
+def resets_optimizer(run: RunConfig, found: Found | None) -> bool:
+    """Whether `--reset-optimizer` has something to do in this start.
+
+    A job that is requeued with the same flags resets once: a checkpoint that a run with this flag
+    has saved is from after the reset. Before the first such checkpoint it is done again, since what
+    was trained after it is lost. Loading from another folder is a new decision.
+    """
+    if not run.checkpoint.reset_optimizer or found is None or found.kind == "weights":
+        return False
+    saved_by = found.run["options"].get("checkpoint", {})
+    return not (continues_itself(run) and saved_by.get("reset_optimizer", False))
+
+
+def resume(run: RunConfig, engine: Engine, found: Found) -> None:
+    """Restore the engine from a checkpoint. Collective."""
+    resets = resets_optimizer(run, found)
+    state = load_engine(engine, found, optimizer=not resets)
+    if state.iteration == run.training.train_iters:
+        logger.info("%s is the end of this run: nothing is left to train", found.folder)
+        return
+    logger.info(
+        "continuing from %s, iteration %d, sample %d%s",
+        found.folder,
+        state.iteration,
+        state.consumed_samples,
+        ", with a fresh optimizer (--reset-optimizer)" if resets else "",
+    )
+    if run.checkpoint.reset_optimizer and not resets:
+        logger.info(
+            "--reset-optimizer: not again, %s was saved by a run with this flag", found.folder.name
+        )

@@ -1,0 +1,70 @@
+"""What changes during a run, all of it: this is what a checkpoint saves beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pydantic
+
+from megatron_eslm.checkpoint.manifest import RunId
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.files.schema import STRICT, Count, parse_as
+from megatron_eslm.selection.state import SelectionState
+
+Amount = Annotated[float, pydantic.Field(ge=0)]
+
+
+@dataclass
+class TrainState:
+    """Progress of a run. Mutable, in one place; options never change."""
+
+    __pydantic_config__ = STRICT
+
+    selection: SelectionState
+    run_id: RunId
+    """Which run this is, wherever and however often it is continued."""
+    iteration: Count = 0
+    """Optimizer steps done."""
+    consumed_samples: Count = 0
+    """Sequences read: the data position."""
+    tokens: Count = 0
+    """Valid tokens read."""
+    tokens_trained: Count = 0
+    """Tokens that entered the loss."""
+    flops: Amount = 0.0
+    flops_paper: Amount = 0.0
+    elapsed_seconds: Amount = 0.0
+    """Training time, without evaluation and saving."""
+    nonfinite_steps: Count = 0
+    """Steps that were skipped because scores or gradients were not finite."""
+    nonfinite_in_a_row: Count = 0
+    best_valid_loss: float | None = None
+    """Of those that were finite."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for state.json."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> TrainState:
+        """The inverse of to_dict.
+
+        Args:
+            values: what state.json holds, whatever that is.
+            where: the file, for messages.
+
+        Raises:
+            ConfigError: a value is missing, unknown, or no such value.
+        """
+        state = parse_as(cls, values, where)
+        # What a run starts with is no answer to where a run has been.
+        for there, name in ((values, ""), (values["selection"], "selection.")):
+            part = state.selection if name else state
+            for field in dataclasses.fields(part):
+                if field.name not in there:
+                    raise ConfigError(
+                        f"{where} is not as it was written: {name}{field.name} is missing."
+                    )
+        return state

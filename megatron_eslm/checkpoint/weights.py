@@ -1,0 +1,111 @@
+"""Full weights of a checkpoint, whatever layout it was saved from."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_eslm.checkpoint import manifest as manifests
+from megatron_eslm.checkpoint import tensor_files, tensor_index
+from megatron_eslm.checkpoint.find import find_checkpoint
+from megatron_eslm.checkpoint.manifest import Stamp, new_run_id
+from megatron_eslm.checkpoint.publish import publish, write_json
+from megatron_eslm.checkpoint.save_folder import SaveFolder, disk_errors
+from megatron_eslm.checkpoint.shards import whole
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.init import WORD_EMBEDDING
+from megatron_eslm.model.shape import ModelShape
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Full weights on the CPU, whatever the layout they were saved from."""
+
+    weights: dict[str, torch.Tensor]
+    """float32, by parameter name; the vocabulary's padding rows are zero, adapters are merged."""
+    shape: ModelShape
+    tokenizer_dir: Path | None
+    iteration: int
+    data: dict[str, Any] | None = None
+    """How the run that saved them read its data (`data_record`); None where that is not known."""
+
+
+def read_weights(load: str | Path, tag: str | None = None) -> Weights:
+    """Full float32 weights of a checkpoint of any kind and layout, for export and generation.
+
+    Adapters are merged.
+
+    Raises:
+        ConfigError: no complete checkpoint there.
+    """
+    found = find_checkpoint(load, tag)
+    shape = found.shape
+    weights = tensor_files.TensorReader(found.folder).read_whole("weight")
+    word = weights[WORD_EMBEDDING]
+    padding = word.new_zeros(shape.padded_vocab_size - shape.vocab_size, word.shape[1])
+    weights[WORD_EMBEDDING] = torch.cat([word, padding])
+    data = found.run.get("data") if found.kind == "training" else None
+    return Weights(weights, shape, found.tokenizer_dir, found.manifest.iteration, data)
+
+
+def write_weights(
+    save: str | Path,
+    weights: dict[str, torch.Tensor],
+    shape: ModelShape,
+    tokenizer_dir: Path | None,
+    source: str,
+    iteration: int = 0,
+) -> Path:
+    """Write a weights-only checkpoint that `--load` starts a run from.
+
+    Args:
+        save: folder to hold it; must hold no checkpoint.
+        weights: float32, by parameter name; the vocabulary's padding rows are left out.
+        shape: of the model.
+        tokenizer_dir: what its ids mean; a folder that `Tokenizer.save` made.
+        source: where they come from, for run.json.
+        iteration: which gives the checkpoint its name.
+
+    Raises:
+        ConfigError: checkpoints are there already, it cannot be written, or the weights are not
+            finite or not of that shape.
+    """
+    stamp = Stamp(run_id=new_run_id(), iteration=iteration)
+    weights = {**weights, WORD_EMBEDDING: weights[WORD_EMBEDDING][: shape.vocab_size]}
+    file = tensor_files.file_name(0)
+    shards = {name: whole(tuple(tensor.shape)) for name, tensor in weights.items()}
+    index = tensor_index.index_of(stamp, [(file, shards)], tensor_index.Scalars())
+    tensor_index.check_holds_model(Path(source), index, shape, lora=None)
+    tensors = {f"weight/{n}": t.contiguous() for n, t in weights.items()}
+    if odd := tensor_files.not_finite(tensors):
+        raise ConfigError(f"{source}: {odd} holds numbers that are not finite; it is damaged.")
+    folder = Path(save) / manifests.checkpoint_name(iteration)
+    saves = SaveFolder(save)
+    saves.take(load=None)
+    try:
+        with disk_errors(folder):
+            draft = saves.begin(iteration)
+            try:
+                tensor_files.write_file(draft / file, tensors, tensor_files.metadata_of(stamp))
+                tensor_index.write_index(draft, index)
+                run = {**asdict(stamp), "source": source, "shape": shape.to_dict()}
+                write_json(draft / manifests.RUN, run)
+                if tokenizer_dir is not None:
+                    shutil.copytree(tokenizer_dir, draft / manifests.TOKENIZER)
+                files = {
+                    name: manifests.describe(draft / name, sync=True)
+                    for name in manifests.files_of(draft)
+                }
+                return publish(saves, draft, "weights", stamp, files)
+            except BaseException:
+                saves.discard(draft)
+                raise
+    finally:
+        saves.release()

@@ -1,0 +1,1 @@
+"""What a run computes and holds: FLOPs, memory, and how blocks are spread over pipeline stages."""

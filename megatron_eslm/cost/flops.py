@@ -1,0 +1,259 @@
+"""FLOPs ledgers: the matrix products that were executed, and the paper's accounting.
+
+A product of [a, b] and [b, c] counts 2abc. Attention counts its full T x T square, as torch's
+FlopCounterMode does, and its backward pass 2.5 times the forward one (the flash kernels compute the
+scores again).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_eslm.model.arithmetic import (
+    adapters_forward,
+    block_forward,
+    forward_flops,
+    head_forward,
+)
+from megatron_eslm.model.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one step processed, over all data-parallel ranks."""
+
+    tokens: int
+    """Positions read (rows x T)."""
+    tokens_deep: int
+    """Positions that went through the blocks behind the selector (kept rows x T)."""
+    tokens_scored: int
+    """Positions whose logits the head computed."""
+    tokens_trained: int
+    """Tokens in the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherCost:
+    """What a teacher adds to a step."""
+
+    shape: ModelShape
+    runs: Callable[[], bool]
+    """Whether it does so in the step under way; SALT's ends one day."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopsModel:
+    """FLOPs of a step of one model and policy."""
+
+    shape: ModelShape
+    seq_length: int
+    selector_depth: int
+    """Blocks before the selector."""
+    proxy: bool
+    """Whether an early exit scores sequences with the head."""
+    proxy_stride: int = 1
+    ahead: bool = False
+    """Whether sequences are selected ahead of the step: the early exit's blocks then run once more,
+    forward, over all that is read."""
+    logits_recomputed: bool = False
+    blocks_recomputed: bool = False
+    """Whether the backward pass computes the blocks' activations again."""
+    alignment_rows: tuple[int, int] | None = None
+    """Candidates and validation rows of the pass by which GREATS chooses, before each micro-step
+    of a rank that drops any (training.gradient_alignment)."""
+
+    teacher: TeacherCost | None = None
+    reference: ModelShape | None = None
+    """Of the reference model that scores what is read, where one runs beside training."""
+    refers: Callable[[], bool] | None = None
+    """Whether it runs in the step under way: nothing is compared while alpha is 0. None: always."""
+    last_mlp_kept: bool = False
+    """Whether the backward pass of the last block's MLP is over the tokens in the loss only."""
+    lora_rank: int = 0
+    """Of adapters, where nothing else trains: frozen layers have no product for a gradient of their
+    weights."""
+
+    def block(self, work: Work, number: int) -> float:
+        """Matrix products of one block, forward and backward.
+
+        Blocks before a selector in mid-model run backward over all rows (with zero gradients for
+        dropped ones), blocks behind it see kept rows only. Where rows are selected ahead, all do.
+        With adapters nothing before those of the first block trains, so that nothing goes back to
+        its input.
+        """
+        linear, attention = block_forward(self.shape, self.seq_length)
+        again = 1 if self.blocks_recomputed else 0
+        before = number < self.selector_depth and not self.ahead
+        tokens = work.tokens if before else work.tokens_deep
+        products = (3 + again) * linear
+        if self.lora_rank:
+            products = (2 + again) * linear
+            products += (3 + again) * adapters_forward(self.shape, self.lora_rank)
+            if number == 0:
+                d = self.shape.hidden_size
+                products -= 2 * (3 * d * d + self.lora_rank * d)
+        total = tokens * (products + (3.5 + again) * attention)
+        if self.last_mlp_kept and number == self.shape.num_layers - 1:
+            mlp = 4 * self.shape.hidden_size * self.shape.ffn_hidden_size  # forward, a token
+            total -= 2 * mlp * (work.tokens_deep - work.tokens_trained)
+        return total
+
+    def scoring(self, work: Work) -> float:
+        """Matrix products by which the early exit scores what is read: forward only.
+
+        Its head; and its blocks, where they run for it alone.
+        """
+        if not self._scores(work):
+            return 0.0
+        head = head_forward(self.shape) / self.proxy_stride
+        block = sum(block_forward(self.shape, self.seq_length))
+        if self.lora_rank:
+            block += adapters_forward(self.shape, self.lora_rank)
+        blocks = self.selector_depth * block
+        return work.tokens * (head + (blocks if self.ahead else 0.0))
+
+    def _scores(self, work: Work) -> bool:
+        """Whether anything is scored: where the step drops no sequence, nothing is."""
+        return self.proxy and work.tokens_deep < work.tokens
+
+    def head(self, work: Work) -> float:
+        """Matrix products of the final head, whose backward pass sees kept tokens only, and of the
+        frozen models beside it.
+        """
+        products = 3 if self.logits_recomputed else 2
+        if self._is_taught and self.logits_recomputed:
+            products += 1  # the divergence needs the logits in the forward pass, too
+        if self.lora_rank:
+            products -= 1  # a frozen head has no gradient
+        own = head_forward(self.shape) * (work.tokens_scored + products * work.tokens_trained)
+        return own + self.teaching(work) + self.referring(work)
+
+    def teaching(self, work: Work) -> float:
+        """Matrix products of the teacher: kept sequences through its blocks, forward; tokens in the
+        loss through its head, whose logits the backward pass computes again.
+        """
+        if not self._is_taught:
+            return 0.0
+        assert self.teacher is not None
+        return forward_flops(
+            self.teacher.shape,
+            positions=work.tokens_deep,
+            length=self.seq_length,
+            scored=2 * work.tokens_trained,
+        )
+
+    def referring(self, work: Work) -> float:
+        """Matrix products of the reference model: a forward pass over what the head scores."""
+        if not self._refers:
+            return 0.0
+        assert self.reference is not None
+        return forward_flops(
+            self.reference,
+            positions=work.tokens_deep,
+            length=self.seq_length,
+            scored=work.tokens_scored,
+        )
+
+    @property
+    def _refers(self) -> bool:
+        return self.reference is not None and (self.refers is None or self.refers())
+
+    @property
+    def _is_taught(self) -> bool:
+        return self.teacher is not None and self.teacher.runs()
+
+    def alignment(self, work: Work) -> float:
+        """Matrix products of the pass by which GREATS chooses.
+
+        Forward and, for activations alone, backward over candidates and validation rows; one
+        gradient of the linear layers over validation rows and its product with candidates; and for
+        each pair of candidates the products of positions of both factors.
+        """
+        if not self._aligns(work):
+            return 0.0
+        assert self.alignment_rows is not None
+        linear, attention = block_forward(self.shape, self.seq_length)
+        head = head_forward(self.shape)
+        weights = self.shape.num_layers * linear + head  # forward, a token
+        tokens = self.seq_length * sum(self.alignment_rows)
+        layers = 2 * self.shape.num_layers * linear + 3.5 * self.shape.num_layers * attention
+        passes = tokens * (layers + 2 * head + weights)
+        return self._num_alignments(work) * (passes + self._pairs())
+
+    def _aligns(self, work: Work) -> bool:
+        # Where the keep rule keeps every row there is nothing to choose, and the pass is left out.
+        return self.alignment_rows is not None and work.tokens_deep < work.tokens
+
+    def _num_alignments(self, work: Work) -> float:
+        assert self.alignment_rows is not None
+        return work.tokens / (self.seq_length * self.alignment_rows[0])
+
+    def _pairs(self) -> float:
+        """Products of positions for every pair of candidates of one micro-step."""
+        assert self.alignment_rows is not None
+        s, candidates = self.shape, self.alignment_rows[0]
+        d, f = s.hidden_size, s.ffn_hidden_size
+        blocks = s.num_layers * ((d + 3 * d) + (d + d) + (d + f) + (f + d))
+        # Lookup and head: four similarities of hidden states, one of logits.
+        embedding = 4 * d + s.padded_vocab_size
+        pairs = candidates * (candidates + 1) / 2
+        return pairs * 2 * self.seq_length**2 * (blocks + embedding)
+
+    def executed(self, work: Work) -> float:
+        """Matrix products that ran, forward and backward. The embedding, a lookup, has none."""
+        blocks = sum(self.block(work, number) for number in range(self.shape.num_layers))
+        return self.scoring(work) + blocks + self.head(work) + self.alignment(work)
+
+    def paper(self, work: Work) -> float:
+        """Section 3, "FLOPs accounting", of the ESLM paper.
+
+        6N + 12 L H Q T a token of the kept sequences; the proxy 2 N_proxy + 6 L' H Q T + 2 D V a
+        token read; 4 D V + 32 D^2 + 8 D saved a masked token. N counts every parameter once,
+        N_proxy embeddings, norms and the first L' blocks. The paper runs the proxy apart from the
+        training pass, so its L' blocks count twice here as they do there. A teacher, of which it
+        says nothing, counts as its forward pass: 2 N a token of the kept sequences. So does the
+        reference model of Rho-1, whose forward pass Appendix D.4 adds. Of adapters it knows
+        nothing: they change no number here.
+        """
+        s = self.shape
+        d, v, hqt = s.hidden_size, s.padded_vocab_size, s.hidden_size * self.seq_length
+        total = work.tokens_deep * (6.0 * s.num_params + 12 * s.num_layers * hqt)
+        total -= (work.tokens_deep - work.tokens_trained) * (4.0 * d * v + 32 * d * d + 8 * d)
+        if self._scores(work):
+            n_proxy = s.num_params_embedding + self.selector_depth * s.num_params_block + 2 * d
+            total += work.tokens * (2.0 * n_proxy + 6 * self.selector_depth * hqt + 2 * d * v)
+        if self._aligns(work):
+            # Appendix D.4: forward on candidates and validation rows, backward to activations,
+            # and the ghost products.
+            assert self.alignment_rows is not None
+            tokens = self.seq_length * sum(self.alignment_rows)
+            one = tokens * (4.0 * s.num_params + 12 * s.num_layers * hqt) + self._pairs()
+            total += self._num_alignments(work) * one
+        if self._is_taught:
+            assert self.teacher is not None
+            total += work.tokens_deep * 2.0 * self.teacher.shape.num_params
+        if self._refers:
+            assert self.reference is not None
+            total += work.tokens_deep * 2.0 * self.reference.num_params
+        return total
+
+
+_DENSE_PEAK_TFLOPS = {
+    # Vendors' dense bf16 figures, without sparsity.
+    "H200": 989.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "V100": 125.0,
+}
+
+
+def device_peak_flops(device_name: str, override_tflops: float | None) -> float | None:
+    """Dense half-precision peak in FLOP/s; None where it is not known (CPUs, float32 runs)."""
+    if override_tflops is not None:
+        return override_tflops * 1e12
+    for name, tflops in _DENSE_PEAK_TFLOPS.items():
+        if name in device_name:
+            return tflops * 1e12
+    return None

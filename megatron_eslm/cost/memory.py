@@ -1,0 +1,212 @@
+"""`--dry-run`: what a run will read, hold and compute, before any of it happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.cost.flops import FlopsModel
+from megatron_eslm.cost.stages import StagePlan, copied_params
+from megatron_eslm.model.arithmetic import adapter_params, stage_params
+from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.ops.head.cross_entropy import LEAST_COLUMNS
+from megatron_eslm.ops.head.statistics import CHUNK_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on one rank."""
+
+    stage: int
+    """The pipeline stage that the rank is in."""
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+    alignment: float = 0.0
+    """What the pass by which GREATS chooses holds beyond activations and head: neither is there at
+    the same time."""
+    teacher: float = 0.0
+    reference: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Sum of all parts."""
+        own = self.weights + self.gradients + self.optimizer + self.activations + self.head
+        return own + self.alignment + self.teacher + self.reference
+
+
+def estimate_memory(
+    run: RunConfig, shape: ModelShape, plan: StagePlan, flops: FlopsModel
+) -> MemoryEstimate:
+    """Device memory of a rank of the stage that needs most, from what each part stores.
+
+    Neither the allocator's overhead nor buffers of collectives are in it. Activations are those of
+    a rank that keeps all of its rows, as one of several data-parallel ranks may.
+
+    Args:
+        run: the run.
+        shape: of the model.
+        plan: its stages.
+        flops: says which frozen models and passes there are besides.
+    """
+    ranks = [_estimate_stage(run, shape, plan, stage) for stage in range(plan.num_stages)]
+    last = ranks[-1]
+    if flops.teacher is not None:
+        element = 2 if run.objective.distill_teacher_dtype == "bf16" else 4
+        last = dataclasses.replace(last, teacher=_frozen_bytes(run, flops.teacher.shape, element))
+    if flops.reference is not None:
+        reference = _frozen_bytes(run, flops.reference, run.dtype.itemsize)
+        last = dataclasses.replace(last, reference=reference)
+    if flops.alignment_rows is not None:
+        excess = alignment_bytes(run, shape, flops.alignment_rows) - last.activations - last.head
+        last = dataclasses.replace(last, alignment=max(0.0, excess))
+    ranks[-1] = last
+    return max(ranks, key=lambda rank: rank.total)
+
+
+def _estimate_stage(
+    run: RunConfig, shape: ModelShape, plan: StagePlan, stage: int
+) -> MemoryEstimate:
+    first, last = stage == 0, stage == plan.num_stages - 1
+    tp, element = run.engine.tensor_model_parallel_size, run.dtype.itemsize
+    n = trained = float(stage_params(shape, plan.num_blocks[stage], first=first, last=last, tp=tp))
+    if rank := run.model.lora_rank:
+        trained = float(adapter_params(shape, plan.num_blocks[stage], rank, tp))
+        n += trained
+    copies = copied_params(shape, plan, stage, run.model.lora_rank, tp)
+    zero, dp = run.engine.zero_stage or 0, run.dp_size
+    # DeepSpeed's pipeline in bf16 spreads the optimizer even in stage 0.
+    spreads = zero >= 1 or (plan.num_stages > 1 and run.engine.bf16)
+    master = 4 if element == 2 or spreads else 0
+    optimizer = trained * (8 + master) / (dp if spreads else 1)
+    gradient_element = 4 if element == 2 and zero >= 1 else element
+    return MemoryEstimate(
+        stage=stage,
+        weights=n * element / (dp if zero == 3 else 1) + copies * element,
+        gradients=trained * gradient_element / (dp if zero >= 2 else 1),
+        optimizer=0.0 if run.engine.cpu_offload else optimizer,
+        activations=_stage_activations(run, shape, plan, stage),
+        head=_head_bytes(run, shape, early_exit=plan.early_exit > 0, last=last),
+    )
+
+
+def block_activations(run: RunConfig, shape: ModelShape) -> float:
+    """Bytes that a block keeps for its backward pass over one micro-batch of one rank."""
+    model = run.model
+    return _tokens(run) * _activations_of_token(
+        run, shape, hidden_dropout=model.hidden_dropout, attention_dropout=model.attention_dropout
+    )
+
+
+def _activations_of_token(
+    run: RunConfig,
+    shape: ModelShape,
+    *,
+    hidden_dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+) -> float:
+    """Bytes that a block keeps for its backward pass, a position.
+
+    Inputs and outputs of both norms, which all tensor-parallel ranks hold unless sequence parallel;
+    qkv, attention output and the MLP's two wide tensors, of which each rank holds its columns;
+    what is between the factors of adapters; dropout masks; in float32 the norms' statistics and the
+    attention's log-sum-exp.
+    """
+    tp = run.engine.tensor_model_parallel_size
+    tp_residual = tp if run.engine.sequence_parallel else 1
+    d, heads, length = shape.hidden_size, shape.num_attention_heads, run.model.seq_length
+    assert length
+    values = 4 * d / tp_residual + (4 * d + 2 * shape.ffn_hidden_size) / tp
+    values += 2 * run.model.lora_rank * (1 + 1 / tp_residual)  # between the factors of adapters
+    float32 = 4 / tp_residual
+    if hidden_dropout:
+        values += 2 * d
+    if attention_dropout:
+        # Without the fused kernel: the weights, their mask, and both together.
+        values += 3 * heads / tp * length
+    else:
+        float32 += heads / tp
+    return values * run.dtype.itemsize + float32 * 4
+
+
+def _stage_activations(run: RunConfig, shape: ModelShape, plan: StagePlan, stage: int) -> float:
+    tp_residual = run.engine.tensor_model_parallel_size if run.engine.sequence_parallel else 1
+    hidden = _tokens(run) * shape.hidden_size * run.dtype.itemsize / tp_residual
+    block = block_activations(run, shape)
+    # 1F1B: a stage has begun as many micro-steps as stages come behind it before the first one
+    # returns. What it received and what it hands on are kept as long.
+    in_flight = min(plan.num_stages - stage, run.gradient_accumulation_steps)
+    ends = (stage > 0) + (stage < plan.num_stages - 1)
+    blocks, interval = plan.num_blocks[stage], run.model.activation_checkpoint_interval
+    if interval == 0:
+        return in_flight * (blocks * block + ends * hidden)
+    # No group of recomputed blocks reaches over the selector.
+    before = plan.early_exit if stage == 0 else 0
+    groups = math.ceil(before / interval) + math.ceil((blocks - before) / interval)
+    return in_flight * (groups + ends) * hidden + min(interval, blocks) * block
+
+
+def _head_bytes(run: RunConfig, shape: ModelShape, *, early_exit: bool, last: bool) -> float:
+    """What the head holds where it is, or the early exit's where only that is."""
+    tokens, element = _tokens(run), run.dtype.itemsize
+    vocab = shape.padded_vocab_size / run.engine.tensor_model_parallel_size
+    if last:
+        logits = tokens * vocab * element if run.keeps_logits(shape) else 0.0
+        hidden = 3 * tokens * shape.hidden_size * element  # normed, its gradient, and before
+        # Added up in float32 only where its tokens do not fit into one block.
+        in_one = tokens * LEAST_COLUMNS * torch.float32.itemsize <= CHUNK_BYTES
+        in_one = in_one and run.objective.distill is None
+        gradient = (element if in_one else torch.float32.itemsize) * vocab * shape.hidden_size
+        if run.model.lora_rank:
+            gradient = 0.0  # frozen
+        return logits + hidden + gradient + _chunks(tokens * vocab)
+    if early_exit:
+        scored = tokens / run.selection.eslm_proxy_stride
+        return 2 * scored * shape.hidden_size * element + _chunks(scored * vocab)
+    return 0.0
+
+
+def _frozen_bytes(run: RunConfig, shape: ModelShape, element: int) -> float:
+    """Weights, and what one block of a forward pass without gradient holds at a time."""
+    tp, tokens = run.engine.tensor_model_parallel_size, _tokens(run)
+    weights = stage_params(shape, shape.num_layers, first=True, last=True, tp=tp)
+    hidden = 3 * shape.hidden_size + 2 * shape.ffn_hidden_size / tp
+    logits = _chunks(tokens * shape.padded_vocab_size / tp)
+    return element * (weights + tokens * hidden) + logits
+
+
+def alignment_bytes(run: RunConfig, shape: ModelShape, rows: tuple[int, int]) -> float:
+    """What is there where the pass by which GREATS chooses turns back at the head.
+
+    Activations of all blocks, without dropout and whatever checkpoints training has; the head's
+    input before and after the norm and its gradient; the candidates' gradients at the logits;
+    the validation rows' gradient of the head in float32; chunks.
+
+    Args:
+        run: the run.
+        shape: of the model.
+        rows: candidates and validation rows of one rank.
+    """
+    assert run.model.seq_length
+    length, vocab, element = run.model.seq_length, shape.padded_vocab_size, run.dtype.itemsize
+    blocks = shape.num_layers * _activations_of_token(run, shape) + 3 * shape.hidden_size * element
+    logits = rows[0] * length * vocab * element
+    gradient = torch.float32.itemsize * vocab * shape.hidden_size
+    return sum(rows) * length * blocks + logits + gradient + _chunks(length * vocab)
+
+
+def _chunks(num_logits: float) -> float:
+    """Two of the transient float32 blocks in which logits are looked at."""
+    return 2 * min(float(CHUNK_BYTES), torch.float32.itemsize * num_logits)
+
+
+def _tokens(run: RunConfig) -> int:
+    """Positions of one micro-batch of one rank."""
+    assert run.training.micro_batch_size and run.model.seq_length
+    return run.training.micro_batch_size * run.model.seq_length

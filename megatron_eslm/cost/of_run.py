@@ -1,0 +1,99 @@
+"""The FLOPs ledgers of a run, and the work of its steps."""
+
+from __future__ import annotations
+
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.cost.flops import FlopsModel, TeacherCost, Work
+from megatron_eslm.cost.last_mlp import last_mlp_kept
+from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.ops.keep_rule import StepShape, num_to_keep
+from megatron_eslm.selection.build import build_policy
+from megatron_eslm.selection.policy import SelectionPolicy
+from megatron_eslm.selection.state import Peers, SelectionState
+
+
+def build_flops(
+    run: RunConfig,
+    shape: ModelShape,
+    policy: SelectionPolicy,
+    teacher: ModelShape | None = None,
+    reference: ModelShape | None = None,
+    *,
+    device_type: str | None = None,
+) -> FlopsModel:
+    """The FLOPs ledgers of this run.
+
+    Args:
+        run: the run.
+        shape: of the model.
+        policy: that selects.
+        teacher: shape of the teacher, if there is one.
+        reference: shape of the model that runs beside training to compare with, if there is one.
+        device_type: what it would run on; None is this machine's.
+    """
+    assert run.model.seq_length
+    last = run.objective.salt_iters if run.objective.distill == "salt" else run.training.train_iters
+    assert last is not None
+    return FlopsModel(
+        shape=shape,
+        seq_length=run.model.seq_length,
+        selector_depth=policy.selector_depth,
+        proxy=policy.instance_source == "head",
+        proxy_stride=policy.proxy_stride,
+        ahead=policy.selects_per_step,
+        logits_recomputed=not run.keeps_logits(shape),
+        blocks_recomputed=run.model.activation_checkpoint_interval > 0,
+        last_mlp_kept=last_mlp_kept(run, shape, policy, device_type),
+        lora_rank=run.model.lora_rank,
+        alignment_rows=alignment_rows(run),
+        teacher=None
+        if teacher is None
+        else TeacherCost(shape=teacher, runs=lambda: policy.state.iteration < last),
+        reference=reference,
+        refers=None if reference is None else lambda: policy.drops_tokens,
+    )
+
+
+def step_work(run: RunConfig, alpha: float | None = None, batch_size: int | None = None) -> Work:
+    """Work of one step as the keep rule will have it, with nothing masked.
+
+    Args:
+        run: the run.
+        alpha: of the step; that which the run begins or warms up to where it is left out.
+        batch_size: sequences of the step over all ranks; --global-batch-size where it is left out.
+    """
+    t, s = run.training, run.selection
+    assert t.micro_batch_size and run.model.seq_length
+    micro_steps = run.gradient_accumulation_steps
+    if batch_size is not None:
+        micro_steps = batch_size // (t.micro_batch_size * run.dp_size)
+    alpha = s.initial_alpha if alpha is None else alpha
+    policy = build_policy(s, SelectionState(alpha=alpha), Peers(0, run.dp_size, None), t.seed)
+    ranks = 1 if policy.decides_alone else run.dp_size
+    rows, steps = t.micro_batch_size * ranks, micro_steps * (run.dp_size // ranks)
+    kept, steps_kept = rows, steps
+    if policy.selects_per_step:
+        shape = StepShape(micro_steps, t.micro_batch_size).kept(alpha)
+        kept, steps_kept = shape.rows * ranks, shape.micro_steps
+    elif policy.instance_source != "nothing":
+        kept = num_to_keep(rows, alpha)
+    deep = kept * run.model.seq_length
+    # The uncertainty objective has a loss for what selection drops, too.
+    all_tokens = policy.token_source == "nothing" or s.selection == "uncertainty"
+    trained = deep if all_tokens else num_to_keep(deep, alpha)
+    scored = deep if policy.token_source == "head" else trained
+    return Work(
+        tokens=steps * rows * run.model.seq_length,
+        tokens_deep=steps_kept * deep,
+        tokens_scored=steps_kept * scored,
+        tokens_trained=steps_kept * trained,
+    )
+
+
+def alignment_rows(run: RunConfig) -> tuple[int, int] | None:
+    """(candidates, validation rows) of a rank's micro-step; None where nothing is aligned."""
+    if run.selection.selection != "greats":
+        return None
+    candidates = run.training.micro_batch_size
+    assert candidates
+    return candidates, max(1, int(candidates * run.selection.greats_valid_share + 0.5))

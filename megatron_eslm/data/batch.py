@@ -1,0 +1,47 @@
+"""What is read in a micro-step, and what of it enters the loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Batch(NamedTuple):
+    """The micro-batch of one data-parallel rank: M rows, T positions.
+
+    A tuple of tensors, so that engines can carry it.
+    """
+
+    tokens_MS: torch.Tensor
+    """int64 [M, T+1]."""
+    valid_MT: torch.Tensor
+    """bool [M, T], whether label t counts."""
+    labels_MT: torch.Tensor
+    """int64 [M, T]: the next tokens, or what --label-noise made of them."""
+    reference_MT: torch.Tensor
+    """float32 [M, T], losses of a reference model that were scored beforehand; else [M, 0]."""
+
+    @classmethod
+    def of(
+        cls,
+        tokens_MS: torch.Tensor,
+        valid_MT: torch.Tensor,
+        labels_MT: torch.Tensor | None = None,
+        reference_MT: torch.Tensor | None = None,
+    ) -> Batch:
+        """A batch with the labels and the reference that it has by default."""
+        if labels_MT is None:
+            labels_MT = tokens_MS[:, 1:]
+        if reference_MT is None:
+            reference_MT = torch.empty(len(tokens_MS), 0, device=tokens_MS.device)
+        return cls(tokens_MS, valid_MT, labels_MT, reference_MT)
+
+
+class Rows(NamedTuple):
+    """Which rows a rank has of those that are scored together, whatever the layout."""
+
+    numbers_M: torch.Tensor
+    """int64 [M], on the CPU."""
+    total: int
+    """Over all ranks."""

@@ -1,0 +1,1 @@
+"""Tokenizers: built from files, trained, and handed to transformers and back."""

@@ -1,0 +1,38 @@
+"""The tokenizer that lies beside a Hugging Face model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_eslm.data.tokenizers.base import META_FILE
+from megatron_eslm.data.tokenizers.build import (
+    GPT2BPETokenizer,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from megatron_eslm.errors import ConfigError
+
+STORED = "tokenizer"
+"""Folder of an exported model that holds a tokenizer which `transformers` cannot express."""
+
+
+def folder_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder as one of ours.
+
+    Raises:
+        ConfigError: the folder has neither tokenizer.json nor vocab.json with merges.txt, nor a
+            stored tokenizer of ours.
+    """
+    directory = Path(directory)
+    if (directory / "tokenizer.json").is_file():
+        return HuggingFaceTokenizer(directory)
+    vocab, merges = directory / "vocab.json", directory / "merges.txt"
+    if vocab.is_file() and merges.is_file():
+        return GPT2BPETokenizer(vocab, merges)
+    if (directory / STORED / META_FILE).is_file():
+        return load_tokenizer(directory / STORED)
+    raise ConfigError(
+        f"{directory} holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt is "
+        "there. Put the model's tokenizer beside its weights."
+    )

@@ -1,0 +1,233 @@
+"""The DeepSpeed engine around the model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_eslm.config.deepspeed_json import blamed_on
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.config.training_options import OptimizerOptions
+from megatron_eslm.data.batch import Batch, Rows
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.gpt import GPT
+from megatron_eslm.ops.keep_rule import StepShape
+from megatron_eslm.parallel.collectives import all_reduce_
+from megatron_eslm.parallel.mesh import Mesh, ModelParallelUnit
+from megatron_eslm.watchdog.phases import Phases
+
+logger = logging.getLogger(__name__)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, biases and norms do not; what is frozen is in no group."""
+    named = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in named if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in named if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # Adapters are all matrices, and DeepSpeed takes no empty group.
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    model: nn.Module, options: OptimizerOptions, *, cpu_offload: bool
+) -> torch.optim.Optimizer:
+    """AdamW: torch's fused one, or DeepSpeed's for states in CPU memory (compiled on first use)."""
+    assert options.lr is not None
+    settings: dict[str, Any] = {
+        "lr": options.lr,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_eps,
+    }
+    groups = parameter_groups(model, options.weight_decay)
+    if cpu_offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        try:
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        except Exception as error:
+            raise ConfigError(
+                "--cpu-offload needs DeepSpeed's CPU Adam, which is compiled on first use, and "
+                f"that failed: {error}. Install a C++ compiler and ninja (`python -m "
+                "megatron_eslm.doctor` shows what is there), or train without --cpu-offload."
+            ) from error
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+class Engine:
+    """Thin wrapper over DeepSpeedEngine; `engine.pipeline` has the one over its pipeline engine.
+
+    Attributes:
+        ds: DeepSpeed's engine.
+        model: this rank's GPT, or stage of it, with the canonical parameter names.
+        bare: float32 without ZeRO, where DeepSpeed's optimizer is a plain torch one: neither
+            gradient norm nor skipping of steps, and clipping that fails where a step is skipped.
+            All three are done here.
+        before_micro_step: called with each micro-batch before its training pass, with all weights
+            whole; for policies that look at gradients first.
+    """
+
+    before_micro_step: Callable[[Batch], None] | None = None
+
+    def __init__(self, run: RunConfig, model: GPT, mesh: Mesh, phases: Phases) -> None:
+        import deepspeed
+
+        self.run, self.model, self.mesh, self.phases = run, model, mesh, phases
+        self.bare = run.engine.zero_stage == 0 and run.dtype == torch.float32
+        module = self._module()
+        # A pipeline brings a grid of its own.
+        mpu = ModelParallelUnit(mesh) if mesh.pp_size == 1 else None
+        optimizer = build_optimizer(model, run.optimizer, cpu_offload=run.engine.cpu_offload)
+        config = {**run.deepspeed, "gradient_clipping": 0.0} if self.bare else run.deepspeed
+        # Some of its optimizers print how much memory each step of their making takes.
+        with contextlib.redirect_stdout(io.StringIO()), blamed_on(run.engine.deepspeed_config):
+            self.ds, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
+            )
+
+    def _module(self) -> nn.Module:
+        """What DeepSpeed wraps."""
+        return self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return self.ds.device
+
+    @property
+    def monitor(self) -> Any:
+        """DeepSpeed's monitors (TensorBoard, W&B, CSV)."""
+        return self.ds.monitor
+
+    def set_shape(self, shape: StepShape) -> None:
+        """How many micro-steps of how many rows the next steps take. Alike on all ranks."""
+        ds = self.ds
+        if shape.micro_steps == ds.gradient_accumulation_steps():
+            return
+        # DeepSpeed counts in micro-batches of one size and needs only their number.
+        rows = ds.train_micro_batch_size_per_gpu() * self.mesh.dp_size
+        global_batch_size = shape.micro_steps * rows
+        ds.set_train_batch_size(global_batch_size)
+        # It tells the last micro-step of a step by the number of all micro-steps so far.
+        ds.micro_steps = 0
+        ds.tput_timer.batch_size = global_batch_size
+
+    def prepare_scores(self) -> None:
+        """Bring to all stages what `candidate_scores` needs of others. Collective."""
+
+    @torch.no_grad()
+    def candidate_scores(self, batch: Batch, rows: Rows) -> torch.Tensor:
+        """EarlyExit.candidate_scores with all weights whole; tensor-parallel ranks together.
+
+        Args:
+            batch: candidates, on the engine's device.
+            rows: which these are of the step's.
+        """
+        with self.phases("proxy pass"):
+            return self.model(*batch, candidates=rows)
+
+    def step(self, batches: Iterable[Batch], lr: float) -> tuple[float, bool]:
+        """One optimizer step over the micro-batches of this data-parallel rank.
+
+        What was selected is in the model's recorder afterwards.
+
+        Args:
+            batches: as `set_shape` says (gradient_accumulation_steps before it is called), on the
+                engine's device; a pipeline's middle stages read none.
+            lr: learning rate of this step.
+
+        Returns:
+            (norm of the gradient before clipping, whether the step was applied). A step with
+            gradients that are not finite is not applied on any rank and leaves all state alone.
+        """
+        for group in self.ds.optimizer.param_groups:
+            group["lr"] = lr
+        return self._step(batches)
+
+    def _step(self, batches: Iterable[Batch]) -> tuple[float, bool]:
+        for batch in batches:
+            if self.before_micro_step is not None:
+                self.before_micro_step(batch)
+            with self.phases("forward"):
+                loss = self.ds(*batch)
+            # Gradients are reduced over data-parallel ranks in here.
+            with self.phases("backward", waits=self.mesh.dp_size > 1):
+                self.ds.backward(loss)
+            if not self.ds.is_gradient_accumulation_boundary():
+                self.ds.step()
+        with self.phases("optimizer", waits=self.mesh.world_size > 1):
+            norm = self._clip() if self.bare else None
+            self.ds.step()
+        return self._outcome(norm)
+
+    def _outcome(self, bare_norm: float | None) -> tuple[float, bool]:
+        if bare_norm is not None:
+            return bare_norm, math.isfinite(bare_norm)
+        norm = float(self.ds.get_global_grad_norm() or math.nan)
+        return norm, bool(self.ds.was_step_applied())
+
+    def _clip(self) -> float:
+        """Clip the gradients of a bare optimizer, or drop them if they are not finite."""
+        with_gradient = [p for p in self.model.parameters() if p.grad is not None]
+        norm = self._norm(with_gradient)
+        if not math.isfinite(float(norm)):
+            # An optimizer step over parameters without gradients changes nothing.
+            self.ds.zero_grad()
+        elif self.run.optimizer.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(with_gradient, self.run.optimizer.clip_grad, norm)
+        return float(norm)
+
+    def _norm(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """Norm of the whole gradient: each parameter counts once, wherever it is held twice."""
+        mesh = self.mesh
+        if mesh.tp_size == mesh.pp_size == 1:
+            return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        own = [p for p in parameters if is_counted_here(p, mesh)]
+        norm = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
+        square = norm.double().square().reshape(1).to(self.device)
+        all_reduce_(square, mesh.tp_group)
+        all_reduce_(square, mesh.pp_group)
+        return square.sqrt().float().squeeze(0)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch], num_batches: int, num_rows: int) -> torch.Tensor:
+        """Losses of sequences, without selection.
+
+        Args:
+            batches: `num_batches` of `num_rows` sequences, of this data-parallel rank; a
+                pipeline's middle stages read none.
+            num_batches: 1 or more.
+            num_rows: the same in every batch.
+
+        Returns:
+            float64 [num_batches * num_rows, 2], in order: the sum of the losses of a sequence's
+            valid tokens, and their number. On all stages of a pipeline.
+        """
+        self.ds.eval()
+        sums = []
+        try:
+            for batch in batches:
+                with self.phases("evaluation forward"):
+                    sums.append(self.ds(*batch))
+        finally:
+            self.ds.train()
+        return torch.cat(sums)
+
+
+def is_counted_here(parameter: nn.Parameter, mesh: Mesh) -> bool:
+    """Whether this rank's copy of a parameter is the one that stands for it.
+
+    Shards stand for themselves; of what tensor-parallel ranks or two pipeline stages hold alike,
+    the first rank's copy does.
+    """
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    return getattr(parameter, "tensor_model_parallel", False) or mesh.tp_rank == 0

@@ -1,0 +1,24 @@
+"""Learning rate: linear warm-up, cosine decay, a function of the iteration alone."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_eslm.config.training_options import OptimizerOptions
+
+
+def learning_rate(options: OptimizerOptions, iteration: int) -> float:
+    """Learning rate of optimizer step `iteration` (from 0).
+
+    The first step gets lr / warmup, step `lr_warmup_iters - 1` gets lr, and from `lr_decay_iters`
+    on it is min_lr. Being a function of the iteration it needs no state in checkpoints.
+    """
+    lr, min_lr = options.lr, options.min_lr
+    warmup, decay = options.lr_warmup_iters, options.lr_decay_iters
+    assert lr is not None and min_lr is not None and warmup is not None and decay is not None
+    if iteration < warmup:
+        return lr * (iteration + 1) / warmup
+    if iteration >= decay:
+        return min_lr
+    progress = (iteration - warmup) / (decay - warmup)
+    return min_lr + 0.5 * (lr - min_lr) * (1.0 + math.cos(math.pi * progress))

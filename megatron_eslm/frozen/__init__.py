@@ -1,0 +1,1 @@
+"""Models that only look on: references, teachers, and the objectives that need one."""

@@ -1,0 +1,207 @@
+"""A frozen GPT beside the one that trains: a teacher, or a reference model.
+
+It stands whole on the last pipeline stage, where the labels are, and shares the tensor-parallel
+group and the vocabulary of the model that trains, padding included. It is no part of that model's
+module, so that neither engine nor checkpoint sees it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_eslm.checkpoint.find import Found, find_checkpoint
+from megatron_eslm.checkpoint.manifest import MANIFEST, list_checkpoints
+from megatron_eslm.checkpoint.shards import Shard, shards_of
+from megatron_eslm.checkpoint.tensor_files import TensorReader
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.data.batch import Batch
+from megatron_eslm.data.tokenizers.build import Tokenizer, load_tokenizer, same_ids
+from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.gpt import GPT, bare_gpt
+from megatron_eslm.model.hf.gpt2_config import gpt2_shape
+from megatron_eslm.model.hf.gpt2_folder import from_gpt2, load_gpt2, read_gpt2_config
+from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class FrozenSource:
+    """Where a frozen model's weights are, and what it is; found before anything is built."""
+
+    folder: Path
+    shape: ModelShape
+    """Its own; beside a model that trains, with that one's padding of the vocabulary."""
+    is_checkpoint: bool
+    """One of ours; else a Hugging Face folder."""
+    merged: bool = True
+    """With its adapters, where it has any; else what it was without them."""
+
+    @classmethod
+    def of_checkpoint(cls, found: Found) -> FrozenSource:
+        """The weights of a checkpoint."""
+        return cls(found.folder, found.shape, True)
+
+    def beside(self, shape: ModelShape) -> FrozenSource:
+        """The same with the padding of the vocabulary that a model beside it has."""
+        padded = dataclasses.replace(self.shape, padded_vocab_size=shape.padded_vocab_size)
+        return dataclasses.replace(self, shape=padded)
+
+
+class FrozenModel:
+    """A whole GPT in evaluation mode, spread over the tensor-parallel ranks of one stage.
+
+    Shape legend: T positions, M rows, E hidden, V rows of this rank's shard of the vocabulary.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        assert model.is_first and model.is_last
+        self._model = model.eval().requires_grad_(False)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's shards by the names that checkpoints have."""
+        return self._model.named_parameters()
+
+    @property
+    def weight_VE(self) -> torch.Tensor:
+        """This rank's rows of the head."""
+        return self._model.embedding.word.weight
+
+    @torch.no_grad()
+    def hidden(self, tokens_MS: torch.Tensor) -> torch.Tensor:
+        """Normalised hidden states, [T, M, E] in the model's type, for int64 [M, T+1]."""
+        everything_MT = torch.ones_like(tokens_MS[:, 1:], dtype=torch.bool)
+        hidden_TME, *_ = self._model.run(Batch.of(tokens_MS, everything_MT))
+        return self._model.final_norm(hidden_TME)
+
+
+def find_frozen(
+    flag: str, folder: str, tokenizer: Tokenizer, role: str, tag: str | None = None
+) -> FrozenSource:
+    """A model for data of this tokenizer, without reading its weights.
+
+    Args:
+        flag: that names it, for messages.
+        folder: of checkpoints of any layout, one checkpoint, or a Hugging Face GPT-2.
+        tokenizer: of the data.
+        role: what the model is to be, for messages.
+        tag: which checkpoint; None is the newest complete one.
+
+    Raises:
+        ConfigError: nothing whole is there, or its ids are not those of the data.
+    """
+    what = f"{flag} {folder}"
+    try:
+        source, theirs = _open(Path(folder), tag)
+    except ConfigError as error:
+        raise ConfigError(f"{what} cannot be used as a {role}: {error}") from error
+    if source.shape.vocab_size != tokenizer.vocab_size:
+        raise ConfigError(
+            f"{what} has a vocabulary of {source.shape.vocab_size} and the data one of "
+            f"{tokenizer.vocab_size} ({tokenizer.name}). Use a {role} that was trained with the "
+            "tokenizer of the data, or preprocess the text with the tokenizer of this one."
+        )
+    if not same_ids(theirs, tokenizer):
+        raise ConfigError(
+            f"{what} was trained with another tokenizer ({theirs.name}) than that of the data "
+            f"({tokenizer.name}): the same text has other ids. Use a {role} with the tokenizer of "
+            "the data, or preprocess the text with the tokenizer of this one."
+        )
+    return source
+
+
+def check_fits(source: FrozenSource, run: RunConfig, what: str, otherwise: str) -> None:
+    """ConfigError unless a model can run beside that of a run, on the same sequences and ranks.
+
+    Args:
+        source: the model.
+        run: says how long sequences are and over how many ranks the model is spread.
+        what: flag and value that name it.
+        otherwise: what else could be done, the end of a sentence.
+    """
+    shape, tp = source.shape, run.engine.tensor_model_parallel_size
+    assert run.model.seq_length
+    if shape.max_position_embeddings < run.model.seq_length:
+        raise ConfigError(
+            f"{what} has {shape.max_position_embeddings} positions, fewer than --seq-length "
+            f"{run.model.seq_length}. Lower --seq-length, or {otherwise}."
+        )
+    for things, number in (
+        ("attention heads", shape.num_attention_heads),
+        ("columns of the MLP", shape.ffn_hidden_size),
+    ):
+        if number % tp:
+            raise ConfigError(
+                f"{what} has {number} {things}, which --tensor-model-parallel-size {tp} does not "
+                "divide, and it is spread over the same ranks as the model that trains. Change "
+                f"that size, or {otherwise}."
+            )
+
+
+def load_frozen(
+    source: FrozenSource, mesh: Mesh, dtype: torch.dtype, device: torch.device
+) -> FrozenModel:
+    """The model, on a rank of the last stage. Not collective.
+
+    Args:
+        source: from `find_frozen`.
+        mesh: this rank's place; ranks of one tensor-parallel group share the model's columns.
+        dtype: in which it computes.
+        device: where it stays.
+
+    Raises:
+        ConfigError: its files are damaged.
+    """
+    model = bare_gpt(source.shape, mesh)
+    shards = shards_of(model, mesh, source.shape.vocab_size)
+    if source.is_checkpoint:
+        reader = TensorReader(source.folder, merged=source.merged)
+        reader.check_holds(shards)
+        parts = {name: reader.read("weight", name, shard) for name, shard in shards.items()}
+    else:
+        gpt2 = load_gpt2(source.folder)
+        weights, _ = from_gpt2(gpt2, gpt2.config, 1, source.shape.vocab_size)
+        parts = {name: _cut(weights[name], shard) for name, shard in shards.items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(parts[name].view(parameter.shape))
+    return FrozenModel(model.to(device=device, dtype=dtype))
+
+
+def _open(folder: Path, tag: str | None) -> tuple[FrozenSource, Tokenizer]:
+    """A model and its tokenizer; the vocabulary is padded as it happens to be there."""
+    if not folder.is_dir():
+        raise ConfigError("there is no such folder.")
+    if (folder / "config.json").is_file():
+        if tag is not None:
+            raise ConfigError(f"--tag {tag}: a Hugging Face folder has no tags.")
+        tokenizer = folder_tokenizer(folder)
+        shape = gpt2_shape(read_gpt2_config(folder), 1, tokenizer.vocab_size)
+        return FrozenSource(folder, shape, False), tokenizer
+    if not (folder / MANIFEST).is_file() and not list_checkpoints(folder):
+        raise ConfigError(
+            "it holds neither checkpoints (folders iter_0000100 and the like) nor a Hugging Face "
+            "model (config.json)."
+        )
+    found = find_checkpoint(folder, tag)
+    if found.tokenizer_dir is None:
+        raise ConfigError(
+            f"{found.folder} holds no tokenizer, so that its ids may mean anything. Use a "
+            "checkpoint that was saved in training or made by tools/convert_from_hf.py."
+        )
+    return FrozenSource.of_checkpoint(found), load_tokenizer(found.tokenizer_dir)
+
+
+def _cut(full: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """A shard of a full parameter; what lies beyond it (padding) is zero."""
+    part = full.narrow(shard.axis, shard.begin, shard.end - shard.begin)
+    missing = shard.shape[shard.axis] - part.shape[shard.axis]
+    pad = [0, 0] * (full.dim() - 1 - shard.axis) + [0, missing]
+    return F.pad(part, pad)

@@ -1,0 +1,102 @@
+"""Which objective a run has, and the teacher that it may need."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from megatron_eslm.checkpoint.find import Found
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.data.tokenizers.build import Tokenizer
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.frozen.model import FrozenModel, FrozenSource, load_frozen
+from megatron_eslm.frozen.teacher import find_teacher, student_as_teacher
+from megatron_eslm.launch.bootstrap import prepare_device
+from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.objectives.base import Objective
+from megatron_eslm.objectives.causal_lm import CausalLM
+from megatron_eslm.objectives.distillation import Distillation
+from megatron_eslm.objectives.uncertainty import Uncertainty
+from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
+from megatron_eslm.parallel.mesh import Mesh
+
+logger = logging.getLogger(__name__)
+
+
+def find_run_teacher(
+    run: RunConfig, shape: ModelShape, tokenizer: Tokenizer, found: Found | None
+) -> FrozenSource | None:
+    """The teacher of a run; None where it has none. Collective.
+
+    Args:
+        run: what was asked for.
+        shape: of the model that trains.
+        tokenizer: of the data.
+        found: the checkpoint that the run starts from.
+
+    Raises:
+        ConfigError: there is no usable teacher.
+    """
+    if run.selection.selection == "uncertainty" and found is None:
+        raise ConfigError(
+            f"--selection uncertainty holds a model to what it was and --load {run.checkpoint.load}"
+            " holds no checkpoint yet. Put the weights to start from there, or --load them from "
+            "where they are."
+        )
+    if run.objective.distill_teacher is not None:
+        return on_rank_zero(lambda: find_teacher(run, shape, tokenizer))
+    if run.selection.selection != "uncertainty":
+        return None
+    assert found is not None
+    # Frozen weights are saved in the type that computes with them.
+    kept = run.model.lora is not None and run.dtype in (torch.float32, _teacher_dtype(run))
+    if found.kind == "training" and not kept:
+        raise ConfigError(
+            f"--load {run.checkpoint.load} continues training, and --selection uncertainty holds a "
+            f"model to the weights that it once started from, which {found.folder.name} does not "
+            "contain. Name them with --distill-teacher."
+        )
+    return student_as_teacher(found, shape)
+
+
+def teacher_shape(
+    run: RunConfig, shape: ModelShape, source: FrozenSource | None
+) -> ModelShape | None:
+    """Shape of the teacher, for the ledgers."""
+    if source is not None:
+        return source.shape
+    # Of a dry run, which opens no checkpoint.
+    return shape if run.selection.selection == "uncertainty" else None
+
+
+def build_objective(run: RunConfig, mesh: Mesh, source: FrozenSource | None) -> Objective:
+    """The objective of a run, with its teacher on the ranks of the last stage. Collective.
+
+    Raises:
+        ConfigError: the teacher's files are damaged.
+    """
+    options = run.objective
+
+    def teacher() -> FrozenModel | None:
+        if source is None or not mesh.is_last_stage:
+            return None  # stages before it have no loss
+        return load_frozen(source, mesh, _teacher_dtype(run), prepare_device())
+
+    frozen = on_every_rank(teacher)
+    if source is not None:
+        logger.info("teacher: %s, %s parameters", source.folder, f"{source.shape.num_params:,}")
+    if frozen is None:
+        return CausalLM()
+    if options.distill is None:
+        return Uncertainty(frozen)
+    return Distillation(
+        frozen,
+        weight=options.distill_weight,
+        temperature=options.distill_temperature,
+        num_iterations=options.salt_iters if options.distill == "salt" else None,
+    )
+
+
+def _teacher_dtype(run: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if run.objective.distill_teacher_dtype == "bf16" else torch.float32

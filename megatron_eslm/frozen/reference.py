@@ -1,0 +1,136 @@
+"""A frozen reference model, for selection by excess loss.
+
+Beside training (`--reference`) it stands on the last pipeline stage, whole, spread over that
+stage's tensor-parallel ranks, and scores each micro-batch in exactly the context that it is trained
+in. Before training it scores a `.bin` once (reference_scoring.py).
+
+Shape legend: M rows, T positions, S = T + 1, D hidden, N tokens that are wanted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.data.batch import Batch
+from megatron_eslm.data.tokenizers.build import Tokenizer
+from megatron_eslm.frozen.model import (
+    FrozenModel,
+    FrozenSource,
+    check_fits,
+    find_frozen,
+    load_frozen,
+)
+from megatron_eslm.model.init import WORD_EMBEDDING
+from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.ops.head.contract import HeadKernel
+from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
+from megatron_eslm.parallel.collectives import on_every_rank
+from megatron_eslm.parallel.mesh import Mesh
+
+
+class ReferenceModel:
+    """A frozen GPT and what it says of labels. Nobody's submodule, so no engine sees it."""
+
+    def __init__(
+        self, frozen: FrozenModel, shape: ModelShape, mesh: Mesh, head_kernel: HeadKernel
+    ) -> None:
+        self.shape = shape
+        self._frozen = frozen
+        self._shard = VocabShard.of(
+            shape.vocab_size, shape.padded_vocab_size, mesh.tp_group, head_kernel
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._frozen.weight_VE.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which type it computes."""
+        return self._frozen.weight_VE.dtype
+
+    def fingerprint(self) -> str:
+        """Of its weights, on a single rank; the padding of the vocabulary does not count."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self._frozen.named_parameters()):
+            real = parameter[: self.shape.vocab_size] if name == WORD_EMBEDDING else parameter
+            digest.update(f"{name} {list(real.shape)}".encode())
+            digest.update(real.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """float32 [M, T]: losses of a batch's labels; 0 where they do not count."""
+        return self.losses(batch.tokens_MS, batch.labels_MT, batch.valid_MT)
+
+    @torch.no_grad()
+    def losses(
+        self, tokens_MS: torch.Tensor, labels_MT: torch.Tensor, wanted_MT: torch.Tensor
+    ) -> torch.Tensor:
+        """Losses of labels, in nats.
+
+        Args:
+            tokens_MS: int64 [M, T+1]; the last column is not read.
+            labels_MT: int64 [M, T].
+            wanted_MT: bool [M, T], which of them to score.
+
+        Returns:
+            float32 [M, T], 0 where nothing is wanted.
+        """
+        normed_ND = self._frozen.hidden(tokens_MS).transpose(0, 1)[wanted_MT]
+        statistics = head_statistics(
+            normed_ND, self._frozen.weight_VE, labels_MT[wanted_MT], self._shard, entropy=False
+        )
+        losses_MT = torch.zeros(wanted_MT.shape, dtype=torch.float32, device=wanted_MT.device)
+        losses_MT[wanted_MT] = statistics.loss_N
+        return losses_MT
+
+
+def find_run_reference(
+    run: RunConfig, shape: ModelShape, tokenizer: Tokenizer
+) -> FrozenSource | None:
+    """What `--reference` names, if it fits the run; None without the flag. No tensor is read.
+
+    Args:
+        run: the run.
+        shape: of the model that is trained; its padding of the vocabulary suits the layout.
+        tokenizer: of the data.
+
+    Raises:
+        ConfigError: no model there, or one that cannot score this run's sequences in this layout.
+    """
+    folder = run.reference.reference
+    if folder is None:
+        return None
+    source = find_reference("--reference", folder, tokenizer)
+    stored = "score the text once with tools/score_reference.py and use --reference-losses"
+    check_fits(source, run, f"--reference {folder}", stored)
+    return source.beside(shape)
+
+
+def find_reference(
+    flag: str, folder: str, tokenizer: Tokenizer, tag: str | None = None
+) -> FrozenSource:
+    """A reference model for data of this tokenizer; see `find_frozen`."""
+    return find_frozen(flag, folder, tokenizer, "reference model", tag)
+
+
+def load_reference(
+    source: FrozenSource,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_kernel: HeadKernel = "auto",
+) -> ReferenceModel | None:
+    """The reference model on the ranks of the last pipeline stage; None on others. Collective."""
+
+    def load() -> ReferenceModel | None:
+        if not mesh.is_last_stage:
+            return None
+        frozen = load_frozen(source, mesh, dtype, device)
+        return ReferenceModel(frozen, source.shape, mesh, head_kernel)
+
+    return on_every_rank(load)

@@ -1,0 +1,1 @@
+"""The head over the vocabulary without all of its logits in memory."""

@@ -1,0 +1,189 @@
+"""`--dry-run`: what a run will read, hold and compute, before any of it happens."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+
+from megatron_eslm.checkpoint.train_state import TrainState
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.cost.flops import FlopsModel
+from megatron_eslm.cost.memory import estimate_memory
+from megatron_eslm.cost.of_run import build_flops, step_work
+from megatron_eslm.cost.stages import plan_stages, plan_text
+from megatron_eslm.data.plan import (
+    MixtureReport,
+)
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.frozen.objective import (
+    teacher_shape,
+)
+from megatron_eslm.frozen.reference import find_run_reference
+from megatron_eslm.frozen.teacher import find_teacher
+from megatron_eslm.model.arithmetic import adapter_params
+from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.parallel.collectives import on_rank_zero
+from megatron_eslm.selection.alpha import AlphaController
+from megatron_eslm.selection.build import build_policy
+from megatron_eslm.selection.state import Peers, SelectionState
+from megatron_eslm.training.header import batch_text, layout_text, machine_text
+from megatron_eslm.training.method import method_text
+from megatron_eslm.training.reading_plan import ReadingPlan
+from megatron_eslm.training.run_data import (
+    check_reading,
+    find_reading,
+    open_run_data,
+    open_stored_losses,
+    plan_run,
+)
+
+
+def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
+    """The text of `--dry-run`, and why the run would be refused all the same (None: it would not).
+
+    What a run would read is what one wants to know of a run that reads too much.
+    """
+    source, options = open_run_data(run)
+    _, start, reading = find_reading(run, source, options)
+    report = plan_run(run, source, options, reading)
+    shape = run.shape(source.tokenizer.vocab_size)
+    open_stored_losses(run, source)
+    reference = on_rank_zero(lambda: find_run_reference(run, shape, source.tokenizer))
+    state = SelectionState(alpha=run.selection.initial_alpha)
+    policy = build_policy(run.selection, state, Peers(0, run.dp_size, None), run.training.seed)
+    named = run.objective.distill_teacher is not None
+    teacher = on_rank_zero(lambda: find_teacher(run, shape, source.tokenizer)) if named else None
+    flops = build_flops(
+        run,
+        shape,
+        policy,
+        teacher_shape(run, shape, teacher),
+        None if reference is None else reference.shape,
+    )
+    text = dry_run_text(run, shape, flops, report, reading, start)
+    try:
+        check_reading(run, options, reading, report)
+    except ConfigError as error:
+        return text, error
+    return text, None
+
+
+def _totals(
+    run: RunConfig, flops: FlopsModel, reading: ReadingPlan, start: TrainState
+) -> tuple[float, float, int]:
+    """Of all steps: FLOPs by both ledgers, and tokens that are trained on.
+
+    What was done before the start is known. Alpha begins and rises as it is told to; where ADA-ESLM
+    will move it nobody knows. SALT's later steps have no teacher.
+    """
+    steps, position = run.training.train_iters, reading.begin
+    assert steps
+    taught = min(steps, run.objective.salt_iters) if run.objective.distill == "salt" else steps
+    state = copy.deepcopy(start.selection)
+    controller = AlphaController(run.selection, state)
+    kinds = Counter[tuple[float, bool, int]]()
+    for iteration in range(start.iteration, steps):
+        controller.begin_step(iteration)
+        batch_size = reading.batch_size(position)
+        kinds[state.alpha, iteration < taught, batch_size] += 1
+        position = reading.skipped.after(position, batch_size)
+    executed, by_paper, trained = start.flops, start.flops_paper, start.tokens_trained
+    for (alpha, has_teacher, batch_size), count in kinds.items():
+        work = step_work(run, alpha, batch_size)
+        ledgers = flops if has_teacher else dataclasses.replace(flops, teacher=None)
+        if not alpha:  # nothing is compared then
+            ledgers = dataclasses.replace(ledgers, reference=None)
+        executed += count * ledgers.executed(work)
+        by_paper += count * ledgers.paper(work)
+        trained += count * work.tokens_trained
+    return executed, by_paper, trained
+
+
+def _reading(run: RunConfig, reading: ReadingPlan, start: TrainState) -> list[str]:
+    """What is read in a step and in all."""
+    t = run.training
+    done = f" ({start.iteration:,} of them done)" if start.iteration else ""
+    lines = [
+        f"steps                {t.train_iters:,}{done}",
+        f"batch                {batch_text(run)}",
+    ]
+    if t.rampup_batch_size:
+        first, increment, samples = t.rampup_batch_size
+        lines.append(
+            f"ramp                 from {first} sequences in increments of {increment} over "
+            f"{samples:,} samples"
+        )
+    if start.iteration:
+        lines.append(f"reading goes on      with sample {reading.begin:,}")
+    if reading.skipped.ranges:
+        count = reading.skipped.between(0, reading.end)
+        lines.append(f"skipped              {count:,} samples ({reading.skipped})")
+    return lines
+
+
+def dry_run_text(
+    run: RunConfig,
+    shape: ModelShape,
+    flops: FlopsModel,
+    mixture: MixtureReport,
+    reading: ReadingPlan,
+    start: TrainState,
+) -> str:
+    """The report of `--dry-run`, one fact a line.
+
+    Args:
+        run: the run.
+        shape: of its model.
+        flops: its ledgers.
+        mixture: what it reads of each domain.
+        reading: what it has still to read.
+        start: where it starts or goes on.
+    """
+    t = run.training
+    assert t.train_iters and t.global_batch_size and run.model.seq_length
+    work = step_work(run)
+    plan = plan_stages(run, shape, flops, work)
+    memory = estimate_memory(run, shape, plan, flops)
+    executed, by_paper, trained = _totals(run, flops, reading, start)
+    gib = 2.0**30
+    read = start.tokens + reading.samples_left(reading.begin) * run.model.seq_length
+    lines = [
+        *_reading(run, reading, start),
+        f"method               {method_text(run.selection, run.objective.distill)}",
+        f"computes in          {machine_text(run)}",
+        f"layout               {layout_text(run)}",
+        f"tokens read          {read:,}",
+        f"tokens trained on    {trained:,} ({trained / read:.1%})",
+        f"parameters           {shape.num_params:,} (vocabulary {shape.vocab_size:,} padded to "
+        f"{shape.padded_vocab_size:,})",
+        *(
+            [f"trained              {adapter_params(shape, shape.num_layers, rank):,} (adapters)"]
+            if (rank := run.model.lora_rank)
+            else []
+        ),
+        f"FLOPs executed       {executed:.3e} ({executed / t.train_iters:.3e} a step)",
+        f"FLOPs by the paper   {by_paper:.3e} ({by_paper / t.train_iters:.3e} a step)",
+        f"memory a rank        {memory.total / gib:.2f} GiB = weights {memory.weights / gib:.2f} + "
+        f"gradients {memory.gradients / gib:.2f} + optimizer {memory.optimizer / gib:.2f} + "
+        f"activations {memory.activations / gib:.2f} + head {memory.head / gib:.2f}"
+        + "".join(
+            f" + {name} {part / gib:.2f}"
+            for name in ("alignment", "teacher", "reference")
+            if (part := getattr(memory, name))
+        )
+        + (f" (stage {memory.stage}, which needs most)" if plan.num_stages > 1 else ""),
+    ]
+    if plan.num_stages > 1:
+        steps = run.step_shape_trained.micro_steps
+        idle = (plan.num_stages - 1) / (steps + plan.num_stages - 1)
+        lines.append(f"pipeline             each stage idle for {idle:.1%} of a step at best")
+        lines.append(plan_text(plan))
+    for domain in mixture.domains:
+        lines.append(
+            f"domain {domain.name:<13s} weight {domain.weight:.4f}, "
+            f"{domain.documents['train']:,} documents, {domain.tokens['train']:,} tokens, "
+            f"{domain.epochs:.3f} epochs"
+        )
+    lines.append(f"validation           {mixture.valid_samples:,} sequences an evaluation")
+    return "\n".join(lines)

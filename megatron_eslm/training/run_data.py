@@ -1,0 +1,151 @@
+"""The data of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+from megatron_eslm.checkpoint.find import Found
+from megatron_eslm.checkpoint.manifest import new_run_id
+from megatron_eslm.checkpoint.resume import (
+    carried_on,
+    find_start,
+    starting_state,
+)
+from megatron_eslm.checkpoint.train_state import TrainState
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.data.demo_corpus import prepare_demo_corpus
+from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.plan import (
+    MixtureReport,
+    check_epochs,
+    check_skipped,
+    plan_mixture,
+)
+from megatron_eslm.data.reference_losses import ReferenceLosses, open_reference_losses
+from megatron_eslm.data.source import DataSource, canonical_split, open_data
+from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
+from megatron_eslm.parallel.ranks import rank_zero_first
+from megatron_eslm.training.gradient_alignment import (
+    check_alignment,
+    rows_to_choose_by,
+)
+from megatron_eslm.training.reading_plan import ReadingPlan, forget_ahead, plan_reading
+
+logger = logging.getLogger(__name__)
+
+DEMO_FOLDER = "demo/corpus"
+
+
+def open_run_data(run: RunConfig) -> tuple[DataSource, DataOptions]:
+    """The data of a run; without --data-path the demo corpus, made on first use."""
+    options = run.data
+    if run.demo:
+        logger.info(
+            "no --data-path: using the demo corpus in %s (this Python's own source and "
+            "documentation)",
+            DEMO_FOLDER,
+        )
+        words = rank_zero_first(lambda: prepare_demo_corpus(DEMO_FOLDER))
+        options = dataclasses.replace(options, data_path=tuple(words))
+    return open_data(options), options
+
+
+def plan_run(
+    run: RunConfig, source: DataSource, options: DataOptions, reading: ReadingPlan
+) -> MixtureReport:
+    """What the run reads of each domain."""
+    t = run.training
+    assert t.micro_batch_size and run.model.seq_length
+    return plan_mixture(
+        source,
+        options,
+        run.model.seq_length,
+        train_samples=reading.end,
+        valid_samples=t.eval_iters * t.micro_batch_size * run.dp_size,
+        aligns=rows_to_choose_by(run),
+    )
+
+
+def open_stored_losses(run: RunConfig, source: DataSource) -> ReferenceLosses | None:
+    """What --reference-losses names. Collective."""
+    name = run.reference.reference_losses
+    if name is None:
+        return None
+    losses = on_every_rank(lambda: open_reference_losses(source, name))
+    if losses.seq_length != run.model.seq_length:
+        logger.info(
+            "--reference-losses %s: scored in windows of %d tokens, training reads %d",
+            name,
+            losses.seq_length,
+            run.model.seq_length,
+        )
+    return losses
+
+
+def check_reading(
+    run: RunConfig, options: DataOptions, reading: ReadingPlan, report: MixtureReport
+) -> None:
+    """ConfigError where a run reads more than there is, or than was consented to."""
+    check_skipped(report, options.max_epochs, reading.skipped)
+    check_epochs(report, options.max_epochs)
+    check_alignment(run, report)
+
+
+def data_record(
+    run: RunConfig, source: DataSource, stored: ReferenceLosses | None, report: MixtureReport
+) -> dict[str, Any]:
+    """What decides what is read, and in which order; compared when a run continues."""
+    return {
+        **order_record(run, source, report),
+        "eod_mask_loss": run.data.eod_mask_loss,
+        "global_batch_size": run.training.global_batch_size,
+        "rampup_batch_size": list(run.training.rampup_batch_size) or None,
+        "micro_batch_rows": (run.training.micro_batch_size or 0) * run.dp_size,
+        # None where there is none, as in checkpoints from before there could be any.
+        "label_noise": run.data.label_noise or None,
+        "reference_losses": stored.weights if stored is not None else None,
+        # Which those are depends on how many are evaluated.
+        "alignment_samples": report.alignment_samples or None,
+    }
+
+
+def order_record(run: RunConfig, source: DataSource, report: MixtureReport) -> dict[str, Any]:
+    """What of it decides which sequence has which number."""
+    epochs = [math.ceil(domain.epochs) for domain in report.domains]
+    return {
+        "fingerprint": source.fingerprint,
+        "weights": list(source.weights),
+        "split": canonical_split(run.data.split),
+        "seed": run.training.seed,
+        "seq_length": run.model.seq_length,
+        # While nothing is read twice, the order does not depend on how much is read in all.
+        "epochs": epochs if max(epochs) > 1 else None,
+    }
+
+
+def find_reading(
+    run: RunConfig, source: DataSource, options: DataOptions
+) -> tuple[Found | None, TrainState, ReadingPlan]:
+    """The checkpoint that a run starts from, where it then stands, and what is left to read.
+
+    Collective.
+    """
+    found = on_rank_zero(lambda: find_start(run))
+    run_id = on_rank_zero(new_run_id)
+
+    def plan() -> tuple[TrainState, ReadingPlan]:
+        state = starting_state(run, found, run_id)
+        recorded = carried_on(found, "skipped_samples")
+        reading = plan_reading(run, state, recorded)
+        if found is not None and any(end > state.consumed_samples for _, end in recorded):
+            there = found.run["data"]
+            here = order_record(run, source, plan_run(run, source, options, reading))
+            if any(there.get(key) != value for key, value in here.items()):
+                recorded = forget_ahead(recorded, state.consumed_samples)
+                reading = plan_reading(run, state, recorded)
+        return state, reading
+
+    return found, *on_every_rank(plan)

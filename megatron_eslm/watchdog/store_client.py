@@ -1,0 +1,195 @@
+"""The watchdog's errands to the job's store: heartbeats out, heartbeats and the verdict in.
+
+Keys, under the prefix "watchdog": beat/RANK; place/PLACE/n, who is there (place/PLACE counts them);
+registered, how many ranks have come; verdict, written once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch.distributed as dist
+
+from megatron_eslm.watchdog.heartbeat import Beat, Finding
+from megatron_eslm.watchdog.process import Process
+from megatron_eslm.watchdog.status_memory import Blackboard
+from megatron_eslm.watchdog.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the job ends: one for all ranks."""
+
+    finder: int
+    """The rank that says so in the log."""
+    text: str
+    code: int
+    """Exit code of every rank."""
+    unresponsive: int | None = None
+    """A rank that may have to be ended by its neighbours."""
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: str | bytes) -> Verdict:
+        return cls(**json.loads(text))
+
+
+class Courier(threading.Thread):
+    """A thread that speaks with the store.
+
+    On its own, for a store whose host is stopped or unplugged keeps it waiting without end. Its
+    attributes are replaced, never altered: they may be read from any thread.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        *,
+        rank: int,
+        world_size: int,
+        process: Process,
+        board: Blackboard | None,
+        beat: Callable[[], Beat],
+        observes: bool,
+        beat_seconds: float,
+    ) -> None:
+        """Args:
+        store: a connection of its own.
+        process: this one.
+        board: its blackboard, if it has one.
+        beat: what this rank has to say now.
+        observes: whether to read the beats of all ranks.
+        beat_seconds: time between two exchanges.
+        """
+        super().__init__(name="watchdog-courier", daemon=True)
+        self.neighbours: dict[int, Process] | None = None
+        """The other ranks of this place; None until all ranks have registered."""
+        self.boards: dict[int, Blackboard] = {}
+        """Their blackboards, as far as they can be read."""
+        self.beats: dict[int, Beat] = {}
+        """The newest of each other rank, if this one observes."""
+        self.num_exchanges = 0
+        self.broken: str | None = None
+        """Why there will be no more."""
+        self.verdict: Verdict | None = None
+        self.excused: frozenset[int] = frozenset()
+        """Ranks that were found dead and had left as they should."""
+        self.left = threading.Event()
+        """Set once the others can read that this rank has left."""
+
+        self._store, self._rank, self._world_size, self._process = store, rank, world_size, process
+        self._beat, self._observes, self._beat_seconds = beat, observes, beat_seconds
+        self._board = board
+        self._findings: queue.SimpleQueue[Finding | Verdict] = queue.SimpleQueue()
+        self._listening = Stopwatch(1.0 + 2 * beat_seconds)
+        self._heard_seconds: dict[int, float] = {}
+        self._wake = threading.Event()
+        self._closed = False
+
+    def bring(self, finding: Finding | Verdict) -> None:
+        """Make it the verdict, unless there is one; `verdict` or `excused` will tell."""
+        self._findings.put(finding)
+        self._wake.set()
+
+    def hurry(self) -> None:
+        """Exchange now."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """End after the exchange under way."""
+        self._closed = True
+        self._wake.set()
+
+    def run(self) -> None:
+        try:
+            while True:
+                self._exchange()
+                if self._closed or self.verdict or (self.left.is_set() and self._rank):
+                    # Nothing more is asked of a store that may end any moment.
+                    return
+                self._wake.wait(self._beat_seconds)
+                self._wake.clear()
+        except RuntimeError as error:  # what torch's errors of stores derive from
+            self.broken = str(error).strip().partition("\n")[0]
+
+    def _exchange(self) -> None:
+        beat = replace(self._beat(), number=self.num_exchanges)
+        self._store.set(f"beat/{self._rank}", beat.encode())
+        if self.num_exchanges == 0:
+            self._register()
+        if beat.left:
+            self.left.set()
+            if self._rank:
+                return
+        if self._store.check(["verdict"]):
+            self.verdict = Verdict.decode(self._store.get("verdict"))
+        if self.neighbours is None:
+            self._meet()
+        elif self._observes:
+            self._listen()
+        while not self._findings.empty():
+            self._decide(self._findings.get())
+        self.num_exchanges += 1
+
+    def _register(self) -> None:
+        store, place = self._store, f"place/{self._process.place}"
+        me = {
+            "rank": self._rank,
+            "process": asdict(self._process),
+            "board": self._board.fd if self._board is not None else None,
+        }
+        store.set(f"{place}/{store.add(place, 1)}", json.dumps(me))
+        store.add("registered", 1)
+
+    def _meet(self) -> None:
+        """Once all ranks have registered, read who is at this place."""
+        store, place = self._store, f"place/{self._process.place}"
+        if store.add("registered", 0) < self._world_size:
+            return
+        keys = [f"{place}/{n + 1}" for n in range(store.add(place, 0))]
+        neighbours = {}
+        for text in store.multi_get(keys):
+            found = json.loads(text)
+            rank, process = found["rank"], Process(**found["process"])
+            if rank != self._rank:
+                neighbours[rank] = process
+                if found["board"] is not None:
+                    # Not allowed, or dead already: then its beats have to do.
+                    with contextlib.suppress(OSError):
+                        self.boards[rank] = Blackboard.of(process.pid, found["board"])
+        self.neighbours = neighbours
+        self._listening.look()
+
+    def _listen(self) -> None:
+        self._listening.look()
+        now = self._listening.seconds
+        ranks = [rank for rank in range(self._world_size) if rank != self._rank]
+        texts = self._store.multi_get([f"beat/{rank}" for rank in ranks])
+        beats = {}
+        for rank, text in zip(ranks, texts, strict=True):
+            beat = Beat.decode(text)
+            if rank not in self.beats or self.beats[rank].number != beat.number:
+                self._heard_seconds[rank] = now
+            beats[rank] = replace(beat, silent_seconds=now - self._heard_seconds[rank])
+        self.beats = beats
+
+    def _decide(self, finding: Finding | Verdict) -> None:
+        if self.verdict is not None:
+            return
+        if isinstance(finding, Finding):
+            beat = Beat.decode(self._store.get(f"beat/{finding.rank}"))
+            if finding.unless_left and beat.left:
+                self.excused |= {finding.rank}
+                return
+            culprit = finding.rank if finding.unresponsive else None
+            finding = Verdict(self._rank, finding.text(beat, None), 1, culprit)
+        # The first one stays; everybody gets to know it.
+        said = self._store.compare_set("verdict", "", finding.encode())
+        self.verdict = Verdict.decode(said)

@@ -1,0 +1,346 @@
+"""A rank that dies or hangs ends the job, with one message that names it.
+
+Without this, the others wait in a collective for a rank that will not come, or all of them report
+that some connection was closed.
+
+Each rank has two threads. One beats: several times in a few seconds it writes into the job's store
+where this rank is (courier.py; for ranks of one host, blackboard.py is exact). The other, which
+never waits for anything, looks
+
+- for processes of the same host that are gone or stopped (each rank),
+- for a store that does not answer (each rank),
+- for hosts of which no rank beats, and for a job in which no rank goes on (the first and the last
+  rank, which read all beats: the traffic grows with the number of ranks, not with its square).
+
+The first to find something writes the verdict into the store, says it in the log, and every rank
+ends with the same exit code. Where the store is gone, the last rank of each host that is left says
+what it knows.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import traceback
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from megatron_eslm.parallel.meeting import Meeting
+from megatron_eslm.watchdog.heartbeat import HOW_TO_GO_ON, Beat, Finding, find_hung, find_silent
+from megatron_eslm.watchdog.last_words import say
+from megatron_eslm.watchdog.parent import Launcher
+from megatron_eslm.watchdog.phases import Phases
+from megatron_eslm.watchdog.process import Process
+from megatron_eslm.watchdog.status_memory import Blackboard
+from megatron_eslm.watchdog.stopwatch import Stopwatch
+from megatron_eslm.watchdog.store_client import Courier, Verdict
+
+TICK_SECONDS = 0.2
+"""Launchers end the survivors soon after a death; the message has to be out by then."""
+SILENCE_SECONDS = 15.0
+"""How long a host, or the store, may be silent; at most half the timeout."""
+
+_CONNECTION_LOST = (
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "connection refused",
+    "remote process exited",
+    "got 0 bytes",
+)
+_TIMED_OUT = ("timed out", "timeout")
+
+
+class Watchdog:
+    """Watches over the ranks of a job, two or more, from `start()` to `stop()`."""
+
+    def __init__(
+        self,
+        phases: Phases,
+        *,
+        rank: int,
+        world_size: int,
+        store: dist.Store,
+        timeout_seconds: float,
+        rank_zero_keeps_store: bool = True,
+        launcher: Launcher | None = None,
+        process: Process | None = None,
+    ) -> None:
+        """Args:
+        phases: what this rank does; from now on its neighbours can read it.
+        rank: of this process, from 0.
+        world_size: ranks of the job, all of which have a watchdog.
+        store: the job's; the watchdog makes a connection of its own.
+        timeout_seconds: for how long no rank may go on before the job ends.
+        rank_zero_keeps_store: or else the launcher does.
+        launcher: of this rank, if it has one.
+        process: this one, by default.
+        """
+        self._phases, self._rank, self._world_size = phases, rank, world_size
+        self._timeout_seconds = timeout_seconds
+        self._silence_seconds = min(SILENCE_SECONDS, timeout_seconds / 2)
+        self._keeper = 0 if rank_zero_keeps_store else None
+        self._launcher = launcher
+        self._process = process or Process.this()
+        self._beat_seconds = min(2.0, max(0.25, world_size / 128))
+
+        self._clock = Stopwatch(longest_seconds=2 * TICK_SECONDS)
+        self._seen, self._seen_seconds = phases.now, 0.0
+        self._leaving = False
+        self._own_failure: tuple[Verdict, str] | None = None
+        self._stopped_seconds: dict[int, float] = {}
+        self._exchanges, self._answered_seconds, self._broken_seconds = 0, 0.0, 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._courier = Courier(
+            dist.PrefixStore("watchdog", store.clone()),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=world_size,
+            process=self._process,
+            board=self._share(phases),
+            beat=self._beat,
+            observes=rank in (0, world_size - 1),
+            beat_seconds=self._beat_seconds,
+        )
+
+    def _share(self, phases: Phases) -> Blackboard | None:
+        """Let the neighbours see every phase as it begins."""
+        try:
+            board = Blackboard.create()
+        except OSError:
+            return None
+        board.write(phases.now)
+        phases.write = board.write
+        return board
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._courier.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Say goodbye: this rank has done its part.
+
+        Rank 0 goes on watching until all have said so, for it may keep the store.
+        """
+        self._leaving = True
+        self._courier.hurry()
+        # The thread that watches ends the process if one of these waits for something broken.
+        self._courier.left.wait()
+        while self._rank == 0 and not self._all_left():
+            time.sleep(TICK_SECONDS / 4)
+        self._courier.close()
+        # An interpreter that ends while a thread is inside torch aborts.
+        self._courier.join()
+        self._ended.set()
+        self._thread.join()
+
+    def fail(self, message: str, *, code: int, patience_seconds: float = 0.0) -> NoReturn:
+        """End the job with `message`, which the ranks that fail for the same reason say once.
+
+        From the main thread.
+
+        Args:
+            message: why, as the log is to have it.
+            code: exit code of all ranks.
+            patience_seconds: where another rank turns out to be the cause by then, that is said.
+        """
+        self._fail(message, code, patience_seconds)
+
+    def fail_with(self, error: BaseException, *, code: int = 1) -> NoReturn:
+        """End the job because of an unexpected error: traceback, this rank and its phase.
+
+        From the main thread. Where another rank died, or failed as well and came first, that is
+        said instead: a connection that was lost or a collective that timed out is most likely the
+        consequence.
+
+        Args:
+            error: as caught.
+            code: exit code of all ranks.
+        """
+        first = (str(error).strip() or "no message").partition("\n")[0]
+        finding = Finding(self._rank, "failed", f": {type(error).__name__}: {first}")
+        trace = "".join(traceback.format_exception(error))
+        self._fail(finding.text(self._beat(), None), code, self._patience(error), trace)
+
+    def _fail(self, message: str, code: int, patience_seconds: float, trace: str = "") -> NoReturn:
+        # A launcher that has seen a rank end sends SIGTERM to the others, before they have spoken;
+        # and whoever presses Ctrl-C now need not wait.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        time.sleep(patience_seconds)
+        self._own_failure = Verdict(self._rank, message, code), trace
+        # It ends this process, whoever is to blame.
+        self._thread.join()
+        say(f"{trace}error: {message}\n")
+        os._exit(code)
+
+    def _patience(self, error: BaseException) -> float:
+        """Seconds in which another rank may turn out to be the cause."""
+        text = str(error).lower()
+        if any(words in text for words in _CONNECTION_LOST):
+            return self._silence_seconds + 5.0
+        if any(words in text for words in _TIMED_OUT):
+            return self._timeout_seconds + 5.0
+        return 5 * TICK_SECONDS
+
+    def _all_left(self) -> bool:
+        beats = self._courier.beats.values()
+        return len(beats) == self._world_size - 1 and all(beat.left for beat in beats)
+
+    def _beat(self) -> Beat:
+        now = self._phases.now
+        idle_seconds = self._clock.seconds - self._seen_seconds if now is self._seen else 0.0
+        return Beat(self._rank, self._process, now, idle_seconds, left=self._leaving)
+
+    def _watch(self) -> None:
+        courier = self._courier
+        brought: Finding | Verdict | None = None
+        brought_seconds = 0.0
+        while not self._ended.wait(TICK_SECONDS if brought is None else TICK_SECONDS / 10):
+            before_seconds = self._clock.seconds
+            self._clock.look()
+            now_seconds = self._clock.seconds
+            if self._phases.now is not self._seen:
+                self._seen, self._seen_seconds = self._phases.now, now_seconds
+            news = courier.num_exchanges != self._exchanges
+            if news:
+                self._exchanges, self._answered_seconds = courier.num_exchanges, now_seconds
+
+            if courier.verdict is not None:
+                self._end(courier.verdict, speaks=courier.verdict.finder == self._rank)
+            if isinstance(brought, Finding) and brought.rank in courier.excused:
+                brought = None
+            if brought is None:
+                brought = self._look(now_seconds - before_seconds, news)
+                if brought is not None:
+                    brought_seconds = now_seconds
+                    courier.bring(brought)
+            if brought is not None and (
+                courier.broken is not None
+                or self._keeper_is_gone(brought)
+                or now_seconds - brought_seconds > self._silence_seconds
+            ):
+                self._end_alone(brought)
+            self._check_store(now_seconds, now_seconds - before_seconds)
+
+    def _look(self, tick_seconds: float, news: bool) -> Finding | Verdict | None:
+        """What is wrong, if anything is."""
+        if self._own_failure is not None:
+            return self._own_failure[0]
+        if self._launcher is not None and self._launcher.gone() is not None:
+            return None  # The ranks of this host are about to end: none of them is to blame.
+        if finding := self._look_at_neighbours(tick_seconds):
+            return finding
+        if not (news and self._courier.beats):
+            return None
+        return find_silent(
+            self._courier.beats,
+            place=self._process.place,
+            limit_seconds=self._silence_seconds,
+            start_limit_seconds=self._timeout_seconds,
+        ) or find_hung(
+            {**self._courier.beats, self._rank: self._beat()},
+            timeout_seconds=self._timeout_seconds,
+            silence_seconds=self._silence_seconds,
+            leaving=self._leaving,
+        )
+
+    def _look_at_neighbours(self, tick_seconds: float) -> Finding | None:
+        for rank, process in (self._courier.neighbours or {}).items():
+            if rank in self._courier.excused:
+                continue
+            state = process.state()
+            stopped = self._stopped_seconds.get(rank, 0.0) + tick_seconds
+            self._stopped_seconds[rank] = stopped = stopped if state == "stopped" else 0.0
+            if state == "gone":
+                did = "died"
+            elif stopped > self._silence_seconds:
+                did = f"has not answered for {stopped:.0f} s, stopped by a signal; last seen"
+            else:
+                continue
+            board = self._courier.boards.get(rank)
+            return Finding(
+                rank,
+                did,
+                unless_left=True,
+                unresponsive=state == "stopped",
+                moment=board.read() if board is not None else None,
+            )
+        return None
+
+    def _keeper_is_gone(self, brought: Finding | Verdict) -> bool:
+        """Then the store, which would decide, may keep the courier waiting."""
+        return isinstance(brought, Finding) and brought.unless_left and brought.rank == self._keeper
+
+    def _check_store(self, now_seconds: float, tick_seconds: float) -> None:
+        """End where the store is lost, for then a death elsewhere would not be heard of."""
+        silent_seconds = now_seconds - self._answered_seconds
+        if self._courier.broken is not None:
+            # A process closes its connections a moment before it can be seen to be gone.
+            self._broken_seconds += tick_seconds
+            if self._broken_seconds < 5 * TICK_SECONDS:
+                return
+            how = f"is lost ({self._courier.broken})"
+        else:
+            limit_seconds = self._silence_seconds
+            if self._seen.starting or self._keeper in (self._courier.neighbours or {}):
+                # Slow, then: the process was just seen to run.
+                limit_seconds = self._timeout_seconds
+            if silent_seconds < limit_seconds:
+                return
+            how = f"has not answered for {silent_seconds:.0f} s"
+        keeper = "rank 0" if self._keeper == 0 else "the launcher"
+        text = f"the connection to {keeper}, which keeps the job's store, {how}. {HOW_TO_GO_ON}"
+        self._end_alone(Verdict(self._rank, text, 1))
+
+    def _end_alone(self, found: Finding | Verdict) -> NoReturn:
+        """End without the store: the last rank of this host that is left says what it knows."""
+        neighbours = self._courier.neighbours or {}
+        if isinstance(found, Finding):
+            beat = self._courier.beats.get(found.rank)
+            text = found.text(beat, neighbours.get(found.rank))
+            found = Verdict(self._rank, text, 1, found.rank if found.unresponsive else None)
+        left = [rank for rank, process in neighbours.items() if process.state() == "runs"]
+        self._end(found, speaks=self._rank > max(left, default=-1))
+
+    def _end(self, verdict: Verdict, *, speaks: bool) -> NoReturn:
+        if speaks:
+            own = self._own_failure
+            trace = own[1] if own is not None and own[0] == verdict else ""
+            say(f"{trace}error: {verdict.text}\n")
+        # Until then every rank has read the verdict, or has seen that this one still runs.
+        time.sleep(1.0 + 2 * self._beat_seconds)
+        if verdict.unresponsive in (neighbours := self._courier.neighbours or {}):
+            neighbours[verdict.unresponsive].kill()
+        # The main thread waits in a collective, for good.
+        os._exit(verdict.code)
+
+
+def job_watchdog(
+    meeting: Meeting, phases: Phases, timeout_seconds: float, launcher: Launcher | None = None
+) -> Watchdog | None:
+    """A watchdog, started, over the ranks that have met; None for one alone.
+
+    Args:
+        meeting: who has.
+        phases: what this rank does.
+        timeout_seconds: for how long no rank may go on before the job ends.
+        launcher: of this rank, if it has one.
+    """
+    if meeting.world_size == 1:
+        return None
+    watchdog = Watchdog(
+        phases,
+        rank=meeting.rank,
+        world_size=meeting.world_size,
+        store=meeting.store,
+        timeout_seconds=timeout_seconds,
+        rank_zero_keeps_store=not meeting.launcher_keeps_store,
+        launcher=launcher,
+    )
+    watchdog.start()
+    return watchdog
