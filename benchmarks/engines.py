@@ -50,7 +50,7 @@ class BenchRun:
         self.state = SelectionState(alpha=self.run.selection.initial_alpha)
         peers = Peers(mesh.dp_rank, mesh.dp_size, mesh.dp_group, Phases())
         self.policy = build_policy(self.run.selection, self.state, peers, self.run.training.seed)
-        self.flops = build_flops(self.run, self.shape, self.policy)
+        self.flops = build_flops(self.run, self.shape, self.state)
         self.work: Work = step_work(self.run)
         self.recorder = Recorder()
         self.device = prepare_device()

@@ -34,7 +34,7 @@ def peer_stepper(run: BenchRun) -> Callable[[], Any]:
     )
     model = GPT2LMHeadModel(config).train().to(run.device, run.run.dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
-    inputs = [batch.tokens_MS[:, :-1].contiguous() for batch in run.batches()]
+    inputs = [batch.tokens_MU[:, :-1].contiguous() for batch in run.batches()]
 
     def step() -> None:
         for tokens in inputs:

@@ -206,7 +206,7 @@ def engine_stepper(words: list[str], mesh: Mesh) -> Callable[[], None]:
     state = SelectionState(alpha=run.selection.initial_alpha)
     peers = Peers(mesh.dp_rank, mesh.dp_size, mesh.dp_group, Phases())
     policy = build_policy(run.selection, state, peers, run.training.seed)
-    plan = plan_stages(run, shape, build_flops(run, shape, policy), step_work(run))
+    plan = plan_stages(run, shape, build_flops(run, shape, state), step_work(run))
     model = build_model(run, shape, mesh, policy, Recorder(), plan.blocks(mesh.pp_rank))
     return stepper(build_engine(run, model, mesh, peers.phases), run, VOCAB_SIZE)
 

@@ -46,14 +46,14 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.1)
     args = parser.parse_args()
     with single_process():
-        exit_MT2, end_MT2, tokens_MS = token_risks(args)
+        exit_MT2, end_MT2, tokens_MU = token_risks(args)
     rng = np.random.default_rng(0)
     order = rng.permutation(len(exit_MT2))  # neighbours are of one document
     seen, order = np.split(order, 2) if len(order) % 2 == 0 else np.split(order[1:], 2)
     groups = [order[i : i + args.rows] for i in range(0, len(order) - args.rows + 1, args.rows)]
     strides = [s for s in STRIDES if s < exit_MT2.shape[1]]
     for column, (score, of_token_MT) in enumerate(
-        {"loss": tokens_MS[:, 1:], "entropy": tokens_MS[:, :-1]}.items()
+        {"loss": tokens_MU[:, 1:], "entropy": tokens_MU[:, :-1]}.items()
     ):
         risk_MT = exit_MT2[:, :, column]
         usual_MT = usual_of_token(risk_MT[seen], of_token_MT[seen])[of_token_MT]
@@ -121,16 +121,16 @@ def token_risks(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.nd
     exits, ends = [], []
     for first in range(0, len(whole), 16):
         rows = [[p.before, *p.ids.tolist()] for p in whole[first : first + 16]]
-        tokens_MS = torch.tensor(rows)
-        labels_TM = tokens_MS[:, 1:].t().contiguous()
-        hidden_TMD = model.embedding(tokens_MS)
+        tokens_MU = torch.tensor(rows)
+        labels_TM = tokens_MU[:, 1:].t().contiguous()
+        hidden_TMD = model.embedding(tokens_MU)
         for number, block in enumerate(model.blocks.values(), start=1):
             hidden_TMD = block(hidden_TMD)
             if number == args.proxy_layers:
                 exits.append(risks(hidden_TMD, labels_TM))
         ends.append(risks(hidden_TMD, labels_TM))
-    tokens_MS = np.array([[p.before, *p.ids.tolist()] for p in whole])
-    return np.concatenate(exits), np.concatenate(ends), tokens_MS
+    tokens_MU = np.array([[p.before, *p.ids.tolist()] for p in whole])
+    return np.concatenate(exits), np.concatenate(ends), tokens_MU
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

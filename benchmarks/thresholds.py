@@ -39,7 +39,6 @@ def main() -> None:
 
     policy = run.policy
     policy.keep = timed_choice(policy.keep)  # type: ignore[method-assign]
-    policy.keep_of_rows = timed_choice(policy.keep_of_rows)  # type: ignore[method-assign]
     step, shares = run.stepper(), []
 
     def timed() -> None:

@@ -18,8 +18,7 @@ from megatron_eslm.config.run import RunConfig, parse_run
 from megatron_eslm.cost.memory import estimate_memory
 from megatron_eslm.cost.of_run import build_flops, step_work
 from megatron_eslm.cost.stages import plan_stages
-from megatron_eslm.selection.build import build_policy
-from megatron_eslm.selection.state import Peers, SelectionState
+from megatron_eslm.selection.state import SelectionState
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -117,8 +116,7 @@ def deepspeed_world_size(words: list[str]) -> int:
 def bytes_a_gpu(run: RunConfig) -> float:
     """As `--dry-run` estimates it."""
     shape, state = run.shape(GPT2_VOCAB_SIZE), SelectionState(alpha=run.selection.initial_alpha)
-    policy = build_policy(run.selection, state, Peers(0, run.dp_size, None), run.training.seed)
-    flops = build_flops(run, shape, policy)
+    flops = build_flops(run, shape, state)
     plan = plan_stages(run, shape, flops, step_work(run))
     return estimate_memory(run, shape, plan, flops).total
 

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_eslm.checkpoint.find import Found
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.selection.build import POLICIES
 
 
 def check_same_method(run: RunConfig, found: Found) -> None:
@@ -43,10 +44,10 @@ def _flags(selection: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[s
     """The flags that make a method, those that its policy looks at."""
     name = selection["selection"]
     flags = {"--selection": name}
-    if name == "eslm":
-        flags["--eslm-score"] = selection["eslm_score"]
-    if name in ("eslm", "random"):
-        flags["--eslm-level"] = selection["eslm_level"]
+    reads = POLICIES[name].reads if name in POLICIES else frozenset()
+    for field in ("eslm_score", "eslm_level"):
+        if field in reads:
+            flags["--" + field.replace("_", "-")] = selection[field]
     if (distill := objective.get("distill")) is not None:
         flags["--distill"] = distill
     return flags

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.selection.build import described_policy
+from megatron_eslm.selection.build import policy_traits
 from megatron_eslm.selection.options import SelectionOptions
 
 
@@ -37,7 +37,7 @@ class AskedLayout:
     num_attention_heads: int
     ffn_hidden_size: int
     seq_length: int
-    selection: str
+    needs_gradients: bool
     """--selection."""
     compiles: bool
     """--compile."""
@@ -118,7 +118,7 @@ def layout_warnings(asked: AskedLayout) -> list[str]:
 
 def early_exit_layers(selection: SelectionOptions) -> int:
     """Blocks before the early exit; 0 where the policy scores sequences without one."""
-    return described_policy(selection).selector_depth
+    return policy_traits(selection).early_exit_blocks
 
 
 def layout_table() -> str:
@@ -262,7 +262,7 @@ def _split(asked: AskedLayout) -> str | None:
 
 def _greats(asked: AskedLayout) -> str | None:
     # Its gradient products need whole layers and whole sequences' activations on one rank.
-    if asked.selection != "greats":
+    if not asked.needs_gradients:
         return None
     for flag, value in (
         ("--tensor-model-parallel-size", asked.tp),

@@ -39,7 +39,7 @@ from megatron_eslm.model.shape import PRESETS, ModelShape, Preset, pad_vocab_siz
 from megatron_eslm.objectives.options import ObjectiveOptions, check_objective
 from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.parallel.mesh import check_layout
-from megatron_eslm.selection.build import described_policy
+from megatron_eslm.selection.build import policy_traits
 from megatron_eslm.selection.options import Scope, SelectionOptions
 from megatron_eslm.selection.reference_options import ReferenceOptions
 
@@ -129,7 +129,7 @@ class RunConfig:
     @property
     def step_shape_trained(self) -> StepShape:
         """What of them is trained on at the run's alpha; in-model selection may drop rows of it."""
-        if not described_policy(self.selection).selects_per_step:
+        if not policy_traits(self.selection).selects_per_step:
             return self.step_shape
         return self.step_shape.kept(self.selection.initial_alpha)
 
@@ -360,7 +360,7 @@ def _check_lora(
             "there is already, and --load names none. Give --load weights "
             "(tools/convert_from_hf.py makes them of a Hugging Face GPT-2), or leave it out."
         )
-    if selection.selection == "greats":
+    if policy_traits(selection).needs_gradients:
         raise ConfigError(
             f"--selection greats takes inner products of the gradients of all weights and "
             f"--lora-rank {model.lora_rank} freezes them. Use another --selection, or leave out "
@@ -371,7 +371,7 @@ def _check_lora(
 def _check_reference(
     selection: SelectionOptions, reference: ReferenceOptions, data: DataOptions
 ) -> None:
-    needed = described_policy(selection).needs_reference
+    needed = policy_traits(selection).needs_reference
     if needed and not reference.given:
         raise ConfigError(
             f"--selection {selection.selection} needs the losses of a reference model. Score the "
@@ -412,7 +412,7 @@ def _check_layout(
         num_attention_heads=model.num_attention_heads,
         ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
         seq_length=model.seq_length,
-        selection=selection.selection,
+        needs_gradients=policy_traits(selection).needs_gradients,
         compiles=model.compile,
         drops_out=model.hidden_dropout > 0 or model.attention_dropout > 0,
         trains_adapters=model.lora is not None,

@@ -9,7 +9,7 @@ import math
 from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.keep_rule import StepShape
-from megatron_eslm.selection.build import described_policy
+from megatron_eslm.selection.build import policy_traits
 from megatron_eslm.selection.options import Scope, SelectionOptions
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ def fill_scope(
             would be dropped.
     """
     given, alpha = selection.eslm_scope, selection.initial_alpha
-    policy = described_policy(selection)
-    if policy.instance_source == "nothing" or not policy.chooses_together or not alpha:
+    traits = policy_traits(selection)
+    if not traits.selects_sequences or traits.needs_gradients or not alpha:
         # Nothing that a scope decides; greats refuses what it cannot do in its own words.
         return selection
     read = StepShape(micro_steps, micro_batch_size)
@@ -101,7 +101,7 @@ def warn_of_ramp(
 ) -> None:
     """Say where a ramp begins with batches of which nothing is dropped ahead of a step."""
     alpha = selection.initial_alpha
-    if not (alpha and described_policy(selection).selects_per_step):
+    if not (alpha and policy_traits(selection).selects_per_step):
         return
     whole = []
     for size in schedule.sizes:

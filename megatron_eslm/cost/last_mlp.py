@@ -7,7 +7,7 @@ import torch
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.selection.policy import SelectionPolicy
+from megatron_eslm.selection.build import policy_traits
 
 KEPT_MLP_PAYS_FROM = {"cuda": 190, "cpu": 25}
 """From which product of width and alpha on it pays. It saves 32 alpha D^2 operations a token, at
@@ -15,22 +15,20 @@ KEPT_MLP_PAYS_FROM = {"cuda": 190, "cpu": 25}
 16 bits (a core: 10 GB/s in 32)."""
 
 
-def last_mlp_kept(
-    run: RunConfig, shape: ModelShape, policy: SelectionPolicy, device_type: str | None = None
-) -> bool:
+def last_mlp_kept(run: RunConfig, shape: ModelShape, device_type: str | None = None) -> bool:
     """What --last-mlp-backward comes to.
 
     Args:
         run: whose layout the table of config/layouts.py has checked.
         shape: of the model.
-        policy: that selects.
         device_type: what it would run on; None is this machine's.
 
     Raises:
         ConfigError: it is asked for where no token is dropped.
     """
     asked, engine = run.model.last_mlp_backward, run.engine
-    drops = policy.token_source != "nothing" and not policy.learns_from_dropped_tokens
+    traits = policy_traits(run.selection)
+    drops = traits.selects_tokens and not traits.holds_dropped_tokens
     if asked == "kept":
         if not drops:
             raise ConfigError(

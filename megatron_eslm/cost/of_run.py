@@ -7,15 +7,14 @@ from megatron_eslm.cost.flops import FlopsModel, TeacherCost, Work
 from megatron_eslm.cost.last_mlp import last_mlp_kept
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.keep_rule import StepShape, num_to_keep
-from megatron_eslm.selection.build import build_policy
-from megatron_eslm.selection.policy import SelectionPolicy
-from megatron_eslm.selection.state import Peers, SelectionState
+from megatron_eslm.selection.build import policy_traits
+from megatron_eslm.selection.state import SelectionState
 
 
 def build_flops(
     run: RunConfig,
     shape: ModelShape,
-    policy: SelectionPolicy,
+    state: SelectionState,
     teacher: ModelShape | None = None,
     reference: ModelShape | None = None,
     *,
@@ -26,7 +25,7 @@ def build_flops(
     Args:
         run: the run.
         shape: of the model.
-        policy: that selects.
+        state: of selection; it says what runs in the current step.
         teacher: shape of the teacher, if there is one.
         reference: shape of the model that runs beside training to compare with, if there is one.
         device_type: what it would run on; None is this machine's.
@@ -34,23 +33,24 @@ def build_flops(
     assert run.model.seq_length
     last = run.objective.salt_iters if run.objective.distill == "salt" else run.training.train_iters
     assert last is not None
+    traits = policy_traits(run.selection)
     return FlopsModel(
         shape=shape,
         seq_length=run.model.seq_length,
-        selector_depth=policy.selector_depth,
-        proxy=policy.instance_source == "head",
-        proxy_stride=policy.proxy_stride,
-        ahead=policy.selects_per_step,
+        selector_depth=traits.early_exit_blocks,
+        proxy=traits.sequence_source == "head",
+        proxy_stride=traits.proxy_stride,
+        ahead=traits.selects_per_step,
         logits_recomputed=not run.keeps_logits(shape),
         blocks_recomputed=run.model.activation_checkpoint_interval > 0,
-        last_mlp_kept=last_mlp_kept(run, shape, policy, device_type),
+        last_mlp_kept=last_mlp_kept(run, shape, device_type),
         lora_rank=run.model.lora_rank,
         alignment_rows=alignment_rows(run),
         teacher=None
         if teacher is None
-        else TeacherCost(shape=teacher, runs=lambda: policy.state.iteration < last),
+        else TeacherCost(shape=teacher, runs=lambda: state.iteration < last),
         reference=reference,
-        refers=None if reference is None else lambda: policy.drops_tokens,
+        refers=None if reference is None else lambda: traits.selects_tokens and state.alpha > 0,
     )
 
 
@@ -68,20 +68,19 @@ def step_work(run: RunConfig, alpha: float | None = None, batch_size: int | None
     if batch_size is not None:
         micro_steps = batch_size // (t.micro_batch_size * run.dp_size)
     alpha = s.initial_alpha if alpha is None else alpha
-    policy = build_policy(s, SelectionState(alpha=alpha), Peers(0, run.dp_size, None), t.seed)
-    ranks = 1 if policy.decides_alone else run.dp_size
+    traits = policy_traits(s)
+    ranks = 1 if traits.ranks_decide_alone else run.dp_size
     rows, steps = t.micro_batch_size * ranks, micro_steps * (run.dp_size // ranks)
     kept, steps_kept = rows, steps
-    if policy.selects_per_step:
+    if traits.selects_per_step:
         shape = StepShape(micro_steps, t.micro_batch_size).kept(alpha)
         kept, steps_kept = shape.rows * ranks, shape.micro_steps
-    elif policy.instance_source != "nothing":
+    elif traits.selects_sequences:
         kept = num_to_keep(rows, alpha)
     deep = kept * run.model.seq_length
-    # The uncertainty objective has a loss for what selection drops, too.
-    all_tokens = policy.token_source == "nothing" or s.selection == "uncertainty"
+    all_tokens = not traits.selects_tokens or traits.holds_dropped_tokens
     trained = deep if all_tokens else num_to_keep(deep, alpha)
-    scored = deep if policy.token_source == "head" else trained
+    scored = deep if traits.token_source == "head" else trained
     return Work(
         tokens=steps * rows * run.model.seq_length,
         tokens_deep=steps_kept * deep,
@@ -92,7 +91,7 @@ def step_work(run: RunConfig, alpha: float | None = None, batch_size: int | None
 
 def alignment_rows(run: RunConfig) -> tuple[int, int] | None:
     """(candidates, validation rows) of a rank's micro-step; None where nothing is aligned."""
-    if run.selection.selection != "greats":
+    if not policy_traits(run.selection).needs_gradients:
         return None
     candidates = run.training.micro_batch_size
     assert candidates

@@ -13,7 +13,7 @@ class Batch(NamedTuple):
     A tuple of tensors, so that engines can carry it.
     """
 
-    tokens_MS: torch.Tensor
+    tokens_MU: torch.Tensor
     """int64 [M, T+1]."""
     valid_MT: torch.Tensor
     """bool [M, T], whether label t counts."""
@@ -25,17 +25,17 @@ class Batch(NamedTuple):
     @classmethod
     def of(
         cls,
-        tokens_MS: torch.Tensor,
+        tokens_MU: torch.Tensor,
         valid_MT: torch.Tensor,
         labels_MT: torch.Tensor | None = None,
         reference_MT: torch.Tensor | None = None,
     ) -> Batch:
         """A batch with the labels and the reference that it has by default."""
         if labels_MT is None:
-            labels_MT = tokens_MS[:, 1:]
+            labels_MT = tokens_MU[:, 1:]
         if reference_MT is None:
-            reference_MT = torch.empty(len(tokens_MS), 0, device=tokens_MS.device)
-        return cls(tokens_MS, valid_MT, labels_MT, reference_MT)
+            reference_MT = torch.empty(len(tokens_MU), 0, device=tokens_MU.device)
+        return cls(tokens_MU, valid_MT, labels_MT, reference_MT)
 
 
 class Rows(NamedTuple):

@@ -45,7 +45,7 @@ class _StageLayer(nn.Module):
         is_first = not isinstance(inputs, torch.Tensor)
         selected = self.stage.run(Batch(*inputs) if is_first else inputs)  # type: ignore[arg-type]
         if not self.stage.is_last:
-            return selected.hidden_SKD
+            return selected.hidden_LKD
         assert self.batch is not None
         batch, self.batch = self.batch, None
         return self.stage.loss(selected, batch)

@@ -75,10 +75,10 @@ class FrozenModel:
         return self._model.embedding.word.weight
 
     @torch.no_grad()
-    def hidden(self, tokens_MS: torch.Tensor) -> torch.Tensor:
+    def hidden(self, tokens_MU: torch.Tensor) -> torch.Tensor:
         """Normalised hidden states, [T, M, E] in the model's type, for int64 [M, T+1]."""
-        everything_MT = torch.ones_like(tokens_MS[:, 1:], dtype=torch.bool)
-        hidden_TME, *_ = self._model.run(Batch.of(tokens_MS, everything_MT))
+        everything_MT = torch.ones_like(tokens_MU[:, 1:], dtype=torch.bool)
+        hidden_TME, *_ = self._model.run(Batch.of(tokens_MU, everything_MT))
         return self._model.final_norm(hidden_TME)
 
 

@@ -20,6 +20,7 @@ from megatron_eslm.objectives.distillation import Distillation
 from megatron_eslm.objectives.uncertainty import Uncertainty
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.parallel.mesh import Mesh
+from megatron_eslm.selection.build import policy_traits
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ def find_run_teacher(
     Raises:
         ConfigError: there is no usable teacher.
     """
-    if run.selection.selection == "uncertainty" and found is None:
+    holds = policy_traits(run.selection).holds_dropped_tokens
+    if holds and found is None:
         raise ConfigError(
             f"--selection uncertainty holds a model to what it was and --load {run.checkpoint.load}"
             " holds no checkpoint yet. Put the weights to start from there, or --load them from "
@@ -46,7 +48,7 @@ def find_run_teacher(
         )
     if run.objective.distill_teacher is not None:
         return on_rank_zero(lambda: find_teacher(run, shape, tokenizer))
-    if run.selection.selection != "uncertainty":
+    if not holds:
         return None
     assert found is not None
     # Frozen weights are saved in the type that computes with them.
@@ -67,7 +69,7 @@ def teacher_shape(
     if source is not None:
         return source.shape
     # Of a dry run, which opens no checkpoint.
-    return shape if run.selection.selection == "uncertainty" else None
+    return shape if policy_traits(run.selection).holds_dropped_tokens else None
 
 
 def build_objective(run: RunConfig, mesh: Mesh, source: FrozenSource | None) -> Objective:

@@ -4,7 +4,7 @@ Beside training (`--reference`) it stands on the last pipeline stage, whole, spr
 stage's tensor-parallel ranks, and scores each micro-batch in exactly the context that it is trained
 in. Before training it scores a `.bin` once (reference_scoring.py).
 
-Shape legend: M rows, T positions, S = T + 1, D hidden, N tokens that are wanted.
+Shape legend: M rows, T positions, U = T + 1, D hidden, N tokens that are wanted.
 """
 
 from __future__ import annotations
@@ -64,23 +64,23 @@ class ReferenceModel:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """float32 [M, T]: losses of a batch's labels; 0 where they do not count."""
-        return self.losses(batch.tokens_MS, batch.labels_MT, batch.valid_MT)
+        return self.losses(batch.tokens_MU, batch.labels_MT, batch.valid_MT)
 
     @torch.no_grad()
     def losses(
-        self, tokens_MS: torch.Tensor, labels_MT: torch.Tensor, wanted_MT: torch.Tensor
+        self, tokens_MU: torch.Tensor, labels_MT: torch.Tensor, wanted_MT: torch.Tensor
     ) -> torch.Tensor:
         """Losses of labels, in nats.
 
         Args:
-            tokens_MS: int64 [M, T+1]; the last column is not read.
+            tokens_MU: int64 [M, T+1]; the last column is not read.
             labels_MT: int64 [M, T].
             wanted_MT: bool [M, T], which of them to score.
 
         Returns:
             float32 [M, T], 0 where nothing is wanted.
         """
-        normed_ND = self._frozen.hidden(tokens_MS).transpose(0, 1)[wanted_MT]
+        normed_ND = self._frozen.hidden(tokens_MU).transpose(0, 1)[wanted_MT]
         statistics = head_statistics(
             normed_ND, self._frozen.weight_VE, labels_MT[wanted_MT], self._shard, entropy=False
         )

@@ -5,7 +5,7 @@ sequence length; so the contexts here are their own: a document is cut into wind
 predicted from what stands before it in its window. Training packs documents end to end and cuts
 elsewhere, so these losses approximate those that `--reference` would compute (docs/data.md).
 
-Shape legend: M rows, T positions, S = T + 1.
+Shape legend: M rows, T positions, U = T + 1.
 """
 
 from __future__ import annotations
@@ -127,15 +127,15 @@ def _score(
 ) -> Iterator[np.ndarray]:
     """The losses of each window, float32, in one forward pass; the longest window is the first."""
     width = batch[0].end - batch[0].begin
-    tokens_MS = np.full((len(batch), width + 1), eod, dtype=np.int64)
+    tokens_MU = np.full((len(batch), width + 1), eod, dtype=np.int64)
     wanted_MT = np.zeros((len(batch), width), dtype=bool)
     for row, window in enumerate(batch):
         length = window.end - window.begin
         if not window.starts_document:
-            tokens_MS[row, 0] = ids[window.begin - 1]
-        tokens_MS[row, 1 : length + 1] = ids[window.begin : window.end]
+            tokens_MU[row, 0] = ids[window.begin - 1]
+        tokens_MU[row, 1 : length + 1] = ids[window.begin : window.end]
         wanted_MT[row, :length] = True
-    tokens, wanted = (torch.from_numpy(x).to(model.device) for x in (tokens_MS, wanted_MT))
+    tokens, wanted = (torch.from_numpy(x).to(model.device) for x in (tokens_MU, wanted_MT))
     losses_MT = model.losses(tokens, tokens[:, 1:], wanted).cpu().numpy()
     for window, losses_T in zip(batch, losses_MT, strict=True):
         yield losses_T[: window.end - window.begin]

@@ -5,7 +5,7 @@ tensor- and pipeline-parallel layout draws the same one, and so does a backward 
 activations again. torch's own dropout takes its numbers from a stream that every layout consumes
 differently.
 
-Shape legend: T positions, S those of this rank (T unless sequence parallel), M rows, D hidden,
+Shape legend: T positions, L those of this rank (T unless sequence parallel), M rows, D hidden,
 H heads of this rank.
 """
 
@@ -49,18 +49,18 @@ class NamedDropout:
         self._tp_rank, self._tp_size = mesh.tp_rank, mesh.tp_size
         self._parts = mesh.tp_size if sequence_parallel else 1
 
-    def hidden(self, x_SMD: torch.Tensor, places: Places | None) -> torch.Tensor:
-        """Dropout on hidden states [S, M, D]; None, as in evaluation, drops nothing."""
+    def hidden(self, x_LMD: torch.Tensor, places: Places | None) -> torch.Tensor:
+        """Dropout on hidden states [L, M, D]; None, as in evaluation, drops nothing."""
         if not self.probability or places is None:
-            return x_SMD
-        s, _, d = x_SMD.shape
-        masks = [self._draw((s * self._parts, d), x_SMD, places, row) for row in places.rows]
+            return x_LMD
+        s, _, d = x_LMD.shape
+        masks = [self._draw((s * self._parts, d), x_LMD, places, row) for row in places.rows]
         if not masks:
-            return x_SMD
+            return x_LMD
         mask_TMD = torch.stack(masks, dim=1)
         if self._parts > 1:
             mask_TMD = mask_TMD.chunk(self._parts)[self._tp_rank].clone()  # lets go of the rest
-        return x_SMD * mask_TMD
+        return x_LMD * mask_TMD
 
     def attention(self, weights_MHTT: torch.Tensor, places: Places) -> torch.Tensor:
         """Dropout on attention weights [M, H, T, T]."""

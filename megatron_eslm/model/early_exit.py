@@ -13,6 +13,7 @@ from megatron_eslm.data.batch import Batch, Rows
 from megatron_eslm.model.layers import Block, Embedding, FinalNorm, Layout
 from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 from megatron_eslm.selection.policy import SelectionPolicy
+from megatron_eslm.selection.scored import ScoredBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,34 +47,38 @@ class EarlyExit:
     def candidate_scores(self, batch: Batch, rows: Rows) -> torch.Tensor:
         """The proxy pass from the tokens on, without dropout; float32 [M] as `scores`."""
         if self.layers is None:
-            return self.scores(batch.tokens_MS.new_empty(0), batch, rows)
-        hidden_SMD = self.layers.embedding(batch.tokens_MS)
+            return self.scores(batch.tokens_MU.new_empty(0), batch, rows)
+        hidden_LMD = self.layers.embedding(batch.tokens_MU)
         for block in self.layers.blocks:
-            hidden_SMD = block(hidden_SMD)
-        return self.scores(hidden_SMD, batch, rows)
+            hidden_LMD = block(hidden_LMD)
+        return self.scores(hidden_LMD, batch, rows)
 
     @torch.no_grad()
-    def scores(self, hidden_SMD: torch.Tensor, batch: Batch, rows: Rows) -> torch.Tensor:
+    def scores(self, hidden_LMD: torch.Tensor, batch: Batch, rows: Rows) -> torch.Tensor:
         """float32 [M], higher is riskier; EXCLUDED for rows without any label.
 
         Args:
-            hidden_SMD: behind the early exit's blocks; S is T, or this rank's share of it under
+            hidden_LMD: behind the early exit's blocks; L is T, or this rank's share of it under
                 sequence parallelism.
             batch: of the M rows.
             rows: which these are of all that are scored together.
         """
-        valid_MT = batch.valid_MT
+        valid_MT, stride = batch.valid_MT, self.policy.traits.proxy_stride
         if self.layers is None:
-            return self.policy.instance_scores(hidden_SMD.new_empty(0), valid_MT, rows)
-        stride = self.policy.proxy_stride
+            nothing_MT = torch.zeros(valid_MT.shape, device=valid_MT.device)
+            return self.policy.score_sequences(
+                ScoredBatch(
+                    nothing_MT, valid_MT, batch.labels_MT, self.policy.reference_losses(batch), rows
+                )
+            )
         # P: the positions that are scored.
-        hidden_PMD = self.layers.final_norm(self.layout.gather(hidden_SMD.detach())[::stride])
+        hidden_PMD = self.layers.final_norm(self.layout.gather(hidden_LMD.detach())[::stride])
         statistics = head_statistics(
             hidden_PMD.flatten(0, 1),
             self.layers.embedding.word.weight,
             batch.labels_MT[:, ::stride].t().flatten(),
             self.shard,
-            entropy=self.policy.needs_entropy,
+            entropy=self.policy.traits.needs_entropy,
         )
         risk_MP = self.policy.token_risk(statistics).view(hidden_PMD.shape[:2]).t()
         seen_MP = valid_MT[:, ::stride]
@@ -82,7 +87,11 @@ class EarlyExit:
             # so that it has a score and is not dropped for ever.
             unseen_M1 = ~seen_MP.any(1, keepdim=True) & valid_MT.any(1, keepdim=True)
             seen_MP = seen_MP | unseen_M1
-        return self.policy.instance_scores(risk_MP, seen_MP, rows)
+        labels_MP = batch.labels_MT[:, ::stride]
+        reference_MP = self.policy.reference_losses(batch)[:, ::stride]
+        return self.policy.score_sequences(
+            ScoredBatch(risk_MP, seen_MP, labels_MP, reference_MP, rows)
+        )
 
 
 def as_copy(module: nn.Module) -> None:

@@ -128,10 +128,10 @@ class GPT(nn.Module):
                 settings.keep_logits,
             )
         exit_layers, self.copies = None, nn.ModuleList()
-        if policy.instance_source == "head":
+        if policy.traits.sequence_source == "head":
             # All stages score, so that none waits for the first one: with their own layers, or
             # copies of those of another stage.
-            depth = policy.selector_depth
+            depth = policy.traits.early_exit_blocks
             exit_layers = ExitLayers(
                 embedding=self.embedding if self.is_first else embedding(positions=True),
                 blocks=[own_blocks[i] if self.is_first else block(i) for i in range(depth)],
@@ -169,7 +169,7 @@ class GPT(nn.Module):
         """This stage's layers but the head, for one micro-batch.
 
         Args:
-            inputs: the batch on the first stage, hidden states [S, M, D] on the others.
+            inputs: the batch on the first stage, hidden states [L, M, D] on the others.
         """
         tokens = None
         if self.training:
@@ -181,14 +181,14 @@ class GPT(nn.Module):
             rows = torch.arange(inputs.shape[1], device=inputs.device)
             places = self._places(rows, len(rows))
             return Selected(self._blocks(inputs, self.block_range, places, tokens), rows)
-        depth, num_rows = self.policy.selector_depth, len(inputs.tokens_MS)
+        depth, num_rows = self.policy.traits.early_exit_blocks, len(inputs.tokens_MU)
         places = self._places(range(num_rows), num_rows)
-        hidden_SMD = self.embedding(inputs.tokens_MS, places)
-        hidden_SMD = self._blocks(hidden_SMD, self.block_range[:depth], places)
-        hidden_SKD, kept_K = self.selector(hidden_SMD, inputs)
+        hidden_LMD = self.embedding(inputs.tokens_MU, places)
+        hidden_LMD = self._blocks(hidden_LMD, self.block_range[:depth], places)
+        hidden_LKD, kept_K = self.selector(hidden_LMD, inputs)
         places = self._places(kept_K, num_rows)
-        hidden_SKD = self._blocks(hidden_SKD, self.block_range[depth:], places, tokens)
-        return Selected(hidden_SKD, kept_K)
+        hidden_LKD = self._blocks(hidden_LKD, self.block_range[depth:], places, tokens)
+        return Selected(hidden_LKD, kept_K)
 
     def loss(self, selected: Selected, batch: Batch) -> torch.Tensor:
         """The head, on the last stage."""
@@ -255,8 +255,8 @@ def _check(
             raise ConfigError(
                 f"{flag} {value} does not divide by --tensor-model-parallel-size {tp}."
             )
-    if policy.instance_source == "head" and blocks.start == 0:
-        depth = policy.selector_depth
+    if policy.traits.sequence_source == "head" and blocks.start == 0:
+        depth = policy.traits.early_exit_blocks
         if depth >= shape.num_layers:
             raise ConfigError(
                 f"--eslm-proxy-layers {depth} must be smaller than --num-layers "

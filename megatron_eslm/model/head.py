@@ -1,7 +1,7 @@
-"""The end of the model: final norm, tied head, token selection and loss.
+"""The end of the model: final norm, tied head and loss of the tokens that are selected.
 
 Shape legend: T positions, M rows of this rank, K kept rows, N = T*K tokens in (position, row)
-order, S selected tokens, D hidden.
+order, S tokens in the loss, D hidden.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import nn
 from megatron_eslm.data.batch import Batch
 from megatron_eslm.model.instance_selector import Selected
 from megatron_eslm.model.layers import Embedding, FinalNorm, Layout
+from megatron_eslm.model.token_selector import SelectedTokens, TokenSelector
 from megatron_eslm.objectives.base import Objective
 from megatron_eslm.objectives.loss_tokens import LossTokens
 from megatron_eslm.ops.head.statistics import HeadStatistics, VocabShard, head_statistics
-from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens
 from megatron_eslm.parallel.collectives import sum_later
 from megatron_eslm.selection.policy import SelectionPolicy
@@ -45,6 +45,7 @@ class SelectiveHead(nn.Module):
         self.policy = policy
         self.recorder = recorder
         self.objective = objective
+        self.selector = TokenSelector(policy, recorder)
         self.layout = layout
         self.shard = shard
         self.keep_logits = keep_logits
@@ -54,39 +55,38 @@ class SelectiveHead(nn.Module):
         self._tied = (embedding, final_norm)
 
     def forward(self, selected: Selected, batch: Batch) -> torch.Tensor:
-        hidden_SKD, kept_K = selected
-        hidden_TKD = self.layout.gather(hidden_SKD)
+        hidden_LKD, kept_K = selected
+        hidden_TKD = self.layout.gather(hidden_LKD)
         embedding, final_norm = self._tied
         weight_VD = embedding.word.weight
         if not self.training:
             # Over the tokens as they are, whatever --label-noise trains on.
-            labels_N = batch.tokens_MS[kept_K, 1:].t().flatten()
+            labels_N = batch.tokens_MU[kept_K, 1:].t().flatten()
             valid_N = batch.valid_MT[kept_K].t().flatten()
             return self._evaluate(hidden_TKD, weight_VD, labels_N, valid_N)
 
         labels_N = batch.labels_MT[kept_K].t().flatten()
-        valid_KT = batch.valid_MT[kept_K]
+        valid_N = batch.valid_MT[kept_K].t().flatten()
         hidden_ND = hidden_TKD.flatten(0, 1)
-        statistics = scored_S = None
-        source = self.policy.token_source if self.policy.drops_tokens else "nothing"
-        if source == "head":
-            # Logits of all tokens first, then the choice, then the backward pass of the chosen.
-            with torch.no_grad():
-                statistics = self._statistics(final_norm(hidden_ND), weight_VD, labels_N)
-            risk_KT = self.policy.token_risk(statistics).view(hidden_TKD.shape[:2]).t()
-            kept_N, number = self._choose(risk_KT, kept_K, batch)
-        elif source == "policy":
-            kept_N, number = self._choose(None, kept_K, batch)
-        else:
-            kept_N, number = valid_KT.t().flatten(), None
-        in_loss_N, kept_S = kept_N, None
+        statistics = scored_S = kept_S = None
+        kept = SelectedTokens(valid_N, None)
+        if self.policy.drops_tokens:
+            risk_KT = None
+            if self.policy.traits.token_source == "head":
+                # Logits of all tokens, then the selection, then the backward pass of kept ones.
+                with torch.no_grad():
+                    statistics = self._statistics(final_norm(hidden_ND), weight_VD, labels_N)
+                risk_KT = self.policy.token_risk(statistics).view(hidden_TKD.shape[:2]).t()
+            kept = self.selector.select(risk_KT, kept_K, batch)
+        in_loss = kept
         if self.objective.on_dropped_tokens:
-            in_loss_N, number = valid_KT.t().flatten(), None
+            in_loss = SelectedTokens(valid_N, None)
         # Where ranks know their own number only, it is added up while the head computes.
-        num_in_loss = sum_later(in_loss_N.sum(), self.policy.peers.group, known=number)
-        chosen_S = in_loss_N.nonzero().squeeze(1)
+        count = in_loss.kept_N.sum()
+        num_in_loss = sum_later(count, self.policy.peers.group, known=in_loss.total)
+        chosen_S = in_loss.kept_N.nonzero().squeeze(1)
         if self.objective.on_dropped_tokens:
-            kept_S = kept_N[chosen_S]
+            kept_S = kept.kept_N[chosen_S]
 
         keeps_all = len(chosen_S) == len(hidden_ND)
         if self.tokens is not None:
@@ -94,7 +94,7 @@ class SelectiveHead(nn.Module):
         labels_S = labels_N[chosen_S]
         normed_SD = final_norm(hidden_ND if keeps_all else hidden_ND.index_select(0, chosen_S))
         if statistics is None:
-            # The choice needed no logits, so only those of the chosen tokens are ever computed.
+            # The selection needed no logits, so only those of tokens in the loss are computed.
             statistics = self._statistics(normed_SD.detach(), weight_VD, labels_S)
         elif not keeps_all:
             scored_S = chosen_S
@@ -115,7 +115,7 @@ class SelectiveHead(nn.Module):
                 iteration=self.policy.state.iteration,
             )
         )
-        self._record(loss_S, chosen_S, kept_N, kept_K, batch)
+        self.selector.record(loss_S, chosen_S, kept.kept_N, kept_K, batch)
         # Engines average gradients over data-parallel ranks; the average of these terms is the
         # mean over the tokens of all ranks, however unequal their numbers are.
         with self.policy.peers.phases("count of kept tokens", waits=True):
@@ -135,68 +135,9 @@ class SelectiveHead(nn.Module):
             weight_VD,
             labels_N,
             self.shard,
-            entropy=self.policy.needs_entropy and self.policy.drops_tokens,
+            entropy=self.policy.traits.needs_entropy and self.policy.drops_tokens,
             keep_logits=self.keep_logits,
         )
-
-    @torch.no_grad()
-    def _choose(
-        self,
-        risk_KT: torch.Tensor | None,
-        kept_K: torch.Tensor,
-        batch: Batch,
-    ) -> tuple[torch.Tensor, int | None]:
-        """bool [N], the tokens that are kept, and their global number if it is known."""
-        valid_MT = batch.valid_MT
-        record = self.recorder.record
-        in_kept_row_M = torch.zeros(len(valid_MT), dtype=torch.bool, device=valid_MT.device)
-        in_kept_row_M[kept_K] = True
-        risk_MT = torch.zeros(valid_MT.shape, dtype=torch.float32, device=valid_MT.device)
-        if risk_KT is not None:
-            risk_MT[kept_K] = risk_KT
-        scores_MT = self.policy.token_scores(risk_MT, batch, self.policy.rows(len(valid_MT)))
-        takes_part_MT = valid_MT & in_kept_row_M[:, None]
-        # Full [M, T] on every rank, so that one gather of one shape serves whatever was dropped.
-        decision = self.policy.keep(torch.where(takes_part_MT, scores_MT, EXCLUDED), "token gather")
-        record.token_scores_MT = torch.where(takes_part_MT, scores_MT, torch.nan)
-        record.tau_token = decision.tau
-        record.cvar = decision.cvar
-        record.num_nonfinite += decision.num_nonfinite
-        kept_N = decision.keep[kept_K].t().flatten()
-        return kept_N, None if self.policy.decides_alone else decision.num_kept
-
-    @torch.no_grad()
-    def _record(
-        self,
-        loss_S: torch.Tensor,
-        chosen_S: torch.Tensor,
-        kept_N: torch.Tensor,
-        kept_K: torch.Tensor,
-        batch: Batch,
-    ) -> None:
-        """Write down what became of the rows of the micro-batch."""
-        record, valid_MT = self.recorder.record, batch.valid_MT
-        num_rows, num_positions = len(kept_K), valid_MT.shape[1]
-        record.num_tokens, record.num_tokens_in_kept_rows = torch.stack(
-            [valid_MT.sum(), valid_MT[kept_K].sum()]
-        ).tolist()
-        record.num_tokens_kept = len(chosen_S)
-        bad_S = ~torch.isfinite(loss_S)
-        bad_K = torch.zeros(num_rows, dtype=torch.bool, device=loss_S.device)
-        if num_rows:
-            bad_K[chosen_S[bad_S] % num_rows] = True
-
-        record.token_kept_MT = torch.zeros_like(valid_MT)
-        record.token_kept_MT[kept_K] = kept_N.view(num_positions, num_rows).t()
-        nonfinite_M = record.nonfinite_rows_M
-        if nonfinite_M is None:
-            nonfinite_M = torch.zeros_like(valid_MT[:, 0])
-        nonfinite_M[kept_K] |= bad_K
-        if record.token_scores_MT is not None:
-            bad_MT = record.token_scores_MT.isnan() & record.token_kept_MT
-            nonfinite_M |= (bad_MT | record.token_scores_MT.isinf()).any(dim=1)
-        record.nonfinite_rows_M = nonfinite_M
-        record.num_nonfinite = max(record.num_nonfinite, int(bad_S.sum()))
 
     @torch.no_grad()
     def _evaluate(

@@ -21,16 +21,16 @@ from megatron_eslm.selection.state import Recorder
 class Selected(NamedTuple):
     """What goes on through the model."""
 
-    hidden_SKD: torch.Tensor
+    hidden_LKD: torch.Tensor
     """Of the kept rows."""
     kept_K: torch.Tensor
     """int64, which of this rank's rows they are."""
 
 
 class InstanceSelector(nn.Module):
-    """(hidden [S,M,D], batch) -> Selected.
+    """(hidden [L,M,D], batch) -> Selected.
 
-    S is T, or this rank's share of it under sequence parallelism. K may be 0 on a rank. Evaluation
+    L is T, or this rank's share of it under sequence parallelism. K may be 0 on a rank. Evaluation
     keeps all rows, and so do micro-steps in which nothing is to be dropped.
     """
 
@@ -40,17 +40,17 @@ class InstanceSelector(nn.Module):
         self.recorder = recorder
         self.early_exit = early_exit
 
-    def forward(self, hidden_SMD: torch.Tensor, batch: Batch) -> Selected:
-        rows = hidden_SMD.shape[1]
-        everything_M = torch.arange(rows, device=hidden_SMD.device)
+    def forward(self, hidden_LMD: torch.Tensor, batch: Batch) -> Selected:
+        rows = hidden_LMD.shape[1]
+        everything_M = torch.arange(rows, device=hidden_LMD.device)
         if not self.training:
-            return Selected(hidden_SMD, everything_M)
+            return Selected(hidden_LMD, everything_M)
         record = self.recorder.record
         record.num_rows = record.num_rows_kept = rows
         if not self.policy.drops_rows(rows):
-            return Selected(hidden_SMD, everything_M)
+            return Selected(hidden_LMD, everything_M)
 
-        scores_M = self.early_exit.scores(hidden_SMD, batch, self.policy.rows(rows))
+        scores_M = self.early_exit.scores(hidden_LMD, batch, self.policy.rows(rows))
         kept = self.policy.keep(scores_M, "proxy gather")
         record.instance_scores_M = scores_M
         record.instance_kept_M = kept.keep
@@ -60,5 +60,5 @@ class InstanceSelector(nn.Module):
         kept_K = kept.keep.nonzero().squeeze(1)
         record.num_rows_kept = len(kept_K)
         if len(kept_K) == rows:
-            return Selected(hidden_SMD, kept_K)
-        return Selected(hidden_SMD.index_select(1, kept_K), kept_K)
+            return Selected(hidden_LMD, kept_K)
+        return Selected(hidden_LMD.index_select(1, kept_K), kept_K)

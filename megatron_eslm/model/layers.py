@@ -1,7 +1,7 @@
 """The layers of a GPT-2 decoder, on megatron-core's tensor-parallel building blocks.
 
-Shape legend: T positions, S those of this rank (T / TP under sequence parallelism, else T), M rows
-(sequences), D hidden. Activations are [S, M, D], Megatron's order, which sequence parallelism
+Shape legend: T positions, L those of this rank (T / TP under sequence parallelism, else T), M rows
+(sequences), D hidden. Activations are [L, M, D], Megatron's order, which sequence parallelism
 needs.
 """
 
@@ -65,7 +65,7 @@ class Layout:
         )
 
     def column(self, d_in: int, d_out: int) -> ColumnParallelLinear:
-        """[S, M, d_in] -> [T, M, d_out / TP]."""
+        """[L, M, d_in] -> [T, M, d_out / TP]."""
         settings: dict[str, Any] = {
             "config": self.megatron,
             "init_method": _no_init,
@@ -80,7 +80,7 @@ class Layout:
         return layer
 
     def row(self, d_in: int, d_out: int) -> RowParallelLinear:
-        """[T, M, d_in / TP] -> [S, M, d_out], without its bias: see `shared`."""
+        """[T, M, d_in / TP] -> [L, M, d_out], without its bias: see `shared`."""
         settings: dict[str, Any] = {
             "config": self.megatron,
             "init_method": _no_init,
@@ -98,7 +98,7 @@ class Layout:
         return layer
 
     def shared(self, parameter: torch.Tensor) -> torch.Tensor:
-        """A parameter that every tensor-parallel rank holds whole, for use on [S, M, D].
+        """A parameter that every tensor-parallel rank holds whole, for use on [L, M, D].
 
         Under sequence parallelism a rank sees some positions only, so its gradient is summed over
         the ranks, where it arises: each engine and ZeRO stage then finds it complete.
@@ -108,22 +108,22 @@ class Layout:
         return copy_to_tensor_model_parallel_region(parameter, group=self.mesh.tp_group)
 
     def scatter(self, x_TMD: torch.Tensor) -> torch.Tensor:
-        """[T, M, D] on every tensor-parallel rank -> [S, M, D], this rank's positions."""
+        """[T, M, D] on every tensor-parallel rank -> [L, M, D], this rank's positions."""
         if not self.sequence_parallel:
             return x_TMD
         return scatter_to_sequence_parallel_region(x_TMD, group=self.mesh.tp_group)
 
-    def gather(self, x_SMD: torch.Tensor) -> torch.Tensor:
-        """[S, M, D] -> [T, M, D] on every rank, each of which then has the whole gradient."""
+    def gather(self, x_LMD: torch.Tensor) -> torch.Tensor:
+        """[L, M, D] -> [T, M, D] on every rank, each of which then has the whole gradient."""
         if not self.sequence_parallel:
-            return x_SMD
+            return x_LMD
         return gather_from_sequence_parallel_region(
-            x_SMD, tensor_parallel_output_grad=False, group=self.mesh.tp_group
+            x_LMD, tensor_parallel_output_grad=False, group=self.mesh.tp_group
         )
 
 
 class Embedding(nn.Module):
-    """Word and position embeddings: tokens int64 [M, T+1] -> hidden [S, M, D].
+    """Word and position embeddings: tokens int64 [M, T+1] -> hidden [L, M, D].
 
     A pipeline's last stage needs the word embedding only, as its head (`positions=False`).
     """
@@ -144,23 +144,23 @@ class Embedding(nn.Module):
             self.position = nn.Embedding(shape.max_position_embeddings, shape.hidden_size)
         self.dropout = dropout
 
-    def forward(self, tokens_MS: torch.Tensor, places: Places | None = None) -> torch.Tensor:
-        inputs_TM = tokens_MS[:, :-1].t().contiguous()
+    def forward(self, tokens_MU: torch.Tensor, places: Places | None = None) -> torch.Tensor:
+        inputs_TM = tokens_MU[:, :-1].t().contiguous()
         positions_T = torch.arange(inputs_TM.shape[0], device=inputs_TM.device)
         hidden_TMD = self.word(inputs_TM) + self.position(positions_T)[:, None]
         return self.dropout.hidden(self.layout.scatter(hidden_TMD), places)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm over the hidden dimension of [S, M, D]; torch's own is fused on CUDA."""
+    """Layer norm over the hidden dimension of [L, M, D]; torch's own is fused on CUDA."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout.shape.hidden_size, eps=layout.shape.layernorm_epsilon)
         self.layout = layout
 
-    def forward(self, x_SMD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_LMD: torch.Tensor) -> torch.Tensor:
         weight, bias = self.layout.shared(self.weight), self.layout.shared(self.bias)
-        return F.layer_norm(x_SMD, self.normalized_shape, weight, bias, self.eps)
+        return F.layer_norm(x_LMD, self.normalized_shape, weight, bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -180,8 +180,8 @@ class Attention(nn.Module):
         self.qkv = layout.column(shape.hidden_size, 3 * shape.hidden_size)
         self.out = layout.row(shape.hidden_size, shape.hidden_size)
 
-    def forward(self, x_SMD: torch.Tensor, places: Places | None) -> torch.Tensor:
-        qkv, _ = self.qkv(x_SMD)
+    def forward(self, x_LMD: torch.Tensor, places: Places | None) -> torch.Tensor:
+        qkv, _ = self.qkv(x_LMD)
         t, m, _ = qkv.shape
         # [T, M, heads, 3, channels] -> three of [M, heads, T, channels]
         q, k, v = qkv.view(t, m, self.num_heads_local, 3, self.head_dim).permute(3, 1, 2, 0, 4)
@@ -191,8 +191,8 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         # Not -1: a rank that keeps no row passes m = 0 through here.
         mixed_TMD = mixed.permute(2, 0, 1, 3).reshape(t, m, self.num_heads_local * self.head_dim)
-        out_SMD, bias = self.out(mixed_TMD)
-        return out_SMD + self.layout.shared(bias)
+        out_LMD, bias = self.out(mixed_TMD)
+        return out_LMD + self.layout.shared(bias)
 
     def _with_dropout(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: Places
@@ -217,23 +217,23 @@ class MLP(nn.Module):
         self.up = layout.column(layout.shape.hidden_size, layout.shape.ffn_hidden_size)
         self.down = layout.row(layout.shape.ffn_hidden_size, layout.shape.hidden_size)
 
-    def forward(self, x_SMD: torch.Tensor, tokens: ChosenTokens | None = None) -> torch.Tensor:
+    def forward(self, x_LMD: torch.Tensor, tokens: ChosenTokens | None = None) -> torch.Tensor:
         if tokens is None:
-            out_SMD, bias = self.down(F.gelu(self.up(x_SMD)[0], approximate="tanh"))
-            return out_SMD + self.layout.shared(bias)
+            out_LMD, bias = self.down(F.gelu(self.up(x_LMD)[0], approximate="tanh"))
+            return out_LMD + self.layout.shared(bias)
         out_ND = kept_tokens_mlp(
-            x_SMD.flatten(0, 1),
+            x_LMD.flatten(0, 1),
             self.up.weight,
             self.up.bias,
             self.down.weight,
             tokens,
             self.layout.mesh.tp_group,
         )
-        return out_ND.view(x_SMD.shape) + self.down.bias
+        return out_ND.view(x_LMD.shape) + self.down.bias
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block: hidden [S, M, D] -> [S, M, D]."""
+    """One pre-norm transformer block: hidden [L, M, D] -> [L, M, D]."""
 
     def __init__(self, layout: Layout, dropouts: dict[str, NamedDropout]) -> None:
         super().__init__()
@@ -245,14 +245,14 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_SMD: torch.Tensor,
+        x_LMD: torch.Tensor,
         places: Places | None = None,
         tokens: ChosenTokens | None = None,
     ) -> torch.Tensor:
-        out_SMD = self.attention(self.norm1(x_SMD), places)
-        x_SMD = x_SMD + self.dropouts["attention"].hidden(out_SMD, places)
-        out_SMD = self.mlp(self.norm2(x_SMD), tokens)
-        return x_SMD + self.dropouts["mlp"].hidden(out_SMD, places)
+        out_LMD = self.attention(self.norm1(x_LMD), places)
+        x_LMD = x_LMD + self.dropouts["attention"].hidden(out_LMD, places)
+        out_LMD = self.mlp(self.norm2(x_LMD), tokens)
+        return x_LMD + self.dropouts["mlp"].hidden(out_LMD, places)
 
 
 class FinalNorm(nn.LayerNorm):

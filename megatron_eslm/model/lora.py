@@ -5,7 +5,7 @@ the first step sees the model that was loaded. Over tensor-parallel ranks the ad
 layer is: B of a column-parallel one by rows, A of a row-parallel one by columns; the other factor
 every rank holds whole. What crosses ranks is as wide as the rank of the adapter.
 
-Shape legend: T positions, S those of this rank (T / TP under sequence parallelism, else T), M rows
+Shape legend: T positions, L those of this rank (T / TP under sequence parallelism, else T), M rows
 (sequences), R rank of the adapter.
 """
 
@@ -49,7 +49,7 @@ def freeze_all_but_adapters(model: nn.Module) -> None:
 
 
 class AdaptedColumnLinear(ColumnParallelLinear):
-    """[S, M, in] -> [T, M, out / TP]."""
+    """[L, M, in] -> [T, M, out / TP]."""
 
     def __init__(self, d_in: int, d_out: int, lora: Lora, **settings: Any) -> None:
         super().__init__(d_in, d_out, **settings)
@@ -57,23 +57,23 @@ class AdaptedColumnLinear(ColumnParallelLinear):
         self.lora_a = nn.Parameter(torch.empty(lora.rank, d_in))
         self.lora_b = nn.Parameter(torch.empty(self.output_size_per_partition, lora.rank))
 
-    def forward(self, x_SMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        out, bias = super().forward(x_SMD)
+    def forward(self, x_LMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out, bias = super().forward(x_LMD)
         if self.sequence_parallel:
             # A rank sees some positions only, and the gradient of A is over all.
             lora_a = copy_to_tensor_model_parallel_region(self.lora_a, group=self.tp_group)
             low_TMR = gather_from_sequence_parallel_region(
-                F.linear(x_SMD, lora_a), tensor_parallel_output_grad=True, group=self.tp_group
+                F.linear(x_LMD, lora_a), tensor_parallel_output_grad=True, group=self.tp_group
             )
         else:
             low_TMR = copy_to_tensor_model_parallel_region(
-                F.linear(x_SMD, self.lora_a), group=self.tp_group
+                F.linear(x_LMD, self.lora_a), group=self.tp_group
             )
         return torch.add(out, F.linear(low_TMR, self.lora_b), alpha=self.lora.scale), bias
 
 
 class AdaptedRowLinear(RowParallelLinear):
-    """[T, M, in / TP] -> [S, M, out]."""
+    """[T, M, in / TP] -> [L, M, out]."""
 
     def __init__(self, d_in: int, d_out: int, lora: Lora, **settings: Any) -> None:
         super().__init__(d_in, d_out, **settings)

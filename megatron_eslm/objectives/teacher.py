@@ -21,7 +21,7 @@ class Teacher(Protocol):
     def weight_VE(self) -> torch.Tensor:
         """This rank's rows of its head."""
 
-    def hidden(self, tokens_MS: torch.Tensor) -> torch.Tensor:
+    def hidden(self, tokens_MU: torch.Tensor) -> torch.Tensor:
         """[T, M, E] normalised hidden states for int64 [M, T+1], without gradient."""
 
 
@@ -32,7 +32,7 @@ def taught_losses(
 
     The teacher reads the kept rows; its head sees the chosen tokens only.
     """
-    hidden_TKE = teacher.hidden(tokens.batch.tokens_MS[tokens.kept_K])
+    hidden_TKE = teacher.hidden(tokens.batch.tokens_MU[tokens.kept_K])
     return selective_distillation(
         tokens.normed_SD,
         tokens.weight_VD,

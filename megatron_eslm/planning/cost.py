@@ -123,7 +123,7 @@ def step_cost(setting: Setting, machine: Machine, *, balanced: bool = False) -> 
         run=run,
         shape=setting.shape,
         plan=plan,
-        policy=setting.policy,
+        traits=setting.traits,
         groups=groups,
     )
     lists = tuple(tuple(exchanges.of_stage(s, work)) for s in range(plan.num_stages))

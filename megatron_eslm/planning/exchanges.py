@@ -18,7 +18,7 @@ from megatron_eslm.cost.stages import StagePlan, exit_params
 from megatron_eslm.model.arithmetic import stage_params
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.planning.hardware import Machine, Protocol
-from megatron_eslm.selection.policy import SelectionPolicy
+from megatron_eslm.selection.traits import PolicyTraits
 
 Collective = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast", "send"]
 Phase = Literal["forward", "backward", "step"]
@@ -135,7 +135,7 @@ class Exchanges:
     run: RunConfig
     shape: ModelShape
     plan: StagePlan
-    policy: SelectionPolicy
+    traits: PolicyTraits
     groups: Groups
 
     def of_stage(self, stage: int, work: Work) -> list[Exchange]:
@@ -177,7 +177,7 @@ class Exchanges:
         d, element = self.shape.hidden_size, self.run.dtype.itemsize
         spread = self.run.engine.sequence_parallel
         interval = self.run.model.activation_checkpoint_interval
-        depth = 0 if self.policy.selects_per_step else self.policy.selector_depth
+        depth = 0 if self.traits.selects_per_step else self.traits.early_exit_blocks
         before = sum(number < depth for number in self.plan.blocks(stage))
         behind = self.plan.num_blocks[stage] - before
         for blocks, tokens in ((before, work.tokens), (behind, work.tokens_deep)):
@@ -205,8 +205,8 @@ class Exchanges:
             yield exchange("embedding", "all-reduce", "forward", size)
             if spread:
                 yield exchange("embedding", "all-gather", "backward", size)
-            if self.policy.instance_source == "head" and not self.policy.selects_per_step:
-                scored = work.tokens / self.policy.proxy_stride
+            if self.traits.sequence_source == "head" and self.traits.selects_in_model:
+                scored = work.tokens / self.traits.proxy_stride
                 yield from self._statistics("early exit", exchange, scored)
                 if spread:
                     yield exchange("early exit", "all-gather", "forward", size)
@@ -305,13 +305,13 @@ class Exchanges:
                 phase="forward",
             )
 
-        together = not self.policy.decides_alone
+        together = not self.traits.ranks_decide_alone
         rows = work.tokens / (self.run.model.seq_length or 1)
-        within = self.policy.instance_source != "nothing" and not self.policy.selects_per_step
+        within = self.traits.selects_in_model
         if self._is_first(stage) and within and together:
             yield exchange("scores of rows", "all-gather", FLOAT32 * rows * data.size)
         if self._is_last(stage):
-            if self.policy.token_source != "nothing" and together:
+            if self.traits.selects_tokens and together:
                 size = FLOAT32 * work.tokens * data.size
                 yield exchange("scores of tokens", "all-gather", size)
             else:
@@ -319,7 +319,7 @@ class Exchanges:
 
     def _proxy(self, stage: int) -> Iterable[Exchange]:
         """The proxy pass ahead of a step: its candidates, a micro-batch at a time, forward only."""
-        if not self.policy.selects_per_step:
+        if not self.traits.selects_per_step:
             return
         read, rows = self.run.gradient_accumulation_steps, self.run.training.micro_batch_size
         chunks = math.ceil(read / self.plan.num_stages)
@@ -339,7 +339,7 @@ class Exchanges:
                 phase="step",
             )
 
-        if self.policy.instance_source == "head":
+        if self.traits.sequence_source == "head":
             tp, rank = self.groups.tensor.size, self.run.model.lora_rank
             copied = exit_params(self.shape, self.plan, rank, tp)
             yield Exchange(
@@ -352,7 +352,7 @@ class Exchanges:
                 phase="step",
             )
             size = positions * self.shape.hidden_size * self.run.dtype.itemsize
-            depth = self.policy.selector_depth
+            depth = self.traits.early_exit_blocks
             yield exchange("embedding", "all-reduce", "step", size)
             if self.run.engine.sequence_parallel:
                 yield exchange("blocks", "all-gather", "step", size, 2 * depth)
@@ -360,7 +360,7 @@ class Exchanges:
                 yield exchange("early exit", "all-gather", "step", size)
             else:
                 yield exchange("blocks", "all-reduce", "step", size, 2 * depth)
-            scored = positions / self.policy.proxy_stride
+            scored = positions / self.traits.proxy_stride
             yield from self._statistics("early exit", exchange, scored)
         yield Exchange(
             kind="proxy",

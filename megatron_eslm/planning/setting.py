@@ -14,9 +14,9 @@ from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.keep_rule import num_to_keep
 from megatron_eslm.planning.hardware import Machine
 from megatron_eslm.planning.imbalance import expected_largest, expected_largest_tokens
-from megatron_eslm.selection.build import build_policy
-from megatron_eslm.selection.policy import SelectionPolicy
-from megatron_eslm.selection.state import Peers, SelectionState
+from megatron_eslm.selection.build import policy_traits
+from megatron_eslm.selection.state import SelectionState
+from megatron_eslm.selection.traits import PolicyTraits
 
 Plans = dict[tuple[FlopsModel, Work, int, str | None], StagePlan]
 """Stage plans by all that decides them."""
@@ -28,7 +28,7 @@ class Setting:
 
     run: RunConfig
     shape: ModelShape
-    policy: SelectionPolicy
+    traits: PolicyTraits
     flops: FlopsModel
     work: Work
     """Of a step, over all ranks."""
@@ -54,9 +54,7 @@ class Setting:
         """
         shape = run.shape(vocab_size)
         state = SelectionState(alpha=run.selection.initial_alpha)
-        peers = Peers(0, run.dp_size, None)
-        policy = build_policy(run.selection, state, peers, run.training.seed)
-        flops, work = build_flops(run, shape, policy, device_type=device_type), step_work(run)
+        flops, work = build_flops(run, shape, state, device_type=device_type), step_work(run)
         known = {} if known is None else known
         key = (flops, work, run.engine.pipeline_model_parallel_size, run.engine.pipeline_split)
         if key not in known:
@@ -65,7 +63,7 @@ class Setting:
         return cls(
             run=run,
             shape=shape,
-            policy=policy,
+            traits=policy_traits(run.selection),
             flops=flops,
             work=work,
             plan=plan,
@@ -96,7 +94,7 @@ class RankWork:
 
 def rank_work(setting: Setting) -> RankWork:
     """Shares of a micro-step: of the scope's threshold, and of the unlucky rank."""
-    run, policy, work = setting.run, setting.policy, setting.work
+    run, traits, work = setting.run, setting.traits, setting.work
     length, dp = run.model.seq_length, run.dp_size
     assert length
     rows = run.step_shape_trained.rows
@@ -111,18 +109,18 @@ def rank_work(setting: Setting) -> RankWork:
         tokens_scored=share(work.tokens_scored),
         tokens_trained=share(work.tokens_trained),
     )
-    nothing = policy.instance_source == policy.token_source == "nothing"
-    if policy.decides_alone or nothing or dp == 1:
+    nothing = not (traits.selects_sequences or traits.selects_tokens)
+    if traits.ranks_decide_alone or nothing or dp == 1:
         return RankWork(fair=fair, largest=fair)
     alpha = run.selection.initial_alpha
     rows_kept = rows * dp
-    if policy.instance_source != "nothing" and not policy.selects_per_step:
+    if traits.selects_in_model:
         rows_kept = num_to_keep(rows * dp, alpha)
     deep = trained = round(expected_largest(rows_kept, rows, dp) * length)
-    if policy.token_source != "nothing":
+    if traits.selects_tokens:
         kept = num_to_keep(rows_kept * length, alpha)
         trained = round(expected_largest_tokens(kept, rows_kept, rows, dp, length))
-    scored = deep if policy.token_source == "head" else trained
+    scored = deep if traits.token_source == "head" else trained
     largest = Work(
         tokens=fair.tokens, tokens_deep=deep, tokens_scored=scored, tokens_trained=trained
     )

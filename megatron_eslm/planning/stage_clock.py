@@ -110,7 +110,7 @@ class Clock:
         setting, machine = self.setting, self.machine
         if not setting.flops.scoring(setting.work) or not setting.flops.ahead:
             return 0.0
-        depth, run = setting.policy.selector_depth, setting.run
+        depth, run = setting.traits.early_exit_blocks, setting.run
         tokens = (run.training.micro_batch_size or 0) * (run.model.seq_length or 0)
         scored = tokens / setting.flops.proxy_stride
         one_block = sum(block_forward(setting.shape, setting.flops.seq_length)) / self.tp
@@ -144,7 +144,7 @@ class Clock:
 
     def _block(self, number: int, time: StageTime) -> None:
         setting, tp = self.setting, self.tp
-        behind = number >= setting.policy.selector_depth or setting.flops.ahead
+        behind = number >= setting.traits.early_exit_blocks or setting.flops.ahead
         tokens = self.work.tokens_deep if behind else self.work.tokens
         if not tokens:
             return
@@ -222,12 +222,16 @@ class Clock:
             _hide_behind_computing(time.backward, machine.hidden_share)
 
     def _select(self, first: bool, last: bool, time: StageTime) -> None:
-        policy, machine = self.setting.policy, self.machine
-        dp = 1 if policy.decides_alone else self.setting.run.dp_size
+        traits, machine = self.setting.traits, self.machine
+        dp = 1 if traits.ranks_decide_alone else self.setting.run.dp_size
         rows = self.work.tokens / (self.setting.run.model.seq_length or 1)
         for here, source, scores in (
-            (first and not policy.selects_per_step, policy.instance_source, rows * dp),
-            (last, policy.token_source, self.work.tokens * dp),
+            (
+                first and not traits.selects_per_step,
+                traits.sequence_source,
+                rows * dp,
+            ),
+            (last, traits.token_source, self.work.tokens * dp),
         ):
             if here and source != "nothing":
                 seconds = scores * KEEP_RULE_BYTES / machine.memory_bandwidth

@@ -63,13 +63,13 @@ class ScoringModel:
         shard = VocabShard.of(shape.vocab_size, shape.padded_vocab_size)
         scores: list[TokenScores] = []
         for first in range(0, len(passages), batch_size):
-            tokens_MS, valid_MT = _batch(passages[first : first + batch_size], self.tokenizer.eod)
-            tokens_MS, valid_MT = tokens_MS.to(device), valid_MT.to(device)
-            hidden_TMD, *_ = model.run(Batch.of(tokens_MS, valid_MT))
+            tokens_MU, valid_MT = _batch(passages[first : first + batch_size], self.tokenizer.eod)
+            tokens_MU, valid_MT = tokens_MU.to(device), valid_MT.to(device)
+            hidden_TMD, *_ = model.run(Batch.of(tokens_MU, valid_MT))
             found = head_statistics(
                 model.final_norm(hidden_TMD.transpose(0, 1)[valid_MT]),
                 model.embedding.word.weight,
-                tokens_MS[:, 1:][valid_MT],
+                tokens_MU[:, 1:][valid_MT],
                 shard,
                 entropy=True,
             )
@@ -133,11 +133,11 @@ def window_of(models: Sequence[ScoringModel], wanted: int | None) -> int:
 def _batch(passages: Sequence[Passage], eod: int) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 [M, T+1] and bool [M, T], as long as the longest passage; the rest is `eod`."""
     width = max(len(passage.ids) for passage in passages)
-    tokens_MS = torch.full((len(passages), width + 1), eod, dtype=torch.int64)
+    tokens_MU = torch.full((len(passages), width + 1), eod, dtype=torch.int64)
     valid_MT = torch.zeros(len(passages), width, dtype=torch.bool)
     for row, passage in enumerate(passages):
         length = len(passage.ids)
-        tokens_MS[row, 0] = passage.before
-        tokens_MS[row, 1 : length + 1] = torch.from_numpy(passage.ids)
+        tokens_MU[row, 0] = passage.before
+        tokens_MU[row, 1 : length + 1] = torch.from_numpy(passage.ids)
         valid_MT[row, :length] = True
-    return tokens_MS, valid_MT
+    return tokens_MU, valid_MT

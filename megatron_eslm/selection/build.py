@@ -13,12 +13,16 @@ from megatron_eslm.selection.policies import (  # noqa: F401  (each registers it
 )
 from megatron_eslm.selection.policy import POLICIES, SelectionPolicy
 from megatron_eslm.selection.state import Peers, SelectionState
+from megatron_eslm.selection.traits import PolicyTraits
 
 
-def described_policy(options: SelectionOptions) -> SelectionPolicy:
-    """The policy that `--selection` names, on one rank at its first alpha: to ask what it does."""
-    state = SelectionState(alpha=options.initial_alpha)
-    return build_policy(options, state, Peers(0, 1, None), seed=0)
+def policy_traits(options: SelectionOptions) -> PolicyTraits:
+    """What the policy that `--selection` names does.
+
+    Raises:
+        ConfigError: the options do not fit the policy.
+    """
+    return POLICIES[options.selection].traits_of(options)
 
 
 def build_policy(

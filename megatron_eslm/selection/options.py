@@ -102,11 +102,6 @@ class SelectionOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.selection == "greats" and self.eslm_level == "token":
-            raise ConfigError(
-                "--selection greats chooses sequences and trains on all of their tokens, which "
-                "--eslm-level token rules out. Leave --eslm-level out."
-            )
         self._check_adaptive()
 
     def _check_adaptive(self) -> None:

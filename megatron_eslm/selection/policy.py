@@ -1,43 +1,44 @@
-"""What a selection policy is, and the list of them.
+"""What a selection policy is.
 
 A policy says how sequences and tokens are scored; the keep rule decides, the layers act. Adding one
-means writing a class here beside and registering it (CONTRIBUTING.md has a worked example).
+means writing one file in `policies/` (docs/extending.md has a worked example).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 
 from megatron_eslm.data.batch import Batch, Rows
+from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.head.statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import Kept, keep_riskiest, num_to_keep
 from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.scored import ScoredBatch
 from megatron_eslm.selection.state import Peers, SelectionState
+from megatron_eslm.selection.traits import PolicyTraits, Source
 
-Source = Literal["nothing", "policy", "head"]
-"""Where scores come from: no selection at this level, the policy alone (no logits needed), or loss
-and entropy of the head."""
+_LEVELS = {"instance": "sequences", "token": "tokens"}
 
 
-class SelectionPolicy(ABC):
-    """Scores of sequences (instances) and tokens. Higher means riskier and kept first.
+class SelectionPolicy:
+    """Scores of sequences and tokens. Higher means riskier and kept first.
 
-    Shape legend: M rows of this rank, T positions.
+    A subclass says where its scores come from and overrides the method of each level that it
+    selects at. Shape legend: M rows of this rank, P positions.
     """
 
     name: ClassVar[str]
-    instance_source: Source = "nothing"
-    token_source: Source = "nothing"
-    chooses_together: ClassVar[bool] = True
-    """Whether global thresholds are over all ranks; else each rank chooses alone."""
-    learns_from_dropped_tokens: ClassVar[bool] = False
-    """Whether its objective has a part for tokens that are not kept."""
+    sequence_source: ClassVar[Source] = "nothing"
+    token_source: ClassVar[Source] = "nothing"
     needs_reference: ClassVar[bool] = False
-    """Whether token scores need the losses of a reference model."""
+    needs_gradients: ClassVar[bool] = False
+    holds_dropped_tokens: ClassVar[bool] = False
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Of SelectionOptions: eslm_level and eslm_score, where the policy follows them, and its own
+    fields. Another level or score than the default is refused where it does not."""
     reference: Callable[[Batch], torch.Tensor] | None = None
     """Batch -> float32 [M, T], what the reference model's losses are where the batch brings none;
     set where the model is built, for policies that need it."""
@@ -46,76 +47,96 @@ class SelectionPolicy(ABC):
         self, options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
     ) -> None:
         self.options = options
+        self.traits = self.traits_of(options)
         self.state = state
         self.peers = peers
         self.seed = seed
 
-    @property
-    def selector_depth(self) -> int:
-        """After how many blocks sequences are selected; 0 is right after the embedding."""
-        return self.options.eslm_proxy_layers if self.instance_source == "head" else 0
+    @classmethod
+    def traits_of(cls, options: SelectionOptions) -> PolicyTraits:
+        """What this policy does with these options.
 
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether head statistics must contain the entropy."""
-        return False
-
-    @property
-    def proxy_stride(self) -> int:
-        """Every how many positions the early exit scores."""
-        return self.options.eslm_proxy_stride
-
-    @property
-    def selects_per_step(self) -> bool:
-        """Whether sequences are selected once an optimizer step, ahead of it."""
-        return (
-            self.options.eslm_scope == "step"
-            and self.instance_source != "nothing"
-            and self.chooses_together
+        Raises:
+            ConfigError: they leave nothing to select, or ask for a level or a score that the policy
+                does not have.
+        """
+        cls._check(options)
+        level = options.eslm_level if "eslm_level" in cls.reads else "both"
+        sequences: Source = "nothing" if level == "token" else cls.sequence_source
+        tokens: Source = "nothing" if level == "instance" else cls.token_source
+        early_exit = sequences == "head"
+        selects = (sequences, tokens) != ("nothing", "nothing")
+        scoped = selects and not cls.needs_gradients
+        reads = set(cls.reads)
+        if selects:
+            reads |= {"eslm_start_iter", "eslm_alpha_warmup_iters"}
+        if scoped:
+            reads.add("eslm_scope")
+        if early_exit:
+            reads |= {"eslm_proxy_layers", "eslm_proxy_stride"}
+        if options.eslm_adaptive:
+            reads |= {"eslm_gamma", "eslm_adapt_interval", "eslm_adapt_epsilon"}
+            reads |= {"eslm_alpha_min", "eslm_alpha_max"}
+        return PolicyTraits(
+            sequence_source=sequences,
+            token_source=tokens,
+            scope=options.eslm_scope if scoped else None,
+            early_exit_blocks=options.eslm_proxy_layers if early_exit else 0,
+            proxy_stride=options.eslm_proxy_stride if early_exit else 1,
+            needs_entropy="eslm_score" in cls.reads and options.eslm_score == "entropy",
+            needs_reference=cls.needs_reference,
+            needs_gradients=cls.needs_gradients,
+            holds_dropped_tokens=cls.holds_dropped_tokens,
+            reads=frozenset(reads),
         )
 
-    @property
-    def decides_alone(self) -> bool:
-        """Whether each data-parallel rank takes its own thresholds."""
-        return self.options.eslm_scope == "local" or not self.chooses_together
+    @classmethod
+    def _check(cls, options: SelectionOptions) -> None:
+        sources = {"instance": cls.sequence_source, "token": cls.token_source}
+        if set(sources.values()) == {"nothing"}:
+            return
+        level, score = options.eslm_level, options.eslm_score
+        if level != "both" and sources[level] == "nothing":
+            (has,) = (_LEVELS[name] for name, source in sources.items() if source != "nothing")
+            raise ConfigError(
+                f"--eslm-level {level} leaves nothing to --selection {cls.name}, which selects "
+                f"{has} only. Leave it out, or use --selection eslm."
+            )
+        if score != "loss" and "eslm_score" not in cls.reads and "head" in sources.values():
+            raise ConfigError(
+                f"--eslm-score {score} has no meaning with --selection {cls.name}, which has a "
+                "score of its own. Leave it out, or use --selection eslm."
+            )
 
     def drops_rows(self, num_rows: int) -> bool:
         """Whether a micro-batch of `num_rows` on each rank loses any at the current alpha."""
-        total = num_rows * (1 if self.decides_alone else self.peers.size)
-        selects = self.instance_source != "nothing" and not self.selects_per_step
-        return selects and num_to_keep(total, self.state.alpha) < total
+        total = num_rows * (1 if self.traits.ranks_decide_alone else self.peers.size)
+        return self.traits.selects_in_model and num_to_keep(total, self.state.alpha) < total
 
     @property
     def drops_tokens(self) -> bool:
         """Whether tokens are thresholded at the current alpha."""
-        return self.token_source != "nothing" and self.state.alpha > 0
+        return self.traits.selects_tokens and self.state.alpha > 0
 
     def rows(self, num_rows: int) -> Rows:
         """The rows of a micro-batch of this rank, among those of all ranks."""
         first = self.peers.rank * num_rows
         return Rows(torch.arange(first, first + num_rows), num_rows * self.peers.size)
 
-    @abstractmethod
-    def instance_scores(
-        self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor, rows: Rows
-    ) -> torch.Tensor:
-        """float32 [M]; EXCLUDED for rows without any valid token.
+    def reference_losses(self, batch: Batch) -> torch.Tensor:
+        """float32 [M, T]: stored ones of the batch, or the reference model's; else [M, 0]."""
+        if not self.traits.needs_reference or batch.reference_MT.shape == batch.valid_MT.shape:
+            return batch.reference_MT
+        assert self.reference is not None, "neither stored losses nor a reference model"
+        return self.reference(batch)
 
-        Args:
-            token_risk_MT: that of the early exit; empty if the source is the policy.
-            valid_MT: which tokens count.
-            rows: which these are of all that are scored together.
-        """
+    def score_sequences(self, scored: ScoredBatch) -> torch.Tensor:
+        """float32 [M]; EXCLUDED for rows without any valid token."""
+        raise NotImplementedError(f"{self.name} has no scores of sequences")
 
-    @abstractmethod
-    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch, rows: Rows) -> torch.Tensor:
-        """float32 [M, T] for the kept rows among M; entries that are not valid are ignored.
-
-        Args:
-            token_risk_MT: loss or entropy of the head; zeros if the source is the policy.
-            batch: the rows.
-            rows: which these are of the global micro-batch.
-        """
+    def score_tokens(self, scored: ScoredBatch) -> torch.Tensor:
+        """float32 [M, P]; what stands where nothing is valid or a row is not kept is ignored."""
+        raise NotImplementedError(f"{self.name} has no scores of tokens")
 
     def token_risk(self, statistics: HeadStatistics) -> torch.Tensor:
         """The statistic that is this policy's risk, float32 [N]."""
@@ -123,7 +144,7 @@ class SelectionPolicy(ABC):
 
     def keep(self, scores: torch.Tensor, phase: str) -> Kept:
         """The keep rule at the current alpha and the configured scope; `phase` names the wait."""
-        if self.decides_alone:
+        if self.traits.ranks_decide_alone:
             return keep_riskiest(scores, self.state.alpha, None)
         with self.peers.phases(phase, waits=True):
             return keep_riskiest(scores, self.state.alpha, self.peers.group)
@@ -143,18 +164,3 @@ def register(name: str) -> Callable[[P], P]:
         return cls
 
     return add
-
-
-class LeveledPolicy(SelectionPolicy):
-    """A policy that selects at the levels that `--eslm-level` names."""
-
-    source: Source
-
-    def __init__(
-        self, options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
-    ) -> None:
-        super().__init__(options, state, peers, seed)
-        if options.eslm_level != "token":
-            self.instance_source = self.source
-        if options.eslm_level != "instance":
-            self.token_source = self.source

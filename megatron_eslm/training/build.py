@@ -111,7 +111,7 @@ def _build_trainer(run: RunConfig, phases: Phases, outputs: Outputs) -> Trainer:
     flops = build_flops(
         run,
         shape,
-        policy,
+        policy.state,
         teacher_shape(run, shape, teacher),
         None if reference is None else reference.shape,
     )
@@ -192,7 +192,7 @@ def build_model(
         activation_checkpoint_interval=run.model.activation_checkpoint_interval,
         keep_logits=run.keeps_logits(shape),
         head_kernel=run.model.head_kernel,
-        last_mlp_kept=last_mlp_kept(run, shape, policy),
+        last_mlp_kept=last_mlp_kept(run, shape),
         lora=run.model.lora,
     )
     model = build_gpt(

@@ -25,8 +25,7 @@ from megatron_eslm.model.arithmetic import adapter_params
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.parallel.collectives import on_rank_zero
 from megatron_eslm.selection.alpha import AlphaController
-from megatron_eslm.selection.build import build_policy
-from megatron_eslm.selection.state import Peers, SelectionState
+from megatron_eslm.selection.state import SelectionState
 from megatron_eslm.training.header import batch_text, layout_text, machine_text
 from megatron_eslm.training.method import method_text
 from megatron_eslm.training.reading_plan import ReadingPlan
@@ -51,13 +50,12 @@ def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
     open_stored_losses(run, source)
     reference = on_rank_zero(lambda: find_run_reference(run, shape, source.tokenizer))
     state = SelectionState(alpha=run.selection.initial_alpha)
-    policy = build_policy(run.selection, state, Peers(0, run.dp_size, None), run.training.seed)
     named = run.objective.distill_teacher is not None
     teacher = on_rank_zero(lambda: find_teacher(run, shape, source.tokenizer)) if named else None
     flops = build_flops(
         run,
         shape,
-        policy,
+        state,
         teacher_shape(run, shape, teacher),
         None if reference is None else reference.shape,
     )

@@ -137,11 +137,11 @@ class GradientAlignment:
         self.learning_rate = learning_rate
 
     def __call__(self, batch: Batch) -> None:
-        if not self.policy.drops_rows(len(batch.tokens_MS)):
+        if not self.policy.drops_rows(len(batch.tokens_MU)):
             return
         rows = self.validation_rows(len(self.model.recorder.records))
         items = [self.validation[i] for i in rows]
-        device = batch.tokens_MS.device
+        device = batch.tokens_MU.device
         validation = Batch.of(
             torch.stack([item["tokens"] for item in items]).to(device),
             torch.stack([item["valid"] for item in items]).to(device),
@@ -190,14 +190,14 @@ def gradient_products(model: GPT, candidates: Batch, validation: Batch) -> Gradi
     Returns:
         Products over all parameters, float32. Rows without any label have zeros.
     """
-    num_candidates = len(candidates.tokens_MS)
-    tokens_RS, valid_RT, labels_RT = (
+    num_candidates = len(candidates.tokens_MU)
+    tokens_RU, valid_RT, labels_RT = (
         torch.cat([getattr(candidates, name), getattr(validation, name)])
-        for name in ("tokens_MS", "valid_MT", "labels_MT")
+        for name in ("tokens_MU", "valid_MT", "labels_MT")
     )
-    layers = _Layers(num_candidates, tokens_RS.device)
+    layers = _Layers(num_candidates, tokens_RU.device)
     with layers.watched(model):
-        normed_TRD = _with_frozen_weights(model, Batch.of(tokens_RS, valid_RT))
+        normed_TRD = _with_frozen_weights(model, Batch.of(tokens_RU, valid_RT))
     normed_RTD = normed_TRD.detach().transpose(0, 1)
     head = head_gradients(
         normed_RTD,
@@ -213,7 +213,7 @@ def gradient_products(model: GPT, candidates: Batch, validation: Batch) -> Gradi
     lookup_RTD, total = layers.embedded_TRD.grad.transpose(0, 1), layers.products
     # Row t of the position table is used once by every sequence.
     total += vector_products(lookup_RTD.flatten(1), num_candidates)
-    total += tied_embedding_products(head, normed_RTD, tokens_RS[:, :-1], lookup_RTD)
+    total += tied_embedding_products(head, normed_RTD, tokens_RU[:, :-1], lookup_RTD)
     return _of_means(total, valid_RT.sum(dim=1), num_candidates)
 
 

@@ -131,7 +131,7 @@ class Trainer:
         t, position = self.run.training, self.state.consumed_samples
         assert t.micro_batch_size
         # A pipeline's middle stages read only to score.
-        scores = self.engine.model.policy.selects_per_step
+        scores = self.engine.model.policy.traits.selects_per_step
         reads = scores or self.mesh.is_first_stage or self.mesh.is_last_stage
         loader = (
             build_loader(

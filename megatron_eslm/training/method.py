@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_eslm.selection.build import described_policy
+from megatron_eslm.selection.build import policy_traits
 from megatron_eslm.selection.options import SelectionOptions
 
 _LEVELS = {
@@ -18,16 +18,13 @@ _LEVELS = {
 
 def selection_summary(options: SelectionOptions) -> dict[str, Any]:
     """What is selected and how; None for what a policy does not have, whatever its flag says."""
-    policy = described_policy(options)
-    by_instance, by_token = (
-        source != "nothing" for source in (policy.instance_source, policy.token_source)
-    )
+    traits = policy_traits(options)
     return {
         "selection": options.selection,
         "alpha": options.initial_alpha,
-        "score": options.eslm_score if options.selection == "eslm" else None,
-        "level": _LEVELS[by_instance, by_token],
-        "proxy_layers": options.eslm_proxy_layers if policy.instance_source == "head" else None,
+        "score": options.eslm_score if "eslm_score" in traits.reads else None,
+        "level": _LEVELS[traits.selects_sequences, traits.selects_tokens],
+        "proxy_layers": traits.early_exit_blocks or None,
     }
 
 

@@ -17,6 +17,7 @@ from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.source import canonical_data_path, canonical_split
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.lock import FileLock
+from megatron_eslm.selection.build import policy_traits
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.training.evaluate import Evaluation
 from megatron_eslm.training.method import selection_summary
@@ -130,7 +131,7 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
     if t.skip_samples:
         summary["skip_samples"] = " ".join(t.skip_samples)
     told = {"selection", "eslm_alpha", "eslm_score", "eslm_level", "eslm_proxy_layers", *summary}
-    told |= _without_effect(s, early_exit=selection["proxy_layers"] is not None)
+    told |= _without_effect(s)
     data = dataclasses.replace(run.data, split=canonical_split(run.data.split))
     parts = (run.model, run.selection, run.objective, run.reference, run.optimizer, data)
     for options in parts:
@@ -143,28 +144,17 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
     return summary
 
 
-def _without_effect(options: SelectionOptions, *, early_exit: bool) -> set[str]:
+def _without_effect(options: SelectionOptions) -> set[str]:
     """Options of selection that change nothing in this run, whatever they are set to."""
-    policy, idle = options.selection, set()
-    if not early_exit:
-        idle |= {"eslm_proxy_stride"}
-    tokens_alone = options.eslm_level == "token" or policy in ("rho1", "uncertainty")
-    if (
-        policy in ("clm", "greats")  # greats: each rank alone, always
-        or options.eslm_scope == "global"  # what one rank has
-        or (tokens_alone and options.eslm_scope == "step")
-    ):
-        idle |= {"eslm_scope"}
-    if policy == "clm":
-        idle |= {"eslm_start_iter", "eslm_alpha_warmup_iters"}
-    if policy != "greats":
-        idle |= {"greats_valid_share"}
-    if policy != "uncertainty":
-        idle |= {"uncertainty_quantile"}
-    if not options.eslm_adaptive:
-        idle |= {"eslm_gamma", "eslm_adapt_interval", "eslm_adapt_epsilon"}
-        idle |= {"eslm_alpha_min", "eslm_alpha_max"}
+    traits = policy_traits(options)
+    idle = {field.name for field in dataclasses.fields(options)} - traits.reads - _OF_ANY_POLICY
+    tokens_alone = not traits.selects_sequences
+    if options.eslm_scope == "global" or (tokens_alone and options.eslm_scope == "step"):
+        idle.add("eslm_scope")  # as on one rank
     return idle
+
+
+_OF_ANY_POLICY = {"selection", "eslm_alpha", "eslm_adaptive", "max_nonfinite_steps"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ class StepBatches:
         mesh, policy = self.engine.mesh, self.engine.model.policy
         shape = StepShape(len(samples) // (self.rows * mesh.dp_size), self.rows)
         selection = None
-        if policy.selects_per_step:
+        if policy.traits.selects_per_step:
             candidates = (self._next() for _ in range(shape.micro_steps))
             selection = select_candidates(self.engine, candidates, len(samples), self.rows, alpha)
         numbers: Sequence[int] = range(len(samples))

@@ -109,7 +109,7 @@ def riskiest(scores: dict, alpha: float) -> list:
 def algorithm1(
     weights: Weights,
     config: Config,
-    tokens_MS: torch.Tensor,
+    tokens_MU: torch.Tensor,
     valid_MT: torch.Tensor,
     *,
     alpha: float,
@@ -124,7 +124,7 @@ def algorithm1(
     Args:
         weights: by name, any type; computed with in float64.
         config: the rest of the model.
-        tokens_MS: int64 [M, T+1].
+        tokens_MU: int64 [M, T+1].
         valid_MT: bool, whether label t of a row counts.
         alpha: share to drop.
         proxy_layers: L.
@@ -140,7 +140,7 @@ def algorithm1(
     instance_scores: dict[int, float] = {}
     for row in range(rows):
         with torch.inference_mode():
-            loss_T, entropy_T = losses_and_entropies(tokens_MS[row], w, config, proxy_layers)
+            loss_T, entropy_T = losses_and_entropies(tokens_MU[row], w, config, proxy_layers)
         risk = (loss_T if score == "loss" else entropy_T).tolist()
         scored = [risk[t] for t in range(0, positions, stride) if valid_MT[row, t]]
         if scored:
@@ -151,7 +151,7 @@ def algorithm1(
     # Lines 7-9: the whole model on what is left.
     loss_of, token_scores = {}, {}
     for row in kept_rows:
-        loss_T, entropy_T = losses_and_entropies(tokens_MS[row], w, config, config.num_layers)
+        loss_T, entropy_T = losses_and_entropies(tokens_MU[row], w, config, config.num_layers)
         for t in range(positions):
             if valid_MT[row, t]:
                 loss_of[row, t] = loss_T[t]

@@ -75,12 +75,12 @@ def perturb(model: GPT, mesh: Mesh) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    tokens_MS: torch.Tensor
+    tokens_MU: torch.Tensor
     valid_MT: torch.Tensor
 
     def part(self, rank: int, size: int) -> Batch:
         """The rows of data-parallel rank `rank` of `size`, in sampler order."""
-        return Batch(self.tokens_MS.chunk(size)[rank], self.valid_MT.chunk(size)[rank])
+        return Batch(self.tokens_MU.chunk(size)[rank], self.valid_MT.chunk(size)[rank])
 
 
 def make_batch(rows: int, *, seed: int = 0, padding: bool = False, ties: bool = False) -> Batch:
@@ -93,16 +93,16 @@ def make_batch(rows: int, *, seed: int = 0, padding: bool = False, ties: bool = 
         ties: the rows are copies of two, and a row repeats one token.
     """
     rng = torch.Generator().manual_seed(100 + seed)
-    tokens_MS = torch.randint(SHAPE.vocab_size, (rows, POSITIONS + 1), generator=rng)
+    tokens_MU = torch.randint(SHAPE.vocab_size, (rows, POSITIONS + 1), generator=rng)
     valid_MT = torch.ones(rows, POSITIONS, dtype=torch.bool)
     if ties:
-        tokens_MS = tokens_MS[torch.arange(rows) % 2]
+        tokens_MU = tokens_MU[torch.arange(rows) % 2]
     if padding:
         for row in range(rows):
             valid_MT[row, POSITIONS - 2 * (row % 4) :] = False
         valid_MT[:, 3] = torch.arange(rows) % 3 != 0
         valid_MT[rows // 2] = False
-    return Batch(tokens_MS, valid_MT)
+    return Batch(tokens_MU, valid_MT)
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Step:
 def run_step(model: GPT, recorder: Recorder, batch: Batch) -> Step:
     model.train()
     model.zero_grad()
-    loss = model(batch.tokens_MS, batch.valid_MT)
+    loss = model(batch.tokens_MU, batch.valid_MT)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     (record,) = recorder.take()

@@ -47,7 +47,7 @@ def run_both(batch: Batch, **options) -> tuple[Step, Outcome]:
         "stride": options.get("eslm_proxy_stride", 1),
     }
     weights = dict(model.named_parameters())
-    outcome = algorithm1(weights, CONFIG, batch.tokens_MS, batch.valid_MT, **plain)
+    outcome = algorithm1(weights, CONFIG, batch.tokens_MU, batch.valid_MT, **plain)
     return step, outcome
 
 
@@ -140,7 +140,7 @@ def test_the_batch_is_not_changed() -> None:
     model, recorder = small_gpt(alpha=0.3)
     run_step(model, recorder, batch)
     again = make_batch(8, padding=True)
-    assert torch.equal(batch.tokens_MS, again.tokens_MS)
+    assert torch.equal(batch.tokens_MU, again.tokens_MU)
     assert torch.equal(batch.valid_MT, again.valid_MT)
 
 
@@ -154,7 +154,7 @@ def test_random_has_the_gradient_of_its_own_choice(level: str, padding: bool) ->
     outcome = algorithm1(
         dict(model.named_parameters()),
         CONFIG,
-        batch.tokens_MS,
+        batch.tokens_MU,
         batch.valid_MT,
         alpha=0.3,
         choose_tokens=lambda row, t: (row, t) in chosen,
@@ -171,7 +171,7 @@ def test_clm_is_the_mean_over_all_valid_tokens() -> None:
     model, recorder = small_gpt(selection="clm")
     step = run_step(model, recorder, batch)
     outcome = algorithm1(
-        dict(model.named_parameters()), CONFIG, batch.tokens_MS, batch.valid_MT, alpha=0.0
+        dict(model.named_parameters()), CONFIG, batch.tokens_MU, batch.valid_MT, alpha=0.0
     )
     assert step.kept_tokens == outcome.kept_tokens
     assert step.loss == pytest.approx(outcome.loss.item(), abs=1e-5)
@@ -227,11 +227,11 @@ def test_evaluation_is_the_mean_over_all_valid_tokens(selection: str) -> None:
     model, recorder = small_gpt(selection=selection, alpha=0.3)
     model.eval()
     with torch.no_grad():
-        sums_M2 = model(batch.tokens_MS, batch.valid_MT)
+        sums_M2 = model(batch.tokens_MU, batch.valid_MT)
     assert sums_M2[:, 1].tolist() == batch.valid_MT.sum(dim=1).tolist()
     total, count = sums_M2.sum(dim=0).tolist()
     outcome = algorithm1(
-        dict(model.named_parameters()), CONFIG, batch.tokens_MS, batch.valid_MT, alpha=0.0
+        dict(model.named_parameters()), CONFIG, batch.tokens_MU, batch.valid_MT, alpha=0.0
     )
     assert total / count == pytest.approx(outcome.loss.item(), abs=1e-5)
     assert recorder.take() == Recorder().take(), "evaluation left something in the record"
@@ -267,7 +267,7 @@ def test_a_sample_that_is_not_finite_is_named(options: dict) -> None:
     """
     batch = make_batch(8, seed=10)
     model, recorder = small_gpt(alpha=0.1, **options)
-    batch.tokens_MS[5, 2] = 46
+    batch.tokens_MU[5, 2] = 46
     batch.valid_MT[5, 1] = False  # it is no label
     with torch.no_grad():
         model.embedding.word.weight[46] = torch.nan

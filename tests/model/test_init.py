@@ -153,7 +153,7 @@ def test_heads_that_do_not_divide_are_refused() -> None:
 def test_reference_logits_are_those_of_the_weights(process_group: None) -> None:
     model, _ = small_gpt()
     weights = weights_of(model)
-    tokens_MT = make_batch(3).tokens_MS[:, :-1]
+    tokens_MT = make_batch(3).tokens_MU[:, :-1]
     got = reference_logits(weights, SHAPE, tokens_MT)
     assert got.shape == (3, tokens_MT.shape[1], SHAPE.vocab_size)
     doubles = {name: w.double() for name, w in weights.items()}
@@ -166,7 +166,7 @@ def test_another_epsilon_reaches_every_norm(process_group: None) -> None:
     shape = ModelShape(**{**SHAPE.to_dict(), "layernorm_epsilon": 0.5})
     model, _ = small_gpt(shape=shape)
     weights = weights_of(model)
-    tokens_MT = make_batch(1).tokens_MS[:, :-1]
+    tokens_MT = make_batch(1).tokens_MU[:, :-1]
     doubles = {name: w.double() for name, w in weights.items()}
     plain = logits_of(tokens_MT[0], doubles, Config(3, 2, 45, epsilon=0.5), 3)
     got = reference_logits(weights, shape, tokens_MT)[0]

@@ -65,9 +65,9 @@ def train_adapters(model: GPT, tp: int, rank: int) -> None:
 
 def passed(model: GPT) -> Passed:
     # 12 positions, which two sequence-parallel ranks share.
-    tokens_MS = torch.cat([make_batch(6).tokens_MS, make_batch(6, seed=1).tokens_MS[:, :1]], dim=1)
+    tokens_MU = torch.cat([make_batch(6).tokens_MU, make_batch(6, seed=1).tokens_MU[:, :1]], dim=1)
     model.train()
-    loss = model(tokens_MS, torch.ones_like(tokens_MS[:, 1:], dtype=torch.bool))
+    loss = model(tokens_MU, torch.ones_like(tokens_MU[:, 1:], dtype=torch.bool))
     loss.backward()
     (record,) = model.recorder.take()
     named = dict(model.named_parameters())

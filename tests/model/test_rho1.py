@@ -22,7 +22,7 @@ def explicit(model, batch, reference_MT):
     double = {name: x.detach().double() for name, x in weights.items()}
     excess = {}
     for row in range(ROWS):
-        loss_T, _ = losses_and_entropies(batch.tokens_MS[row], double, CONFIG, CONFIG.num_layers)
+        loss_T, _ = losses_and_entropies(batch.tokens_MU[row], double, CONFIG, CONFIG.num_layers)
         for t in range(POSITIONS):
             if batch.valid_MT[row, t]:
                 excess[row, t] = (loss_T[t] - reference_MT[row, t]).item()
@@ -30,7 +30,7 @@ def explicit(model, batch, reference_MT):
     step = algorithm1(
         weights,
         CONFIG,
-        batch.tokens_MS,
+        batch.tokens_MU,
         batch.valid_MT,
         alpha=ALPHA,
         choose_tokens=lambda row, t: (row, t) in kept,
@@ -48,7 +48,7 @@ def test_the_tokens_of_largest_excess_loss_are_trained_on(stored: bool, padding:
     excess, kept, expected = explicit(model, batch, reference_MT)
     assert kept != set(expected.token_scores)  # some are dropped,
     assert kept != set(riskiest(expected.token_scores, ALPHA))  # and not those of least loss
-    tensors = [batch.tokens_MS, batch.valid_MT, batch.tokens_MS[:, 1:]]
+    tensors = [batch.tokens_MU, batch.valid_MT, batch.tokens_MU[:, 1:]]
     if stored:
         tensors.append(reference_MT)
     else:
@@ -69,7 +69,7 @@ def test_the_tokens_of_largest_excess_loss_are_trained_on(stored: bool, padding:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
     if not stored:
         (seen,) = asked
-        assert isinstance(seen, Batch) and torch.equal(seen.tokens_MS, batch.tokens_MS)
+        assert isinstance(seen, Batch) and torch.equal(seen.tokens_MU, batch.tokens_MU)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -78,7 +78,7 @@ def test_a_reference_loss_that_is_not_finite_is_seen(bad: float) -> None:
     batch = make_batch(ROWS)
     reference_MT = torch.rand(ROWS, POSITIONS)
     reference_MT[4, 2] = bad
-    loss = model(batch.tokens_MS, batch.valid_MT, batch.tokens_MS[:, 1:], reference_MT)
+    loss = model(batch.tokens_MU, batch.valid_MT, batch.tokens_MU[:, 1:], reference_MT)
     (record,) = recorder.take()
     assert record.num_nonfinite == 1 and record.token_kept_MT[4, 2]
     assert record.nonfinite_rows_M.tolist() == [row == 4 for row in range(ROWS)]
@@ -90,7 +90,7 @@ def test_rows_without_any_label_are_passed_over() -> None:
     batch = make_batch(ROWS)
     nothing_MT = torch.zeros_like(batch.valid_MT)
     reference_MT = torch.rand(ROWS, POSITIONS)
-    loss = model(batch.tokens_MS, nothing_MT, batch.tokens_MS[:, 1:], reference_MT)
+    loss = model(batch.tokens_MU, nothing_MT, batch.tokens_MU[:, 1:], reference_MT)
     loss.backward()
     (record,) = recorder.take()
     assert loss.item() == 0.0 and record.num_tokens_kept == record.num_nonfinite == 0
@@ -100,11 +100,11 @@ def test_rows_without_any_label_are_passed_over() -> None:
 def test_alpha_zero_is_plain_training() -> None:
     batch = make_batch(ROWS)
     reference_MT = torch.rand(ROWS, POSITIONS)
-    labels_MT = batch.tokens_MS[:, 1:]
+    labels_MT = batch.tokens_MU[:, 1:]
     rho1, _ = small_gpt(selection="rho1", alpha=0.0)
     clm, _ = small_gpt(selection="clm", alpha=0.0)
-    loss = rho1(batch.tokens_MS, batch.valid_MT, labels_MT, reference_MT)
-    assert loss.item() == clm(batch.tokens_MS, batch.valid_MT).item()
+    loss = rho1(batch.tokens_MU, batch.valid_MT, labels_MT, reference_MT)
+    assert loss.item() == clm(batch.tokens_MU, batch.valid_MT).item()
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def run_globally(cases: dict[str, Case], dp: int, tp: int = 1) -> dict[str, Glob
     results = run_ranks(dp * tp, on_rank)
     cut = results[0][1]
     return {
-        name: join([steps[name] for steps, _ in results], cut, tp, len(case.batch.tokens_MS))
+        name: join([steps[name] for steps, _ in results], cut, tp, len(case.batch.tokens_MU))
         for name, case in cases.items()
     }
 
@@ -195,7 +195,7 @@ def test_a_rank_that_keeps_no_row() -> None:
         whole = world(1)[f"{policy}-full"].steps[0]
         order = whole.record.instance_scores_M.argsort()
         order = torch.cat([order[2:6], order[:2], order[6:]])
-        batch = Batch(*(x[order] for x in (BATCHES["full"].tokens_MS, BATCHES["full"].valid_MT)))
+        batch = Batch(*(x[order] for x in (BATCHES["full"].tokens_MU, BATCHES["full"].valid_MT)))
         cases[policy] = Case(batch, CASES[f"{policy}-full"].options)
     wholes, splits = run_globally(cases, 1), run_globally(cases, 4)
     for name, split in splits.items():
@@ -221,7 +221,7 @@ def test_local_scope_thresholds_alone_and_counts_together(policy: str) -> None:
     outcome = algorithm1(
         run_ranks(1, lambda rank: {n: p.detach() for n, p in small_gpt()[0].named_parameters()})[0],
         CONFIG,
-        batch.tokens_MS,
+        batch.tokens_MU,
         batch.valid_MT,
         alpha=0.3,
         choose_tokens=lambda row, t: (row, t) in chosen,
@@ -235,7 +235,7 @@ def test_local_scope_thresholds_alone_and_counts_together(policy: str) -> None:
 def test_what_is_not_finite_on_one_rank_spoils_the_step_on_all(policy: str) -> None:
     """The engine then skips it everywhere; the record names the row where it is."""
     batch = make_batch(8, seed=25)
-    batch.tokens_MS[5, 2] = 46  # in the padding of the vocabulary: an input that no other row has
+    batch.tokens_MU[5, 2] = 46  # in the padding of the vocabulary: an input that no other row has
     batch.valid_MT[5, 1] = False
 
     def on_rank(rank: int) -> tuple[float, list[int], int, bool]:
@@ -264,7 +264,7 @@ def test_tensor_parallel_evaluation() -> None:
         model, _ = small_gpt(mesh=build_mesh(dist.get_world_size()))
         model.eval()
         with torch.no_grad():
-            return model(batch.tokens_MS, batch.valid_MT).sum(dim=0).tolist()
+            return model(batch.tokens_MU, batch.valid_MT).sum(dim=0).tolist()
 
     ((total, count),) = run_ranks(1, on_rank)
     for other in run_ranks(2, on_rank):

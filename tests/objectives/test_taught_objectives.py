@@ -64,7 +64,7 @@ def plain_step(
     w = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
     v = {n: p.detach().double() for n, p in teacher.items()}
     total = torch.zeros((), dtype=torch.float64)
-    for row, tokens_S in enumerate(batch.tokens_MS):
+    for row, tokens_S in enumerate(batch.tokens_MU):
         z_TV = logits_of(tokens_S[:-1], w, CONFIG, CONFIG.num_layers)
         teacher_TV = logits_of(tokens_S[:-1], v, TEACHER_CONFIG, TEACHER_CONFIG.num_layers)
         p_TV = (teacher_TV / rho).softmax(1)
@@ -97,7 +97,7 @@ def test_algorithm_3(weight: float, rho: float, score: str, padding: bool) -> No
     chosen = algorithm1(
         dict(model.named_parameters()),
         CONFIG,
-        batch.tokens_MS,
+        batch.tokens_MU,
         batch.valid_MT,
         alpha=0.2,
         score=score,
@@ -133,7 +133,7 @@ def test_uncertainty_learns_the_quantile_and_holds_the_rest(padding: bool) -> No
     learned = algorithm1(
         dict(model.named_parameters()),
         CONFIG,
-        batch.tokens_MS,
+        batch.tokens_MU,
         batch.valid_MT,
         alpha=0.75,
         level="token",
@@ -151,7 +151,7 @@ def test_salt_is_causal_language_modelling_from_its_last_step_on() -> None:
     class Absent:
         weight_VE = None
 
-        def hidden(self, tokens_MS: torch.Tensor) -> torch.Tensor:
+        def hidden(self, tokens_MU: torch.Tensor) -> torch.Tensor:
             raise AssertionError("the teacher ran")
 
     batch = make_batch(4)

@@ -49,7 +49,7 @@ def found(*flags: str, world: int, stage: int = 0) -> list[Exchange]:
         run=run,
         shape=setting.shape,
         plan=setting.plan,
-        policy=setting.policy,
+        traits=setting.traits,
         groups=Groups.of(run, 8),
     )
     return exchanges.of_stage(stage, rank_work(setting).largest)

@@ -11,10 +11,12 @@ from megatron_eslm.data.batch import Batch
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.ghost_products import GradientProducts
 from megatron_eslm.ops.keep_rule import EXCLUDED, num_to_keep
-from megatron_eslm.selection.build import build_policy
+from megatron_eslm.selection.build import build_policy, policy_traits
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policies.greats import Greats, choose_greedily
 from megatron_eslm.selection.state import Peers, SelectionState
+
+from .scoring import scored
 
 
 def products_of(grads_MP: torch.Tensor, validation_P: torch.Tensor) -> GradientProducts:
@@ -122,7 +124,9 @@ def batch_of(rows: int) -> Batch:
 
 def test_the_policy_keeps_what_was_chosen_once() -> None:
     got = policy()
-    assert (got.instance_source, got.token_source, got.selector_depth) == ("policy", "nothing", 0)
+    traits = got.traits
+    assert (traits.sequence_source, traits.token_source) == ("policy", "nothing")
+    assert traits.early_exit_blocks == 0 and traits.needs_gradients
     # Opposite gradients: once the first is chosen the third gains more than the first did, and
     # once both are, the second would gain most of all.
     pairs_MM = torch.tensor([[1.0, 0.0, -9.0, 0.0], [0.0, 1.0, -90.0, 0.0],
@@ -131,20 +135,20 @@ def test_the_policy_keeps_what_was_chosen_once() -> None:
     batch = batch_of(4)
     got.state.alpha = 0.5
     got.choose(products, 1.0, batch)
-    scores_M = got.instance_scores(torch.empty(0), batch.valid_MT, got.rows(4))
+    scores_M = got.score_sequences(scored(got, batch.valid_MT))
     assert scores_M.tolist() == [3.0, 90.0, 10.0, 2.0]
     kept = got.keep(scores_M, "test")
     assert kept.keep.tolist() == [True, False, True, False]
     assert (kept.tau, kept.num_scores, kept.num_kept, kept.num_nonfinite) == (3.0, 4, 2, 0)
     with pytest.raises(AssertionError, match="before its sequences were chosen"):
-        got.instance_scores(torch.empty(0), batch.valid_MT, got.rows(4))
+        got.score_sequences(scored(got, batch.valid_MT))
 
 
 def test_scores_that_are_not_finite_are_counted() -> None:
     got, batch = policy(), batch_of(4)
     products = GradientProducts(torch.full((4, 4), math.nan), torch.full((4,), math.nan))
     got.choose(products, 1.0, batch)
-    kept = got.keep(got.instance_scores(torch.empty(0), batch.valid_MT, got.rows(4)), "test")
+    kept = got.keep(got.score_sequences(scored(got, batch.valid_MT)), "test")
     assert kept.num_nonfinite == 4 and kept.keep.all() and math.isnan(kept.tau)
 
 
@@ -162,5 +166,6 @@ def test_a_share_outside_its_range_is_refused(share: float) -> None:
 
 
 def test_token_level_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--selection greats .* --eslm-level token"):
-        SelectionOptions(selection="greats", eslm_level="token")
+    options = SelectionOptions(selection="greats", eslm_level="token")
+    with pytest.raises(ConfigError, match=r"--eslm-level token leaves .* greats.* sequences only"):
+        policy_traits(options)

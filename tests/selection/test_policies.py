@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eslm.data.batch import Batch, Rows
 from megatron_eslm.ops.head.statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.selection.build import build_policy
@@ -20,6 +19,7 @@ from megatron_eslm.selection.policy import POLICIES, SelectionPolicy, register
 from megatron_eslm.selection.state import Peers, Recorder, SelectionRecord, SelectionState
 
 from ..harness import run_ranks
+from .scoring import scored
 
 ALONE = Peers(0, 1, None)
 
@@ -63,20 +63,17 @@ def test_a_policy_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_where_scores_come_from(options: dict, sources: tuple, depth: int) -> None:
     got = policy(**options)
-    assert (got.instance_source, got.token_source) == sources
-    assert got.selector_depth == depth
+    assert (got.traits.sequence_source, got.traits.token_source) == sources
+    assert got.traits.early_exit_blocks == depth
     # Another policy of the same class keeps its own sources.
-    assert (
-        policy(selection=got.name).token_source
-        == type(got)(SelectionOptions(), SelectionState(0.1), ALONE, 0).token_source
-    )
+    assert policy(selection=got.name).traits.token_source == type(got).token_source
 
 
 def test_entropy_is_computed_only_for_the_policy_that_needs_it() -> None:
-    assert policy(eslm_score="entropy").needs_entropy
-    assert not policy(eslm_score="loss").needs_entropy
-    assert not policy(selection="random", eslm_score="entropy").needs_entropy
-    assert not policy(selection="clm", eslm_score="entropy").needs_entropy
+    assert policy(eslm_score="entropy").traits.needs_entropy
+    assert not policy(eslm_score="loss").traits.needs_entropy
+    assert not policy(selection="random", eslm_score="entropy").traits.needs_entropy
+    assert not policy(selection="clm", eslm_score="entropy").traits.needs_entropy
 
 
 def test_risk_is_the_statistic_that_is_asked_for() -> None:
@@ -91,17 +88,15 @@ def test_a_sequence_scores_the_mean_over_its_valid_positions() -> None:
     valid_MT = torch.tensor([[True] * 3, [True, False, True], [False] * 3])
     before = risk_MT.clone()
     got = policy()
-    scores_M = got.instance_scores(risk_MT, valid_MT, got.rows(3))
+    scores_M = got.score_sequences(scored(got, valid_MT, risk_MT))
     assert scores_M.tolist() == [3.0, 3.0, EXCLUDED]
     assert torch.equal(risk_MT.nan_to_num(), before.nan_to_num())
 
 
-ROWS_2 = Rows(torch.arange(2), 2)
-
-
 def test_a_valid_nan_makes_the_score_nan() -> None:
     risk_MT = torch.tensor([[1.0, math.nan], [1.0, math.inf]])
-    scores_M = policy().instance_scores(risk_MT, torch.ones(2, 2, dtype=torch.bool), ROWS_2)
+    got, valid_MT = policy(), torch.ones(2, 2, dtype=torch.bool)
+    scores_M = got.score_sequences(scored(got, valid_MT, risk_MT))
     assert scores_M.isnan().tolist() == [True, False]
     assert scores_M[1] == math.inf
 
@@ -136,13 +131,8 @@ def random_kept(size: int, rows: int, **options) -> tuple[torch.Tensor, torch.Te
     for rank in range(size):  # the shares of all ranks, without processes
         one = policy(selection="random", peers=Peers(rank, size, None), **options)
         valid_MT = torch.ones(rows // size, positions, dtype=torch.bool)
-        own = one.rows(rows // size)
-        if level == "instance":
-            scores.append(one.instance_scores(torch.empty(0), valid_MT, own))
-        else:
-            tokens_MS = torch.zeros(rows // size, positions + 1, dtype=torch.long)
-            batch = Batch.of(tokens_MS, valid_MT)
-            scores.append(one.token_scores(torch.empty(0), batch, own))
+        score = one.score_sequences if level == "instance" else one.score_tokens
+        scores.append(score(scored(one, valid_MT)))
     everything = torch.cat(scores)
     kept = policy(selection="random", **options).keep(everything, "test").keep
     return everything, kept
@@ -191,7 +181,7 @@ def test_random_keeps_its_share_and_every_place_as_often(alpha: float) -> None:
 def test_random_gives_rows_without_labels_no_place() -> None:
     valid_MT = torch.tensor([[True, False], [False, False], [False, True]])
     got = policy(selection="random")
-    scores_M = got.instance_scores(torch.empty(0), valid_MT, got.rows(3))
+    scores_M = got.score_sequences(scored(got, valid_MT))
     assert (scores_M == EXCLUDED).tolist() == [False, True, False]
 
 

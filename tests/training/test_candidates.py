@@ -53,7 +53,7 @@ def few_labels() -> Any:
 def spoilt() -> Any:
     """Row 9 reads an id whose embedding is nan (see `select_and_step`)."""
     batch = make_batch(CANDIDATES, seed=3)
-    batch.tokens_MS[9, 2] = 46
+    batch.tokens_MU[9, 2] = 46
     batch.valid_MT[9, 1] = False
     return batch
 
@@ -79,7 +79,7 @@ def select_and_step(options: dict[str, Any], batch: Any) -> Step:
     mesh = build_mesh()
     rows = MICRO // mesh.dp_size
     model, recorder = small_gpt(mesh=mesh, alpha=ALPHA, eslm_scope="step", **options)
-    if batch.tokens_MS.max() == 46:  # in the padding of the vocabulary: an input, never a label
+    if batch.tokens_MU.max() == 46:  # in the padding of the vocabulary: an input, never a label
         with torch.no_grad():
             model.embedding.word.weight[46] = torch.nan
     engine: Any = SimpleNamespace(
@@ -92,7 +92,7 @@ def select_and_step(options: dict[str, Any], batch: Any) -> Step:
     )
 
     def of(numbers: list[int]) -> Batch:
-        return Batch.of(batch.tokens_MS[numbers], batch.valid_MT[numbers])
+        return Batch.of(batch.tokens_MU[numbers], batch.valid_MT[numbers])
 
     own = list(rows_of_rank(range(CANDIDATES), rows, mesh))
     found = select_candidates(engine, map(of, own), CANDIDATES, rows, ALPHA)
@@ -150,7 +150,7 @@ def expected(name: str) -> tuple[list[int], set[tuple[int, int]], float, dict[st
         "stride": options.get("eslm_proxy_stride", 1),
     }
     whole = algorithm1(
-        model, CONFIG, batch.tokens_MS, batch.valid_MT, **{**plain, "level": "instance"}
+        model, CONFIG, batch.tokens_MU, batch.valid_MT, **{**plain, "level": "instance"}
     )
     # To float32's precision, in which scores of copies are ties.
     scores = [float(torch.tensor(score, dtype=torch.float32)) for score in whole.instance_scores]
@@ -166,7 +166,7 @@ def expected(name: str) -> tuple[list[int], set[tuple[int, int]], float, dict[st
         level = {"level": "token"}
         if options.get("eslm_level") == "instance":
             level = {"level": "token", "choose_tokens": lambda row, t: True}
-        step = algorithm1(model, CONFIG, batch.tokens_MS[rows], valid_MT, **{**plain, **level})
+        step = algorithm1(model, CONFIG, batch.tokens_MU[rows], valid_MT, **{**plain, **level})
         tokens |= {(rows[row], t) for row, t in step.kept_tokens}
         loss += float(step.loss) / micro_steps
         for key, gradient in step.gradients.items():

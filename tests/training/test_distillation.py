@@ -228,9 +228,9 @@ def calls_of_the_teacher(trainer: Trainer) -> list[int]:
     frozen = trainer.engine.model.head.objective.teacher
     ordinary = frozen.hidden
 
-    def hidden(tokens_MS: torch.Tensor) -> torch.Tensor:
+    def hidden(tokens_MU: torch.Tensor) -> torch.Tensor:
         calls.append(trainer.state.iteration)
-        return ordinary(tokens_MS)
+        return ordinary(tokens_MU)
 
     frozen.hidden = hidden
     return calls

@@ -219,9 +219,9 @@ def saved_bytes(layers: int, tp: int, flags: list[str]) -> tuple[int, float]:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    tokens_MS = torch.randint(257, (4, 33), generator=torch.Generator().manual_seed(0))
+    tokens_MU = torch.randint(257, (4, 33), generator=torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.run(Batch.of(tokens_MS, torch.ones(4, 32, dtype=torch.bool)))
+        model.run(Batch.of(tokens_MU, torch.ones(4, 32, dtype=torch.bool)))
     return sum(storage.nbytes() for storage in kept.values()), block_activations(run, shape)
 
 
@@ -253,8 +253,8 @@ def memory(*flags: str | int, world: int = 8) -> MemoryEstimate:
     argv = ["--data-path", "x", "--model-size", "350M", "--global-batch-size", "256"]
     run = parse_run(later_wins([*argv, *map(str, flags)]), world)
     shape = run.shape(50_257)
-    policy = build_policy(run.selection, SelectionState(alpha=0.0), Peers(0, 1, None), 0)
-    flops = build_flops(run, shape, policy)
+    state = SelectionState(alpha=0.0)
+    flops = build_flops(run, shape, state)
     return estimate_memory(run, shape, plan_stages(run, shape, flops, step_work(run)), flops)
 
 
@@ -346,8 +346,8 @@ def test_a_reference_model_counts_where_the_labels_are() -> None:
         8,
     )
     shape = run.shape(50_257)
-    policy = build_policy(run.selection, SelectionState(alpha=0.1), Peers(0, 1, None), 0)
-    alone = build_flops(run, shape, policy)
+    state = SelectionState(alpha=0.1)
+    alone = build_flops(run, shape, state)
     flops = dataclasses.replace(alone, reference=shape)
     plan = plan_stages(run, shape, alone, step_work(run))
     without, beside = (estimate_memory(run, shape, plan, each) for each in (alone, flops))
@@ -378,8 +378,8 @@ def test_the_pass_of_greats_holds_what_is_told(flags: tuple[str, ...], vocab: in
     model = model.to(run.dtype)
 
     def rows(number: int) -> Batch:
-        tokens_MS = torch.zeros(number, 129, dtype=torch.int64)
-        return Batch.of(tokens_MS, torch.ones(number, 128, dtype=torch.bool))
+        tokens_MU = torch.zeros(number, 129, dtype=torch.int64)
+        return Batch.of(tokens_MU, torch.ones(number, 128, dtype=torch.bool))
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         gradient_products(model, rows(8), rows(4))
@@ -391,7 +391,7 @@ def test_the_pass_of_greats_holds_what_is_told(flags: tuple[str, ...], vocab: in
     told = alignment_bytes(run, shape, (8, 4))
     assert told == pytest.approx(peak, rel=0.15)
     # It takes the place of what training does then, so only the difference comes on top.
-    flops = build_flops(run, shape, policy)
+    flops = build_flops(run, shape, policy.state)
     plain = dataclasses.replace(flops, alignment_rows=None)
     plan = plan_stages(run, shape, flops, step_work(run))
     found, alone = (estimate_memory(run, shape, plan, each) for each in (flops, plain))

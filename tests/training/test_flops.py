@@ -215,8 +215,7 @@ def test_the_executed_ledger_is_the_sum_of_its_parts(depth: int, again: bool) ->
 
 
 def test_a_policy_without_proxy_pays_for_none() -> None:
-    from megatron_eslm.selection.build import build_policy
-    from megatron_eslm.selection.state import Peers, SelectionState
+    from megatron_eslm.selection.state import SelectionState
 
     for flags, proxy, depth in (
         ("--selection clm", False, 0),
@@ -225,8 +224,8 @@ def test_a_policy_without_proxy_pays_for_none() -> None:
         ("--eslm-proxy-layers 2", True, 2),
     ):
         run = parse_run(f"--data-path x --model-size 124M {flags}".split(), 1)
-        policy = build_policy(run.selection, SelectionState(alpha=0.1), Peers(0, 1, None), 0)
-        flops = build_flops(run, SHAPE_124M, policy)
+        state = SelectionState(alpha=0.1)
+        flops = build_flops(run, SHAPE_124M, state)
         assert (flops.proxy, flops.selector_depth) == (proxy, depth)
 
 

@@ -59,7 +59,7 @@ def explicit_products(model: GPT, candidates: Batch, validation: Batch) -> Gradi
         model.zero_grad()
         return torch.cat(gradients)
 
-    rows = range(len(candidates.tokens_MS))
+    rows = range(len(candidates.tokens_MU))
     g_MP = torch.stack([gradient(Batch(*(t[m : m + 1] for t in candidates))) for m in rows])
     return GradientProducts(g_MP @ g_MP.t(), g_MP @ gradient(validation))
 
@@ -67,7 +67,7 @@ def explicit_products(model: GPT, candidates: Batch, validation: Batch) -> Gradi
 def small_batch(rows: int, *, seed: int, padding: bool = False) -> Batch:
     """With labels that are not simply the next tokens, as --label-noise makes them."""
     drawn = make_batch(rows, seed=seed, padding=padding)
-    return Batch.of(drawn.tokens_MS, drawn.valid_MT, drawn.tokens_MS[:, 1:].flip(1))
+    return Batch.of(drawn.tokens_MU, drawn.valid_MT, drawn.tokens_MU[:, 1:].flip(1))
 
 
 def assert_same_products(
@@ -159,7 +159,7 @@ class ByHand:
 
         def products(model: GPT, candidates: Batch, validation: Batch) -> GradientProducts:
             plain = explicit_products(twin(trainer), candidates, validation)
-            num = num_to_keep(len(candidates.tokens_MS), alpha)
+            num = num_to_keep(len(candidates.tokens_MU), alpha)
             rate = optimizer.param_groups[0]["lr"]
             self.chosen.append(greedily(plain, rate, num))
             self.uncorrected.append(greedily(plain, 0.0, num))
@@ -440,7 +440,7 @@ def test_what_it_chooses_by_is_not_what_is_evaluated(data: list[str]) -> None:
         ordinary = gradient_alignment.gradient_products
 
         def products(model: GPT, candidates: Batch, validation: Batch) -> GradientProducts:
-            seen.extend(validation.tokens_MS)
+            seen.extend(validation.tokens_MU)
             return ordinary(model, candidates, validation)
 
         gradient_alignment.gradient_products = products

@@ -10,8 +10,6 @@ import pytest
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.cost.last_mlp import last_mlp_kept
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.selection.build import build_policy
-from megatron_eslm.selection.state import Peers, SelectionState
 from tests.harness import run_ranks
 
 from .runs import ROWS, Outcome, assert_same_dumps, train, words
@@ -53,10 +51,7 @@ def test_kept_tokens_suffice_in_every_layout(data: list[str], tmp_path: Path) ->
 
 def resolved(*flags: str, device_type: str | None = "cpu") -> bool:
     run = parse_run(["--data-path", "x", "--model-size", "124M", *flags], 2)
-    policy = build_policy(
-        run.selection, SelectionState(alpha=run.selection.initial_alpha), Peers(0, 1, None), 0
-    )
-    return last_mlp_kept(run, run.shape(50_257), policy, device_type)
+    return last_mlp_kept(run, run.shape(50_257), device_type)
 
 
 def test_auto_is_on_where_tokens_are_dropped_and_it_pays(monkeypatch) -> None:

@@ -36,8 +36,12 @@ def planned(
     base = ("--data-path", "x", "--model-size", "124M", "--global-batch-size", "1152")
     run = parse_run(later_wins([*base, *map(str, flags)]), world)
     shape = run.shape(vocab_size)
-    policy = build_policy(run.selection, SelectionState(alpha=0.0), Peers(0, 1, None), 0)
-    return plan_stages(run, shape, build_flops(run, shape, policy), step_work(run)), run, shape
+    state = SelectionState(alpha=0.0)
+    return (
+        plan_stages(run, shape, build_flops(run, shape, state), step_work(run)),
+        run,
+        shape,
+    )
 
 
 def goals(blocks: list[float], split: tuple[int, ...], last: float) -> tuple[float, float]:
@@ -79,8 +83,8 @@ def test_a_smaller_beginning_is_given_up_where_a_later_stage_exceeds_it() -> Non
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 6, 12])
 def test_stages_add_up_to_the_model(stages: int, flags: str) -> None:
     plan, run, shape = planned(PP, stages, *flags.split())
-    policy = build_policy(run.selection, SelectionState(alpha=0.0), Peers(0, 1, None), 0)
-    executed = build_flops(run, shape, policy).executed(step_work(run))
+    state = SelectionState(alpha=0.0)
+    executed = build_flops(run, shape, state).executed(step_work(run))
     assert sum(plan.flops) == pytest.approx(executed, rel=1e-12)
     assert [i for s in range(stages) for i in plan.blocks(s)] == list(range(12))
     assert min(plan.num_blocks) >= 1

@@ -11,7 +11,7 @@ Therefore `triton` is the default and this form is `--head-kernel triton-fused`;
 `benchmarks/head_kernel.py` measures both. Gradients, and statistics whose logits are kept, are
 those of `head_triton`.
 
-Shape legend: N scored tokens, D hidden, V rows of this rank's shard, S shares of the vocabulary.
+Shape legend: N scored tokens, D hidden, V rows of this rank's shard, R shares of the vocabulary.
 """
 
 from __future__ import annotations
@@ -143,14 +143,14 @@ def partial_statistics(
     shares = min(column_tiles, triton.cdiv(PROGRAMS, token_tiles))
     share_columns = triton.cdiv(column_tiles, shares) * tile.columns
     shares = triton.cdiv(num_real, share_columns)
-    max_SN = hidden_ND.new_empty(shares, num_tokens, dtype=torch.float32)
-    sums_3SN = hidden_ND.new_empty(3, shares, num_tokens, dtype=torch.float32)
+    max_RN = hidden_ND.new_empty(shares, num_tokens, dtype=torch.float32)
+    sums_3RN = hidden_ND.new_empty(3, shares, num_tokens, dtype=torch.float32)
     _fused_kernel[(token_tiles, shares)](
         hidden_ND,
         weight_VD,
         column_N,
-        max_SN,
-        sums_3SN,
+        max_RN,
+        sums_3RN,
         hidden_ND.stride(0),
         weight_VD.stride(0),
         num_tokens,
@@ -169,16 +169,16 @@ def partial_statistics(
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
-    return _together(max_SN, sums_3SN)
+    return _together(max_RN, sums_3RN)
 
 
-def _together(max_SN: torch.Tensor, sums_3SN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _together(max_RN: torch.Tensor, sums_3RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Statistics of all shares from those of each."""
-    total_SN, weighted_SN, label_SN = sums_3SN
-    max_N = max_SN.amax(dim=0)
+    total_RN, weighted_RN, label_RN = sums_3RN
+    max_N = max_RN.amax(dim=0)
     # A share whose logits are all -inf has nothing to add; -inf times 0 would be nan.
-    fall_SN = (max_SN - max_N).masked_fill(total_SN == 0, 0.0)
-    scale_SN = fall_SN.exp()
-    weighted_SN = scale_SN * (weighted_SN + fall_SN * total_SN)
-    sums_3SN = torch.stack([scale_SN * total_SN, weighted_SN, label_SN])
-    return max_N, sums_3SN.sum(dim=1)
+    fall_RN = (max_RN - max_N).masked_fill(total_RN == 0, 0.0)
+    scale_RN = fall_RN.exp()
+    weighted_RN = scale_RN * (weighted_RN + fall_RN * total_RN)
+    sums_3RN = torch.stack([scale_RN * total_RN, weighted_RN, label_RN])
+    return max_N, sums_3RN.sum(dim=1)

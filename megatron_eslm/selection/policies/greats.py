@@ -18,10 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_eslm.data.batch import Batch, Rows
+from megatron_eslm.data.batch import Batch
 from megatron_eslm.ops.ghost_products import GradientProducts
 from megatron_eslm.ops.keep_rule import EXCLUDED, Kept, num_to_keep
 from megatron_eslm.selection.policy import SelectionPolicy, register
+from megatron_eslm.selection.scored import ScoredBatch
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Choice:
     order: list[int]
     """Sequences in the order in which they were chosen."""
     gains: list[float]
-    """U at the time of choice; of others, what they would gain next; EXCLUDED, or nan, where there
-    is none."""
+    """Gain U when chosen; of the others, the gain if chosen next. EXCLUDED for sequences without
+    labels, nan where products are not finite."""
 
 
 def choose_greedily(
@@ -40,8 +41,8 @@ def choose_greedily(
 ) -> Choice:
     """The keep rule's number of sequences, each time the one that gains most.
 
-    Ties go to the lower index. A sequence whose products are not finite has gain nan, is taken
-    first and corrects nobody: it is to be seen, not hidden.
+    Ties go to the lower index. A sequence whose products are not finite is chosen first, so that
+    the problem surfaces, has gain nan, and leaves the other gains alone.
 
     Args:
         products: of M sequences.
@@ -70,8 +71,9 @@ def choose_greedily(
 class Greats(SelectionPolicy):
     """Keep the sequences that training.gradient_alignment's pass has found to gain most."""
 
-    instance_source = "policy"
-    chooses_together = False
+    sequence_source = "policy"
+    needs_gradients = True
+    reads = frozenset({"greats_valid_share"})
     _choice: Choice | None = None
     """Of the micro-step to come."""
 
@@ -80,12 +82,10 @@ class Greats(SelectionPolicy):
         takes_part = batch.valid_MT.any(dim=1).tolist()
         self._choice = choose_greedily(products, learning_rate, takes_part, self.state.alpha)
 
-    def instance_scores(
-        self, token_risk_MT: torch.Tensor, valid_MT: torch.Tensor, rows: Rows
-    ) -> torch.Tensor:
+    def score_sequences(self, scored: ScoredBatch) -> torch.Tensor:
         """Gains, float32 [M]."""
         assert self._choice is not None, "a micro-step began before its sequences were chosen"
-        return torch.tensor(self._choice.gains, device=valid_MT.device)
+        return torch.tensor(self._choice.gains, device=scored.valid_MP.device)
 
     def keep(self, scores: torch.Tensor, phase: str) -> Kept:
         """What was chosen. Not the highest gains: a gain rises where gradients oppose."""
@@ -102,6 +102,3 @@ class Greats(SelectionPolicy):
             num_kept=len(choice.order),
             num_nonfinite=sum(math.isnan(gain) for gain in choice.gains),
         )
-
-    def token_scores(self, token_risk_MT: torch.Tensor, batch: Batch, rows: Rows) -> torch.Tensor:
-        raise AssertionError("token_source is 'nothing'")
