@@ -134,7 +134,6 @@ def _check_same_data(run: RunConfig, found: Found, data: dict[str, Any]) -> None
 
 def _check_something_is_left(run: RunConfig, found: Found) -> None:
     iteration, last = found.state().iteration, run.training.train_iters
-    assert last
     if iteration > last or (iteration == last and not continues_itself(run)):
         raise ConfigError(
             f"{found.folder} is at iteration {iteration} and --train-iters is {last}: nothing is "

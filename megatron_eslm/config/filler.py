@@ -26,15 +26,11 @@ class Filler:
 
     def __call__(self, options: Any, name: str, default: Any = None) -> Any:
         """The value of a flag; None where it follows from nothing."""
+        of_options = getattr(options, name)
         if name in self.given:
-            return getattr(options, name)
-        if name in self.json:
-            return self.json[name]
-        value = getattr(options, name)
-        if value is not None and value is not False:
-            return value
-        from_preset = getattr(self.preset, name, None) if self.preset else None
-        return from_preset if from_preset is not None else (default if value is None else value)
+            return of_options
+        others = (self.json.get(name), getattr(self.preset, name, None), of_options, default)
+        return next((value for value in others if value is not None), None)
 
     def require(self, wanted: Iterable[tuple[Any, str]]) -> None:
         """All of these flags have values.
@@ -67,13 +63,18 @@ SHAPE = {
 """Flags of the model's shape, and what a checkpoint calls them."""
 
 
-def with_shape(model: ModelOptions, stored: ModelShape, given: frozenset[str]) -> ModelOptions:
-    """Flags of the model with what was not given from a checkpoint; --model-size gives SHAPE."""
+def with_shape(
+    model: ModelOptions, stored: ModelShape, given: frozenset[str]
+) -> tuple[ModelOptions, frozenset[str]]:
+    """Flags of the model with what was not given from a checkpoint; --model-size gives SHAPE.
+
+    Returns:
+        (the flags, names of those that the checkpoint gave).
+    """
     found: dict[str, Any] = {}
     if model.model_size is None:
         found = {name: getattr(stored, theirs) for name, theirs in SHAPE.items()}
-    # Left alone where it is the default: runs are compared by what they set unlike it.
-    if stored.ffn_hidden_size != 4 * stored.hidden_size:
-        found["ffn_hidden_size"] = stored.ffn_hidden_size
+    found["ffn_hidden_size"] = stored.ffn_hidden_size
     found["layernorm_epsilon"] = stored.layernorm_epsilon
-    return dataclasses.replace(model, **{k: v for k, v in found.items() if k not in given})
+    found = {name: value for name, value in found.items() if name not in given}
+    return dataclasses.replace(model, **found), frozenset(found)

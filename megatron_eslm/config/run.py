@@ -20,6 +20,13 @@ from megatron_eslm.config.layouts import (
     layout_table,
     layout_warnings,
 )
+from megatron_eslm.config.resolved import (
+    ResolvedEngine,
+    ResolvedModel,
+    ResolvedOptimizer,
+    ResolvedTraining,
+    resolved,
+)
 from megatron_eslm.config.schedule import fill_schedule
 from megatron_eslm.config.scope import fill_scope, warn_of_ramp
 from megatron_eslm.config.training_options import (
@@ -89,14 +96,14 @@ DEMO_PRESET = Preset(
 class RunConfig:
     """Everything a run was asked to do, with nothing left open. Never changed after resolve()."""
 
-    model: ModelOptions
+    model: ResolvedModel
     selection: SelectionOptions
     objective: ObjectiveOptions
     reference: ReferenceOptions
     data: DataOptions
-    training: TrainingOptions
-    optimizer: OptimizerOptions
-    engine: EngineOptions
+    training: ResolvedTraining
+    optimizer: ResolvedOptimizer
+    engine: ResolvedEngine
     checkpoint: CheckpointOptions
     report: ReportOptions
     demo: bool
@@ -117,13 +124,11 @@ class RunConfig:
     @property
     def batch_schedule(self) -> BatchSchedule:
         """How many sequences each step reads."""
-        assert self.training.global_batch_size
         return BatchSchedule(self.training.global_batch_size, self.training.rampup_batch_size)
 
     @property
     def step_shape(self) -> StepShape:
         """Micro-batches of a rank in a step that reads --global-batch-size."""
-        assert self.training.micro_batch_size
         return StepShape(self.gradient_accumulation_steps, self.training.micro_batch_size)
 
     @property
@@ -135,7 +140,6 @@ class RunConfig:
 
     def keeps_logits(self, shape: ModelShape) -> bool:
         """Whether the head keeps its logits for the backward pass: `--head-logits`, resolved."""
-        assert self.training.micro_batch_size and self.model.seq_length
         tokens = self.training.micro_batch_size * self.model.seq_length
         width = shape.padded_vocab_size // self.engine.tensor_model_parallel_size
         fits = tokens * width * self.dtype.itemsize <= AUTO_KEEP_LOGITS_BYTES
@@ -144,13 +148,12 @@ class RunConfig:
     def shape(self, vocab_size: int) -> ModelShape:
         """The model's shape once the tokenizer, and with it the vocabulary, is known."""
         m = self.model
-        assert m.num_layers and m.hidden_size and m.num_attention_heads and m.seq_length
         multiple = m.make_vocab_size_divisible_by * self.engine.tensor_model_parallel_size
         return ModelShape(
             num_layers=m.num_layers,
             hidden_size=m.hidden_size,
             num_attention_heads=m.num_attention_heads,
-            ffn_hidden_size=m.ffn_hidden_size or 4 * m.hidden_size,
+            ffn_hidden_size=m.ffn_hidden_size,
             max_position_embeddings=m.seq_length,
             vocab_size=vocab_size,
             padded_vocab_size=pad_vocab_size(vocab_size, multiple),
@@ -213,7 +216,8 @@ def resolve(
     """
     world_size = report.dry_run_world_size or world_size
     if stored is not None:
-        model = with_shape(model, stored, given)
+        model, of_stored = with_shape(model, stored, given)
+        given |= of_stored
     json: dict[str, Any] = {}
     if engine.deepspeed_config:
         json = deepspeed_json.read_json(engine.deepspeed_config)
@@ -227,14 +231,15 @@ def resolve(
     preset = PRESETS[model.model_size] if model.model_size else DEMO_PRESET if demo else None
     fill = Filler(given, json, preset)
 
-    engine = dataclasses.replace(
+    bf16, fp16 = fill(engine, "bf16"), fill(engine, "fp16")
+    engine = resolved(
+        ResolvedEngine,
         engine,
-        bf16=fill(engine, "bf16"),
-        fp16=fill(engine, "fp16"),
+        bf16=bf16,
+        fp16=fp16,
         cpu_offload=fill(engine, "cpu_offload"),
+        zero_stage=fill(engine, "zero_stage", 1 if bf16 or fp16 else 0),
     )
-    half = engine.bf16 or engine.fp16
-    engine = dataclasses.replace(engine, zero_stage=fill(engine, "zero_stage", 1 if half else 0))
     dp_size = check_layout(
         world_size, engine.tensor_model_parallel_size, engine.pipeline_model_parallel_size
     )
@@ -243,18 +248,21 @@ def resolve(
     if preset is None:
         needed = {model: SHAPE, training: ("micro_batch_size", "train_iters"), optimizer: ("lr",)}
         fill.require((options, name) for options, names in needed.items() for name in names)
-    model = dataclasses.replace(
+    hidden_size = fill(model, "hidden_size")
+    model = resolved(
+        ResolvedModel,
         model,
         num_layers=fill(model, "num_layers"),
-        hidden_size=fill(model, "hidden_size"),
+        hidden_size=hidden_size,
         num_attention_heads=fill(model, "num_attention_heads"),
+        ffn_hidden_size=fill(model, "ffn_hidden_size", 4 * hidden_size),
         seq_length=fill(model, "seq_length"),
     )
     _check_model(model, selection)
     _check_reference(selection, reference, data)
     _check_lora(model, selection, checkpoint)
     check_objective(objective, selection.selection, loads=checkpoint.load is not None, given=given)
-    check_label_noise(data.label_noise, model.seq_length or 0)
+    check_label_noise(data.label_noise, model.seq_length)
     if preset is DEMO_PRESET:
         # A pipeline needs micro-steps, to fill it and to drop some of them.
         steps = 10 if engine.pipeline_model_parallel_size > 1 else 1
@@ -269,9 +277,7 @@ def resolve(
     )
     optimizer = _fill_optimizer(optimizer, fill, training)
 
-    assert training.micro_batch_size and training.global_batch_size
     steps = training.global_batch_size // (training.micro_batch_size * dp_size)
-    assert engine.zero_stage is not None
     _check_layout(model, selection, engine, steps)
     selection = fill_scope(
         selection,
@@ -328,8 +334,7 @@ def _check_engine(engine: EngineOptions) -> None:
             raise ConfigError("--fp16 is not supported by this processor; use --bf16 or neither.")
 
 
-def _check_model(model: ModelOptions, selection: SelectionOptions) -> None:
-    assert model.num_layers and model.hidden_size and model.num_attention_heads
+def _check_model(model: ResolvedModel, selection: SelectionOptions) -> None:
     if model.hidden_size % model.num_attention_heads:
         raise ConfigError(
             f"--hidden-size {model.hidden_size} is not a multiple of --num-attention-heads "
@@ -341,7 +346,6 @@ def _check_model(model: ModelOptions, selection: SelectionOptions) -> None:
             f"--eslm-proxy-layers {depth} must be smaller than --num-layers {model.num_layers}: "
             "the early exit would be the whole model."
         )
-    assert model.seq_length
     if depth and selection.eslm_proxy_stride > model.seq_length:
         raise ConfigError(
             f"--eslm-proxy-stride {selection.eslm_proxy_stride} is longer than --seq-length "
@@ -393,10 +397,8 @@ def _check_reference(
 
 
 def _check_layout(
-    model: ModelOptions, selection: SelectionOptions, engine: EngineOptions, micro_steps: int
+    model: ResolvedModel, selection: SelectionOptions, engine: ResolvedEngine, micro_steps: int
 ) -> None:
-    assert model.num_layers and model.hidden_size and model.num_attention_heads
-    assert model.seq_length and engine.zero_stage is not None
     asked = AskedLayout(
         tp=engine.tensor_model_parallel_size,
         pp=engine.pipeline_model_parallel_size,
@@ -410,7 +412,7 @@ def _check_layout(
         early_exit=early_exit_layers(selection),
         num_layers=model.num_layers,
         num_attention_heads=model.num_attention_heads,
-        ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
         seq_length=model.seq_length,
         needs_gradients=policy_traits(selection).needs_gradients,
         compiles=model.compile,
@@ -429,7 +431,7 @@ def _fill_training(
     preset: Preset | None,
     dp_size: int,
     accumulation_steps: int | None,
-) -> TrainingOptions:
+) -> ResolvedTraining:
     micro = fill(training, "micro_batch_size")
     # The presets' 40 micro-steps are shared out over the ranks, as in the paper's runs.
     default = micro * (preset.gradient_accumulation_steps if preset else dp_size)
@@ -439,19 +441,19 @@ def _fill_training(
     BatchSchedule(total, training.rampup_batch_size).check(micro, dp_size)
     parse_ranges(training.skip_samples)
     iters = fill(training, "train_iters", preset.lr_decay_iters if preset else None)
-    return dataclasses.replace(
+    return resolved(
+        ResolvedTraining,
         training,
         micro_batch_size=micro,
         global_batch_size=total,
         train_iters=iters,
-        eval_interval=training.eval_interval or min(1000, max(1, iters // 10)),
+        eval_interval=fill(training, "eval_interval", min(1000, max(1, iters // 10))),
     )
 
 
 def _fill_optimizer(
-    optimizer: OptimizerOptions, fill: Filler, training: TrainingOptions
-) -> OptimizerOptions:
-    assert training.train_iters
+    optimizer: OptimizerOptions, fill: Filler, training: ResolvedTraining
+) -> ResolvedOptimizer:
     lr = fill(optimizer, "lr")
     min_lr = fill(optimizer, "min_lr", lr / 10)
     if "lr" in fill.given and "min_lr" not in fill.given and min_lr > lr:
@@ -469,7 +471,8 @@ def _fill_optimizer(
             warmup,
             lr,
         )
-    return dataclasses.replace(
+    return resolved(
+        ResolvedOptimizer,
         optimizer,
         lr=lr,
         min_lr=min_lr,

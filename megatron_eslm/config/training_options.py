@@ -285,6 +285,15 @@ class ReportOptions:
     dump_selection: str | None = None
     """Folder for one .npz a step: tokens, scores, what was kept."""
 
+    profile: str | None = None
+    """Folder for traces of a few steps by torch.profiler, one per rank, to open in Perfetto."""
+
+    profile_step_start: Annotated[int, ONE_OR_MORE] = 10
+    """First step of --profile."""
+
+    profile_step_end: Annotated[int, ONE_OR_MORE] = 12
+    """Last step of --profile."""
+
     dry_run: bool = False
     """Print steps, tokens, epochs per domain, parameters, memory, FLOPs and a pipeline's plan, and
     train nothing."""
@@ -297,6 +306,11 @@ class ReportOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.profile_step_end < self.profile_step_start:
+            raise ConfigError(
+                f"--profile-step-end {self.profile_step_end} is before --profile-step-start "
+                f"{self.profile_step_start}; change one of them."
+            )
         if self.dry_run_world_size is not None and not self.dry_run:
             raise ConfigError(
                 f"--dry-run-world-size {self.dry_run_world_size} says what --dry-run describes; "

@@ -80,7 +80,7 @@ def _estimate_stage(
         trained = float(adapter_params(shape, plan.num_blocks[stage], rank, tp))
         n += trained
     copies = copied_params(shape, plan, stage, run.model.lora_rank, tp)
-    zero, dp = run.engine.zero_stage or 0, run.dp_size
+    zero, dp = run.engine.zero_stage, run.dp_size
     # DeepSpeed's pipeline in bf16 spreads the optimizer even in stage 0.
     spreads = zero >= 1 or (plan.num_stages > 1 and run.engine.bf16)
     master = 4 if element == 2 or spreads else 0
@@ -121,7 +121,6 @@ def _activations_of_token(
     tp = run.engine.tensor_model_parallel_size
     tp_residual = tp if run.engine.sequence_parallel else 1
     d, heads, length = shape.hidden_size, shape.num_attention_heads, run.model.seq_length
-    assert length
     values = 4 * d / tp_residual + (4 * d + 2 * shape.ffn_hidden_size) / tp
     values += 2 * run.model.lora_rank * (1 + 1 / tp_residual)  # between the factors of adapters
     float32 = 4 / tp_residual
@@ -193,7 +192,6 @@ def alignment_bytes(run: RunConfig, shape: ModelShape, rows: tuple[int, int]) ->
         shape: of the model.
         rows: candidates and validation rows of one rank.
     """
-    assert run.model.seq_length
     length, vocab, element = run.model.seq_length, shape.padded_vocab_size, run.dtype.itemsize
     blocks = shape.num_layers * _activations_of_token(run, shape) + 3 * shape.hidden_size * element
     logits = rows[0] * length * vocab * element
@@ -208,5 +206,4 @@ def _chunks(num_logits: float) -> float:
 
 def _tokens(run: RunConfig) -> int:
     """Positions of one micro-batch of one rank."""
-    assert run.training.micro_batch_size and run.model.seq_length
     return run.training.micro_batch_size * run.model.seq_length

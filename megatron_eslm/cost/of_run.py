@@ -30,9 +30,7 @@ def build_flops(
         reference: shape of the model that runs beside training to compare with, if there is one.
         device_type: what it would run on; None is this machine's.
     """
-    assert run.model.seq_length
     last = run.objective.salt_iters if run.objective.distill == "salt" else run.training.train_iters
-    assert last is not None
     traits = policy_traits(run.selection)
     return FlopsModel(
         shape=shape,
@@ -63,7 +61,6 @@ def step_work(run: RunConfig, alpha: float | None = None, batch_size: int | None
         batch_size: sequences of the step over all ranks; --global-batch-size where it is left out.
     """
     t, s = run.training, run.selection
-    assert t.micro_batch_size and run.model.seq_length
     micro_steps = run.gradient_accumulation_steps
     if batch_size is not None:
         micro_steps = batch_size // (t.micro_batch_size * run.dp_size)
@@ -94,5 +91,4 @@ def alignment_rows(run: RunConfig) -> tuple[int, int] | None:
     if not policy_traits(run.selection).needs_gradients:
         return None
     candidates = run.training.micro_batch_size
-    assert candidates
     return candidates, max(1, int(candidates * run.selection.greats_valid_share + 0.5))

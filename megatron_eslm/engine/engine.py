@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from megatron_eslm.config.deepspeed_json import blamed_on
+from megatron_eslm.config.resolved import ResolvedOptimizer
 from megatron_eslm.config.run import RunConfig
-from megatron_eslm.config.training_options import OptimizerOptions
 from megatron_eslm.data.batch import Batch, Rows
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT
@@ -38,10 +38,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(
-    model: nn.Module, options: OptimizerOptions, *, cpu_offload: bool
+    model: nn.Module, options: ResolvedOptimizer, *, cpu_offload: bool
 ) -> torch.optim.Optimizer:
     """AdamW: torch's fused one, or DeepSpeed's for states in CPU memory (compiled on first use)."""
-    assert options.lr is not None
     settings: dict[str, Any] = {
         "lr": options.lr,
         "betas": (options.adam_beta1, options.adam_beta2),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from megatron_eslm.config.training_options import OptimizerOptions
+from megatron_eslm.config.resolved import ResolvedOptimizer
 
 
-def learning_rate(options: OptimizerOptions, iteration: int) -> float:
+def learning_rate(options: ResolvedOptimizer, iteration: int) -> float:
     """Learning rate of optimizer step `iteration` (from 0).
 
     The first step gets lr / warmup, step `lr_warmup_iters - 1` gets lr, and from `lr_decay_iters`
@@ -15,7 +15,6 @@ def learning_rate(options: OptimizerOptions, iteration: int) -> float:
     """
     lr, min_lr = options.lr, options.min_lr
     warmup, decay = options.lr_warmup_iters, options.lr_decay_iters
-    assert lr is not None and min_lr is not None and warmup is not None and decay is not None
     if iteration < warmup:
         return lr * (iteration + 1) / warmup
     if iteration >= decay:

@@ -127,7 +127,6 @@ def check_fits(source: FrozenSource, run: RunConfig, what: str, otherwise: str) 
         otherwise: what else could be done, the end of a sentence.
     """
     shape, tp = source.shape, run.engine.tensor_model_parallel_size
-    assert run.model.seq_length
     if shape.max_position_embeddings < run.model.seq_length:
         raise ConfigError(
             f"{what} has {shape.max_position_embeddings} positions, fewer than --seq-length "

@@ -259,7 +259,7 @@ class Exchanges:
             )
 
     def _data(self, stage: int) -> Iterable[Exchange]:
-        engine, zero = self.run.engine, self.run.engine.zero_stage or 0
+        engine, zero = self.run.engine, self.run.engine.zero_stage
         params = stage_params(
             self.shape,
             self.plan.num_blocks[stage],
@@ -306,7 +306,7 @@ class Exchanges:
             )
 
         together = not self.traits.ranks_decide_alone
-        rows = work.tokens / (self.run.model.seq_length or 1)
+        rows = work.tokens / self.run.model.seq_length
         within = self.traits.selects_in_model
         if self._is_first(stage) and within and together:
             yield exchange("scores of rows", "all-gather", FLOAT32 * rows * data.size)
@@ -323,7 +323,6 @@ class Exchanges:
             return
         read, rows = self.run.gradient_accumulation_steps, self.run.training.micro_batch_size
         chunks = math.ceil(read / self.plan.num_stages)
-        assert rows and self.run.model.seq_length
         positions = rows * self.run.model.seq_length
 
         def exchange(

@@ -169,7 +169,7 @@ def _selection_lines(plan: Plan, values: dict[str, Any], request: Request) -> li
 
 def _imbalance(plan: Plan, values: dict[str, Any]) -> str:
     cost, setting, micro = plan.cost, plan.cost.setting, plan.layout.micro_batch_size
-    works, length = rank_work(setting), setting.run.model.seq_length or 1
+    works, length = rank_work(setting), setting.run.model.seq_length
     waits = cost.seconds / values["step_seconds_balanced"] - 1
     average, largest = (w.tokens_deep / length for w in (works.fair, works.largest))
     if works.fair == works.largest:

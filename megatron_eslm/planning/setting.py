@@ -96,7 +96,6 @@ def rank_work(setting: Setting) -> RankWork:
     """Shares of a micro-step: of the scope's threshold, and of the unlucky rank."""
     run, traits, work = setting.run, setting.traits, setting.work
     length, dp = run.model.seq_length, run.dp_size
-    assert length
     rows = run.step_shape_trained.rows
     shares = setting.micro_steps * dp
 

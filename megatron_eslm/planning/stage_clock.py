@@ -96,7 +96,7 @@ class Clock:
     def once(self, stage: int, exchanges: tuple[Exchange, ...]) -> dict[str, float]:
         """What a rank of a stage does once a step."""
         run, params = self.setting.run, self._params(stage)
-        spread = (run.engine.zero_stage or 0) >= 1
+        spread = run.engine.zero_stage >= 1
         own = params / (run.dp_size if spread else 1)
         parts = {"optimizer": own * OPTIMIZER_BYTES / self.machine.memory_bandwidth}
         for exchange in exchanges:
@@ -111,7 +111,7 @@ class Clock:
         if not setting.flops.scoring(setting.work) or not setting.flops.ahead:
             return 0.0
         depth, run = setting.traits.early_exit_blocks, setting.run
-        tokens = (run.training.micro_batch_size or 0) * (run.model.seq_length or 0)
+        tokens = run.training.micro_batch_size * run.model.seq_length
         scored = tokens / setting.flops.proxy_stride
         one_block = sum(block_forward(setting.shape, setting.flops.seq_length)) / self.tp
         seconds = depth * (
@@ -224,7 +224,7 @@ class Clock:
     def _select(self, first: bool, last: bool, time: StageTime) -> None:
         traits, machine = self.setting.traits, self.machine
         dp = 1 if traits.ranks_decide_alone else self.setting.run.dp_size
-        rows = self.work.tokens / (self.setting.run.model.seq_length or 1)
+        rows = self.work.tokens / self.setting.run.model.seq_length
         for here, source, scores in (
             (
                 first and not traits.selects_per_step,

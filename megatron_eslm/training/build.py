@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -40,12 +41,13 @@ from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.state import Peers, Recorder
+from megatron_eslm.training.callbacks import standard_callbacks
 from megatron_eslm.training.gradient_alignment import (
     align_before_micro_steps,
     rows_to_choose_by,
 )
 from megatron_eslm.training.header import header
-from megatron_eslm.training.loop import Trainer
+from megatron_eslm.training.loop import Callback, Trainer
 from megatron_eslm.training.outputs import Outputs
 from megatron_eslm.training.run_data import (
     check_reading,
@@ -60,21 +62,26 @@ from megatron_eslm.watchdog.phases import Phases
 logger = logging.getLogger(__name__)
 
 
-def build_trainer(run: RunConfig, phases: Phases | None = None) -> Trainer:
+def build_trainer(
+    run: RunConfig, phases: Phases | None = None, callbacks: Sequence[Callback] = ()
+) -> Trainer:
     """Build everything. Collective; what can fail for the user's reasons fails before the model.
 
     Args:
         phases: where this rank says what it is doing, for a watchdog.
+        callbacks: called before those of every run (training/callbacks.py).
     """
     outputs = Outputs(run)
     try:
-        return _build_trainer(run, phases or Phases(), outputs)
+        return _build_trainer(run, phases or Phases(), outputs, callbacks)
     except BaseException:
         outputs.close()
         raise
 
 
-def _build_trainer(run: RunConfig, phases: Phases, outputs: Outputs) -> Trainer:
+def _build_trainer(
+    run: RunConfig, phases: Phases, outputs: Outputs, callbacks: Sequence[Callback]
+) -> Trainer:
     on_every_rank(lambda: check_kernels(run))
     mesh = build_mesh(
         run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
@@ -94,7 +101,6 @@ def _build_trainer(run: RunConfig, phases: Phases, outputs: Outputs) -> Trainer:
     reference = on_rank_zero(lambda: find_run_reference(run, shape, source.tokenizer))
     teacher = find_run_teacher(run, shape, source.tokenizer, found)
 
-    assert run.model.seq_length
     datasets = build_datasets(
         source,
         options,
@@ -158,6 +164,7 @@ def _build_trainer(run: RunConfig, phases: Phases, outputs: Outputs) -> Trainer:
         },
         outputs=outputs,
         phases=phases,
+        callbacks=[*callbacks, *standard_callbacks(run)],
     )
 
 

@@ -76,7 +76,6 @@ def _totals(
     will move it nobody knows. SALT's later steps have no teacher.
     """
     steps, position = run.training.train_iters, reading.begin
-    assert steps
     taught = min(steps, run.objective.salt_iters) if run.objective.distill == "salt" else steps
     state = copy.deepcopy(start.selection)
     controller = AlphaController(run.selection, state)
@@ -139,7 +138,6 @@ def dry_run_text(
         start: where it starts or goes on.
     """
     t = run.training
-    assert t.train_iters and t.global_batch_size and run.model.seq_length
     work = step_work(run)
     plan = plan_stages(run, shape, flops, work)
     memory = estimate_memory(run, shape, plan, flops)

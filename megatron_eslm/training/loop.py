@@ -1,21 +1,20 @@
-"""The training loop."""
+"""The training loop, and what may be hung into it."""
 
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_eslm.checkpoint.save import save_checkpoint
 from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.config.run import RunConfig
-from megatron_eslm.cost.flops import FlopsModel, device_peak_flops
+from megatron_eslm.cost.flops import FlopsModel
 from megatron_eslm.data.loader import build_loader
 from megatron_eslm.data.mixture import Datasets
 from megatron_eslm.engine.engine import Engine
@@ -24,18 +23,69 @@ from megatron_eslm.launch.signals import StopSignal
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.alpha import AlphaController
 from megatron_eslm.selection.state import Recorder
-from megatron_eslm.training.dump import dump_selection, read_tokens
-from megatron_eslm.training.evaluate import Evaluation, evaluate
+from megatron_eslm.training.evaluate import Evaluation
 from megatron_eslm.training.nonfinite import NonfiniteGuard
 from megatron_eslm.training.outputs import Outputs
 from megatron_eslm.training.reading_plan import ReadingPlan
-from megatron_eslm.training.report import Speed, metrics_line, progress_line, write_monitors
-from megatron_eslm.training.step_batches import StepBatches
+from megatron_eslm.training.step_batches import Records, StepBatches
 from megatron_eslm.training.step_stats import StepStats, reduce_records
 from megatron_eslm.training.stopping import Stop, StopRequests
 from megatron_eslm.watchdog.phases import Phases
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """A finished optimizer step; the trainer's state is that after it."""
+
+    stats: StepStats
+    """Over all ranks."""
+    grad_norm: float
+    lr: float
+    batch_size: int
+    """Sequences that were read, over all ranks."""
+    seconds: float
+    flops: float
+    """Matrix products, over all ranks."""
+    samples: list[int]
+    """Numbers of the sequences that were read."""
+    records: Records
+    """What was selected on this rank and stage."""
+    is_last: bool
+    """Whether --train-iters is reached."""
+    stop: Stop | None
+    """Why the run stops before that."""
+    leaves: bool
+    """Whether --exit-interval ends the run here."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether no step follows in this process."""
+        return self.is_last or self.leaves or self.stop is not None
+
+
+class Callback:
+    """What may be hung into the loop: `build_trainer(run, callbacks=[...])`.
+
+    All methods are called on every rank, in the order of the trainer's callbacks, and may be
+    collective. The report, dumps, evaluation, checkpoints and the profiler are callbacks as well.
+    """
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step of this process."""
+
+    def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
+        """After each optimizer step."""
+
+    def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        """After each evaluation on the validation set."""
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        """After a checkpoint is complete."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step, also of a run that was stopped; not after an error."""
 
 
 @dataclass
@@ -56,14 +106,13 @@ class Trainer:
     """What it writes to; closed at the end of training."""
     phases: Phases
     """Where this rank is, for the watchdog."""
+    callbacks: Sequence[Callback]
 
     def __post_init__(self) -> None:
         self.nonfinite = NonfiniteGuard(self.run.selection.max_nonfinite_steps, self.mesh)
         self.alpha = AlphaController(self.run.selection, self.state.selection)
         self._saved_iteration = -1
         self._batch_size: int | None = None
-        self._unreported: list[tuple[float, int, float]] = []
-        """Seconds, positions read and FLOPs of each step since the last report."""
         self.outputs.guard(self.engine.monitor)
 
     def train(self, began_seconds: float | None = None) -> signal.Signals | None:
@@ -81,6 +130,8 @@ class Trainer:
         """
         try:
             stopped = self._train(time.monotonic() if began_seconds is None else began_seconds)
+            for callback in self.callbacks:
+                callback.on_end(self)
             with self.phases("end of training", waits=self.mesh.world_size > 1):
                 self.outputs.check_written(
                     self.state.iteration, saved=self._saved_iteration == self.state.iteration
@@ -92,44 +143,36 @@ class Trainer:
         logger.warning("%s: stopped after iteration %d", stopped.reason, self.state.iteration)
         return stopped.signal
 
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Tell all callbacks of an evaluation."""
+        for callback in self.callbacks:
+            callback.on_evaluation(self, evaluation)
+
+    def saved(self, folder: Path) -> None:
+        """Tell all callbacks of a checkpoint of the current iteration."""
+        self._saved_iteration = self.state.iteration
+        for callback in self.callbacks:
+            callback.on_checkpoint(self, folder)
+
     def _train(self, began_seconds: float) -> Stop | None:
         t, state = self.run.training, self.state
-        assert t.train_iters and t.eval_interval
-        stopped = None
         with StopSignal(t.stop_signals) as received:
             stop = StopRequests(t, received, began_seconds, self.outputs)
             batches = self._batches()
-            if state.iteration == 0 and self.datasets.valid is not None:
-                self._report(None, None, self._evaluate())
-            while state.iteration < t.train_iters and stopped is None:
-                stats, norm = self._step(batches, stop)
-                last = state.iteration == t.train_iters
-                stopped = None if last else stop.agreed(stats.stop_votes)
-                evaluation = None
-                if (
-                    self.datasets.valid is not None
-                    and not stopped
-                    and (last or state.iteration % t.eval_interval == 0)
-                ):
-                    evaluation = self._evaluate()
-                if evaluation is not None or last or state.iteration % t.log_interval == 0:
-                    self._report(stats, norm, evaluation)
-                leaves = t.exit_interval is not None and state.iteration % t.exit_interval == 0
-                if (
-                    last
-                    or leaves
-                    or stopped
-                    or (state.iteration % self.run.checkpoint.save_interval == 0)
-                ):
-                    self._save()
-                if leaves and not last:
+            for callback in self.callbacks:
+                callback.on_start(self)
+            while state.iteration < t.train_iters:
+                step = self._step(batches, stop)
+                for callback in self.callbacks:
+                    callback.on_step(self, step)
+                if step.leaves and not step.is_last:
                     logger.info("stopped at --exit-interval, iteration %d", state.iteration)
-                    break
-        return stopped
+                if step.ends:
+                    return step.stop
+        return None
 
     def _batches(self) -> StepBatches:
         t, position = self.run.training, self.state.consumed_samples
-        assert t.micro_batch_size
         # A pipeline's middle stages read only to score.
         scores = self.engine.model.policy.traits.selects_per_step
         reads = scores or self.mesh.is_first_stage or self.mesh.is_last_stage
@@ -152,7 +195,7 @@ class Trainer:
         return StepBatches(self.engine, self.datasets.train, loader, t.micro_batch_size)
 
     def _begin_batch(self) -> int:
-        """How many sequences the next step reads; a change is told."""
+        """How many sequences the next step reads; a change is logged."""
         size = self.reading.batch_size(self.state.consumed_samples)
         if self.run.training.rampup_batch_size and size != self._batch_size:
             logger.info(
@@ -164,10 +207,9 @@ class Trainer:
         self._batch_size = size
         return size
 
-    def _step(self, batches: StepBatches, stop: StopRequests) -> tuple[StepStats, float]:
+    def _step(self, batches: StepBatches, stop: StopRequests) -> StepOutcome:
         """One optimizer step; advances the state."""
-        state, begin = self.state, time.perf_counter()
-        assert self.run.model.seq_length
+        t, state, begin = self.run.training, self.state, time.perf_counter()
         batch_size = self._begin_batch()
         self.phases.iteration = state.iteration + 1
         state.selection.iteration = state.iteration
@@ -181,20 +223,6 @@ class Trainer:
         records = step.records(self.recorder.take())
         for numbers, record in records:
             self.nonfinite.note(record, [samples[number] for number in numbers])
-        if folder := self.run.report.dump_selection:
-            tokens = read_tokens(self.datasets.train, samples, self.mesh)
-            with (
-                self.phases("dump of the selection", waits=True),
-                self.outputs.recording(f"--dump-selection {folder}"),
-            ):
-                dump_selection(
-                    Path(folder),
-                    state.iteration + 1,
-                    tokens,
-                    samples,
-                    records,
-                    self.mesh,
-                )
         with self.phases("counts of the step", waits=True):
             stats = reduce_records(
                 [record for _, record in records],
@@ -215,74 +243,20 @@ class Trainer:
         state.flops_paper += self.flops.paper(stats.work)
         seconds = time.perf_counter() - begin
         state.elapsed_seconds += seconds
-        self._unreported.append((seconds, stats.work.tokens, executed))
         # With loss scaling an overflow is part of the game; the loss itself tells them apart.
         overflow = self.run.engine.fp16 and bool(torch.isfinite(torch.tensor(stats.loss)))
         self.nonfinite.after_step(state, applied=applied or overflow)
-        return stats, norm
-
-    def _evaluate(self) -> Evaluation:
-        assert self.datasets.valid is not None and self.run.training.micro_batch_size
-        with self.phases("evaluation", waits=self.mesh.world_size > 1):
-            evaluation = evaluate(
-                self.engine, self.datasets.valid, self.mesh, self.run.training.micro_batch_size
-            )
-        best = self.state.best_valid_loss
-        if math.isfinite(evaluation.loss) and (best is None or evaluation.loss < best):
-            self.state.best_valid_loss = evaluation.loss
-        return evaluation
-
-    def _report(
-        self, stats: StepStats | None, norm: float | None, evaluation: Evaluation | None
-    ) -> None:
-        """Progress line, metrics file and monitors; only rank 0 has any of them."""
-        speed = self._speed() if self._unreported else None
-        line = metrics_line(
-            self.state,
-            stats,
-            evaluation=evaluation,
-            lr=learning_rate(self.run.optimizer, max(0, self.state.iteration - 1)),
+        is_last = state.iteration == t.train_iters
+        return StepOutcome(
+            stats=stats,
             grad_norm=norm,
-            batch_size=self._batch_size,
-            speed=speed,
+            lr=lr,
+            batch_size=batch_size,
+            seconds=seconds,
+            flops=executed,
+            samples=samples,
+            records=records,
+            is_last=is_last,
+            stop=None if is_last else stop.agreed(stats.stop_votes),
+            leaves=t.exit_interval is not None and state.iteration % t.exit_interval == 0,
         )
-        assert self.run.training.train_iters
-        logger.info(progress_line(line, self.run.training.train_iters, speed))
-        self.outputs.write_metrics(line)
-        write_monitors(self.engine.monitor, line)
-
-    def _speed(self) -> Speed:
-        """Of the steps since the last report; they begin anew."""
-        done, self._unreported = self._unreported, []
-        seconds, tokens, executed = map(sum, zip(*done, strict=True))
-        assert self.run.model.seq_length
-        samples_left = self.reading.samples_left(self.state.consumed_samples)
-        return Speed(
-            step_seconds=seconds / len(done),
-            tokens_per_second=tokens / seconds,
-            seconds_left=samples_left * self.run.model.seq_length * seconds / tokens,
-            mfu=self._mfu(executed / seconds),
-        )
-
-    def _mfu(self, flops_per_second: float) -> float | None:
-        cuda = self.engine.device.type == "cuda"
-        half = self.run.dtype != torch.float32
-        name = torch.cuda.get_device_name() if cuda and half else ""
-        peak = device_peak_flops(name, self.run.report.peak_tflops)
-        return None if peak is None else flops_per_second / (peak * self.mesh.world_size)
-
-    def _save(self) -> None:
-        options = self.run.checkpoint
-        if self.outputs.save is None or self._saved_iteration == self.state.iteration:
-            return
-        self._saved_iteration = self.state.iteration
-        with self.phases("checkpoint", waits=self.mesh.world_size > 1):
-            folder = save_checkpoint(
-                self.engine,
-                self.outputs.save,
-                state=self.state,
-                run=self.run_record,
-                tokenizer=self.datasets.train.source.tokenizer,
-                keep_last=options.keep_last,
-            )
-        logger.info("saved %s", folder)

@@ -60,7 +60,6 @@ def plan_reading(run: RunConfig, state: TrainState, recorded: list[Any]) -> Read
             comes to.
     """
     t, position = run.training, state.consumed_samples
-    assert t.train_iters
     given = parse_ranges(t.skip_samples)
     skipped = join_skipped(given, tuple((begin, end) for begin, end in recorded), position)
     schedule, steps = run.batch_schedule, max(0, t.train_iters - state.iteration)

@@ -132,6 +132,8 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
         summary["skip_samples"] = " ".join(t.skip_samples)
     told = {"selection", "eslm_alpha", "eslm_score", "eslm_level", "eslm_proxy_layers", *summary}
     told |= _without_effect(s)
+    if run.model.ffn_hidden_size == 4 * run.model.hidden_size:
+        told.add("ffn_hidden_size")
     data = dataclasses.replace(run.data, split=canonical_split(run.data.split))
     parts = (run.model, run.selection, run.objective, run.reference, run.optimizer, data)
     for options in parts:

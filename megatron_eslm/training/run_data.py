@@ -58,7 +58,6 @@ def plan_run(
 ) -> MixtureReport:
     """What the run reads of each domain."""
     t = run.training
-    assert t.micro_batch_size and run.model.seq_length
     return plan_mixture(
         source,
         options,
@@ -103,7 +102,7 @@ def data_record(
         "eod_mask_loss": run.data.eod_mask_loss,
         "global_batch_size": run.training.global_batch_size,
         "rampup_batch_size": list(run.training.rampup_batch_size) or None,
-        "micro_batch_rows": (run.training.micro_batch_size or 0) * run.dp_size,
+        "micro_batch_rows": run.training.micro_batch_size * run.dp_size,
         # None where there is none, as in checkpoints from before there could be any.
         "label_noise": run.data.label_noise or None,
         "reference_losses": stored.weights if stored is not None else None,

@@ -12,6 +12,7 @@ from megatron_eslm.config.run import RunConfig, parse_flags, parse_run, resolve
 from megatron_eslm.engine.schedule import learning_rate
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.training.report import run_summary
 
 from ..argv import later_wins
 
@@ -119,7 +120,7 @@ def test_a_bare_run_takes_defaults_from_its_own_flags() -> None:
     assert (run.optimizer.min_lr, run.optimizer.lr_warmup_iters) == (pytest.approx(1e-4), 5)
     assert (run.optimizer.lr_decay_iters, run.training.eval_interval) == (100, 10)
     assert (run.engine.zero_stage, run.dtype) == (0, torch.float32)
-    assert run.model.ffn_hidden_size is None and run.shape(257).ffn_hidden_size == 128
+    assert run.model.ffn_hidden_size == run.shape(257).ffn_hidden_size == 128
 
 
 def test_half_precision_takes_zero_1_and_float32_accumulation() -> None:
@@ -318,7 +319,9 @@ def test_a_shape_that_is_the_default_is_not_told_apart_from_it() -> None:
     """Runs are compared by the flags that they set: one that is continued is the same run."""
     plain = dataclasses.replace(STORED, ffn_hidden_size=192, layernorm_epsilon=1e-5)
     run = resolve(world_size=1, stored=plain, **parse_flags([]))
-    assert run.model.ffn_hidden_size is None and run.shape(257) == plain
+    assert "ffn_hidden_size" not in run_summary(run) and run.shape(257) == plain
+    other = resolve(world_size=1, stored=STORED, **parse_flags([]))
+    assert run_summary(other)["ffn_hidden_size"] == STORED.ffn_hidden_size != 192
 
 
 @pytest.mark.parametrize("size", [[], ["--model-size", "124M"]], ids=["own", "preset"])

@@ -11,6 +11,7 @@ from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from megatron_eslm.interop.convert import checkpoint_to_folder
 from megatron_eslm.model.hf.gpt2_folder import load_gpt2
+from megatron_eslm.training.callbacks import Checkpointer
 from tests.harness import run_ranks
 from tests.training.runs import ROWS, build, train, words
 
@@ -44,7 +45,7 @@ def test_tensor_and_pipeline_parallel_export_as_the_single_process(
     def passes_through(rank: int) -> None:
         trainer = build(words(data, *STEPS, "--load", tmp_path / "3d", "--save", tmp_path / "1d",
                               "--train-iters", 9))  # fmt: skip
-        trainer._save()
+        Checkpointer().save(trainer)
 
     run_ranks(4, on_rank, "3d", TP2PP2)
     run_ranks(1, on_rank, "single", ())

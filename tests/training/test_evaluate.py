@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_eslm.model.gpt import reference_logits
+from megatron_eslm.training.callbacks import Evaluator
 from megatron_eslm.training.evaluate import Evaluation, evaluate
 from tests.harness import run_ranks
 
@@ -64,7 +65,7 @@ def test_every_layout_finds_the_same_losses_of_domains(data: list[str]) -> None:
         flags = ("--num-layers", 4, "--selection", "clm", "--eval-iters", 1000)
         flags += ("--split", "90,10,0", *layout)
         trainer = build(words(data, *flags, micro_batch_size=rows))
-        return trainer._evaluate()
+        return Evaluator().evaluate(trainer)
 
     (expected,) = run_ranks(1, on_rank, 8)
     assert set(expected.loss_by_domain) == {"prose", "code"}
@@ -80,7 +81,10 @@ def test_every_layout_finds_the_same_losses_of_domains(data: list[str]) -> None:
 def test_a_domain_that_the_set_does_not_hold_has_no_loss(data: list[str]) -> None:
     def on_rank(rank: int) -> Evaluation:
         # The blending rule gives the second sequence to the domain that has none yet.
-        return build(words(data, "--eval-iters", 1, micro_batch_size=1))._evaluate()
+        trainer = build(words(data, "--eval-iters", 1, micro_batch_size=1))
+        evaluation = Evaluator().evaluate(trainer)
+        assert evaluation is not None
+        return evaluation
 
     (found,) = run_ranks(1, on_rank)
     assert found.loss_by_domain == {"prose": pytest.approx(found.loss)}

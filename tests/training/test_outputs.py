@@ -18,7 +18,8 @@ from megatron_eslm.checkpoint.manifest import list_checkpoints
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.lock import FileLock
 from megatron_eslm.training import dump
-from megatron_eslm.training.loop import Trainer
+from megatron_eslm.training.evaluate import Evaluation
+from megatron_eslm.training.loop import Callback, Trainer
 from megatron_eslm.training.report import MetricsFile
 from tests.harness import run_ranks
 
@@ -59,10 +60,10 @@ def test_a_disk_that_takes_no_records_stops_the_run_behind_a_checkpoint(
     config.write_text(json.dumps({"csv_monitor": monitor}))
     tp, pp = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
     cases = {
-        # flags, what breaks, the iteration that is saved
+        # flags, what breaks, the iteration that is saved: ranks vote in the step after it
         "metrics": ((tp, 2), full_metrics, 1),
         "last": ((tp, 2, "--eval-iters", 0, "--log-interval", 4), full_metrics, 4),
-        "dump": ((pp, 2, "--dump-selection", tmp_path / "dump"), full_dump, 2),
+        "dump": ((pp, 2, "--dump-selection", tmp_path / "dump"), full_dump, 3),
         "monitor": (("--deepspeed_config", config, "--micro-batch-size", 4), no_monitor, 1),
     }
 
@@ -190,22 +191,23 @@ def test_what_could_not_be_read_back_is_not_published(data: list[str], tmp_path:
 
 
 def test_a_validation_loss_that_is_not_finite_is_no_best_one(data: list[str]) -> None:
-    from megatron_eslm.training import loop
-    from megatron_eslm.training.evaluate import Evaluation
+    from megatron_eslm.training import callbacks
+
+    class Watch(Callback):
+        def __init__(self) -> None:
+            self.best: list[float | None] = []
+
+        def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> None:
+            self.best.append(trainer.state.best_valid_loss)
 
     def fn(rank: int) -> list[float | None]:
-        best: list[float | None] = []
-        losses = iter([float("nan"), 3.0, float("inf"), 2.0])
-        loop.evaluate = lambda *_: Evaluation(next(losses), {})
+        watch, losses = Watch(), iter([float("nan"), 3.0, float("inf"), 2.0])
+        callbacks.evaluate = lambda *_: Evaluation(next(losses), {})
 
-        def watch(trainer: Trainer) -> None:
-            report = trainer._report
-            trainer._report = lambda *args: (
-                best.append(trainer.state.best_valid_loss),
-                report(*args),
-            )
+        def hang_in(trainer: Trainer) -> None:
+            trainer.callbacks = [watch, *trainer.callbacks]
 
-        train(words(data, "--eval-interval", "1", iters=3), None, watch)
-        return best
+        train(words(data, "--eval-interval", "1", iters=3), None, hang_in)
+        return watch.best
 
     assert run_ranks(1, fn)[0] == [None, 3.0, 3.0, 2.0]

@@ -11,6 +11,7 @@ import pytest
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.keep_rule import num_to_keep
+from megatron_eslm.training.callbacks import Evaluator
 from megatron_eslm.training.report import MetricsFile, run_summary
 from tests.harness import run_ranks
 
@@ -175,7 +176,7 @@ def test_validation_loss_does_not_depend_on_the_split_of_its_batches(
             flags = ("--split", "90,10,0", "--eval-iters", "1000")
             trainer = build(words(data, *flags, micro_batch_size=rows))
             assert trainer.datasets.valid is not None
-            return trainer._evaluate().loss, len(trainer.datasets.valid)
+            return Evaluator().evaluate(trainer).loss, len(trainer.datasets.valid)
 
         losses.append(run_ranks(world, fn)[0])
     assert len({samples for _, samples in losses}) == 1

@@ -1,0 +1,67 @@
+"""Options of which nothing is open any more: what `resolve` makes of the parsed ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from megatron_eslm.config.training_options import (
+    EngineOptions,
+    OptimizerOptions,
+    TrainingOptions,
+)
+from megatron_eslm.model.options import ModelOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedModel(ModelOptions):
+    """The model's options with a shape."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+    seq_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedTraining(TrainingOptions):
+    """Training options with sizes of batches and a number of steps."""
+
+    train_iters: int
+    micro_batch_size: int
+    global_batch_size: int
+    eval_interval: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedOptimizer(OptimizerOptions):
+    """Optimizer options with a schedule."""
+
+    lr: float
+    min_lr: float
+    lr_warmup_iters: int
+    lr_decay_iters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedEngine(EngineOptions):
+    """Engine options with a ZeRO stage."""
+
+    zero_stage: int
+
+
+R = TypeVar("R", ResolvedModel, ResolvedTraining, ResolvedOptimizer, ResolvedEngine)
+
+
+def resolved(cls: type[R], parsed: Any, **values: Any) -> R:
+    """Options of the resolved class: the parsed ones with these values.
+
+    Args:
+        cls: a subclass of the parsed options' class.
+        parsed: the options.
+        values: of all fields that the class declares, none of them None.
+    """
+    given = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(parsed)}
+    return cls(**{**given, **values})

@@ -1,0 +1,167 @@
+"""The callbacks of every run: dump of the selection, evaluation, report, checkpoints, profiler.
+
+Their order matters: a report has the evaluation of its step, and a checkpoint comes last, so that
+everything that is written about a step is there before the step counts as saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+
+from megatron_eslm.checkpoint.save import save_checkpoint
+from megatron_eslm.config.run import RunConfig
+from megatron_eslm.cost.flops import device_peak_flops
+from megatron_eslm.engine.schedule import learning_rate
+from megatron_eslm.training.dump import dump_selection, read_tokens
+from megatron_eslm.training.evaluate import Evaluation, evaluate
+from megatron_eslm.training.loop import Callback, StepOutcome, Trainer
+from megatron_eslm.training.profile import Profiler
+from megatron_eslm.training.report import Speed, metrics_line, progress_line, write_monitors
+
+logger = logging.getLogger(__name__)
+
+
+def standard_callbacks(run: RunConfig) -> list[Callback]:
+    """What a run does besides its steps, by its options."""
+    callbacks: list[Callback] = []
+    if run.report.profile is not None:
+        callbacks.append(Profiler(run.report))
+    if run.report.dump_selection is not None:
+        callbacks.append(SelectionDump(run.report.dump_selection))
+    return [*callbacks, Evaluator(), Reporter(), Checkpointer()]
+
+
+class SelectionDump(Callback):
+    """`--dump-selection`: one file per step."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
+        tokens = read_tokens(trainer.datasets.train, step.samples, trainer.mesh)
+        with (
+            trainer.phases("dump of the selection", waits=True),
+            trainer.outputs.recording(f"--dump-selection {self.folder}"),
+        ):
+            dump_selection(
+                Path(self.folder),
+                trainer.state.iteration,
+                tokens,
+                step.samples,
+                step.records,
+                trainer.mesh,
+            )
+
+
+class Evaluator(Callback):
+    """Validation loss before the first step, every --eval-interval steps, and at the end."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.state.iteration == 0:
+            self.evaluate(trainer)
+
+    def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
+        due = trainer.state.iteration % trainer.run.training.eval_interval == 0
+        if not step.stop and (step.is_last or due):
+            self.evaluate(trainer)
+
+    def evaluate(self, trainer: Trainer) -> Evaluation | None:
+        """Now, and tell all callbacks; None without a validation set. Collective."""
+        valid, state = trainer.datasets.valid, trainer.state
+        if valid is None:
+            return None
+        with trainer.phases("evaluation", waits=trainer.mesh.world_size > 1):
+            evaluation = evaluate(
+                trainer.engine, valid, trainer.mesh, trainer.run.training.micro_batch_size
+            )
+        best = state.best_valid_loss
+        if math.isfinite(evaluation.loss) and (best is None or evaluation.loss < best):
+            state.best_valid_loss = evaluation.loss
+        trainer.evaluated(evaluation)
+        return evaluation
+
+
+class Reporter(Callback):
+    """Progress line, metrics file and monitors; only rank 0 has any of them."""
+
+    def __init__(self) -> None:
+        self._evaluation: Evaluation | None = None
+        self._unreported: list[tuple[float, int, float]] = []
+        """Seconds, positions read and FLOPs of each step since the last report."""
+
+    def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        self._evaluation = evaluation
+        if trainer.state.iteration == 0:
+            self._report(trainer, None)
+
+    def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
+        self._unreported.append((step.seconds, step.stats.work.tokens, step.flops))
+        due = trainer.state.iteration % trainer.run.training.log_interval == 0
+        if due or step.is_last or self._evaluation is not None:
+            self._report(trainer, step)
+
+    def _report(self, trainer: Trainer, last: StepOutcome | None) -> None:
+        evaluation, self._evaluation = self._evaluation, None
+        run, state = trainer.run, trainer.state
+        speed = self._speed(trainer) if last else None
+        line = metrics_line(
+            state,
+            last.stats if last else None,
+            evaluation=evaluation,
+            lr=last.lr if last else learning_rate(run.optimizer, state.iteration),
+            grad_norm=last.grad_norm if last else None,
+            batch_size=last.batch_size if last else None,
+            speed=speed,
+        )
+        logger.info(progress_line(line, run.training.train_iters, speed))
+        trainer.outputs.write_metrics(line)
+        write_monitors(trainer.engine.monitor, line)
+
+    def _speed(self, trainer: Trainer) -> Speed:
+        """Of the steps since the last report; they begin anew."""
+        done, self._unreported = self._unreported, []
+        seconds, tokens, flops = map(sum, zip(*done, strict=True))
+        left = trainer.reading.samples_left(trainer.state.consumed_samples)
+        return Speed(
+            step_seconds=seconds / len(done),
+            tokens_per_second=tokens / seconds,
+            seconds_left=left * trainer.run.model.seq_length * seconds / tokens,
+            mfu=_mfu(trainer, flops / seconds),
+        )
+
+
+def _mfu(trainer: Trainer, flops_per_second: float) -> float | None:
+    cuda = trainer.engine.device.type == "cuda"
+    half = trainer.run.dtype != torch.float32
+    name = torch.cuda.get_device_name() if cuda and half else ""
+    peak = device_peak_flops(name, trainer.run.report.peak_tflops)
+    return None if peak is None else flops_per_second / (peak * trainer.mesh.world_size)
+
+
+class Checkpointer(Callback):
+    """A checkpoint every --save-interval steps and where the run ends."""
+
+    def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
+        if step.ends or trainer.state.iteration % trainer.run.checkpoint.save_interval == 0:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Now, and tell all callbacks; nothing without --save. Collective."""
+        saves = trainer.outputs.save
+        if saves is None:
+            return
+        with trainer.phases("checkpoint", waits=trainer.mesh.world_size > 1):
+            folder = save_checkpoint(
+                trainer.engine,
+                saves,
+                state=trainer.state,
+                run=trainer.run_record,
+                tokenizer=trainer.datasets.train.source.tokenizer,
+                keep_last=trainer.run.checkpoint.keep_last,
+            )
+        logger.info("saved %s", folder)
+        trainer.saved(folder)
