@@ -63,8 +63,8 @@ def test_defaults_are_those_of_the_paper() -> None:
         ),
         ("--selection uncertainty", "--selection uncertainty trains a model further .* needs"),
         (
-            "--selection uncertainty --load l --eslm-level token",
-            "--eslm-level token has no meaning with --selection uncertainty",
+            "--selection uncertainty --load l --eslm-level instance",
+            "--eslm-level instance leaves nothing to --selection uncertainty",
         ),
         (
             "--selection uncertainty --load l --eslm-score entropy",

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from megatron_eslm.checkpoint import manifest as manifests
 from megatron_eslm.checkpoint import save_folder, tensor_files
-from megatron_eslm.checkpoint.save import find_checkpoint
+from megatron_eslm.checkpoint.find import find_checkpoint
 from megatron_eslm.checkpoint.save_folder import SaveFolder
 from megatron_eslm.checkpoint.weights import read_weights, write_weights
 from megatron_eslm.data.preprocess import preprocess

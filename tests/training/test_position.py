@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_eslm.checkpoint.find import find_checkpoint
 from megatron_eslm.checkpoint.optimizer_state import OptimizerState
-from megatron_eslm.checkpoint.save import find_checkpoint
 from megatron_eslm.checkpoint.weights import read_weights
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError

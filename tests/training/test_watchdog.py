@@ -148,17 +148,17 @@ def test_a_stage_that_hangs_ends_the_job(data: list[str], tmp_path: Path) -> Non
 
 KILLED = """
 import os, signal
-from megatron_eslm.model.gpt import GPT
+from megatron_eslm.model.early_exit import EarlyExit
 from megatron_eslm.training.main import main
 
-scores = GPT.candidate_scores
+scores = EarlyExit.candidate_scores
 
 def die(self, *args):
     if os.environ["RANK"] == "1" and self.policy.state.iteration == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return scores(self, *args)
 
-GPT.candidate_scores = die
+EarlyExit.candidate_scores = die
 main()
 """
 
