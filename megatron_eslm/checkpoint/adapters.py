@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_eslm.checkpoint.find import Found
+from megatron_eslm.checkpoint.find import CheckpointInfo
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.options import Lora
@@ -10,7 +10,7 @@ from megatron_eslm.model.options import Lora
 _TO_WEIGHTS = "start a new run from its weights with --finetune"
 
 
-def check_adapters(run: RunConfig, found: Found | None) -> None:
+def check_adapters(run: RunConfig, found: CheckpointInfo | None) -> None:
     """Refuse a checkpoint whose adapters are not those that the run trains.
 
     Args:

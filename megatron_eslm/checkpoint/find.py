@@ -109,7 +109,7 @@ class _TrainingRun(_Run):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class CheckpointInfo:
     """A complete checkpoint, whose files agree with each other."""
 
     folder: Path
@@ -136,7 +136,7 @@ class Found:
             return self.folder / manifests.TOKENIZER
         return None
 
-    def as_weights(self) -> Found:
+    def as_weights(self) -> CheckpointInfo:
         """The same as if it held weights alone, with what adapters it has merged into them."""
         files = {name: entry for name, entry in self.manifest.files.items() if name != STATE}
         manifest = dataclasses.replace(self.manifest, kind="weights", files=files)
@@ -148,7 +148,7 @@ class Found:
         return copy.deepcopy(self.train_state)
 
 
-def open_checkpoint(folder: Path) -> Found:
+def open_checkpoint(folder: Path) -> CheckpointInfo:
     """A checkpoint whose files are as they were written and belong together.
 
     Raises:
@@ -157,7 +157,7 @@ def open_checkpoint(folder: Path) -> Found:
     return read_contents(folder, manifests.verify(folder))
 
 
-def read_contents(folder: Path, manifest: Manifest) -> Found:
+def read_contents(folder: Path, manifest: Manifest) -> CheckpointInfo:
     """Read and compare all that is in a checkpoint, the tensors' numbers aside.
 
     Args:
@@ -173,7 +173,7 @@ def read_contents(folder: Path, manifest: Manifest) -> Found:
         _check_tensors(folder, manifest, shape, lora)
     except FileNotFoundError as error:  # removed since it was verified
         raise damaged(folder, f"{error.filename} is missing") from error
-    return Found(
+    return CheckpointInfo(
         folder=folder, manifest=manifest, run=run, shape=shape, lora=lora, train_state=state
     )
 
@@ -219,7 +219,7 @@ def _check_tensors(folder: Path, manifest: Manifest, shape: ModelShape, lora: Lo
         check_file(folder, file, index, moments=manifest.kind == "training")
 
 
-def find_checkpoint(load: str | Path, tag: str | None = None) -> Found:
+def find_checkpoint(load: str | Path, tag: str | None = None) -> CheckpointInfo:
     """The newest complete checkpoint under a folder, or exactly the one that is named.
 
     Raises:

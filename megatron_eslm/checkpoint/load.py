@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_eslm.checkpoint import tensor_files
-from megatron_eslm.checkpoint.find import Found
+from megatron_eslm.checkpoint.find import CheckpointInfo
 from megatron_eslm.checkpoint.optimizer_state import OptimizerState
 from megatron_eslm.checkpoint.shards import shards_of
 from megatron_eslm.checkpoint.tensor_files import KINDS
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from megatron_eslm.engine.engine import Engine
 
 
-def load_model(model: torch.nn.Module, mesh: Mesh, found: Found) -> None:
+def load_model(model: torch.nn.Module, mesh: Mesh, found: CheckpointInfo) -> None:
     """Fill a model, or a pipeline stage of one, with this rank's part of the weights. Collective.
 
     Adapters stay as they are; those of the checkpoint, if it has any, are merged.
@@ -48,7 +48,7 @@ def load_model(model: torch.nn.Module, mesh: Mesh, found: Found) -> None:
     on_every_rank(fill)
 
 
-def load_engine(engine: Engine, found: Found, *, optimizer: bool = True) -> TrainState:
+def load_engine(engine: Engine, found: CheckpointInfo, *, optimizer: bool = True) -> TrainState:
     """Restore weights, optimizer and loss scale; return the state. Collective over all ranks.
 
     Args:

@@ -2,8 +2,8 @@
 
 DeepSpeed has three places for master weights and moments: the parameters themselves (float32
 without ZeRO), flat partitions over the data-parallel ranks (ZeRO 1 and 2, and its optimizer for
-bf16), and partitions of each parameter (ZeRO 3). A Place says where this rank's part of a parameter
-lies; reading and writing are the same for all of them.
+bf16), and partitions of each parameter (ZeRO 3). A PartitionView says where this rank's part of a
+parameter lies; reading and writing are the same for all of them.
 
 DeepSpeed's own accessors (safe_get_full_fp32_param and the like) know no state before the first
 step, and under ZeRO 3 cannot set a parameter that does not divide by the number of ranks.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Place:
+class PartitionView:
     """Elements `begin` to `end` of a flattened parameter lie in `master` from `offset` on."""
 
     master: torch.Tensor
@@ -48,10 +48,12 @@ class OptimizerState:
     def __init__(self, engine: Engine) -> None:
         self._mesh, self._device = engine.mesh, engine.ds.device
         self._wrapper = engine.ds.optimizer
-        self._adam = self._wrapper if engine.bare else self._wrapper.optimizer
-        places = _bare(self._wrapper) if engine.bare else _places(self._wrapper, engine.mesh)
+        self._adam = self._wrapper if engine.plain_optimizer else self._wrapper.optimizer
+        places = (
+            _bare(self._wrapper) if engine.plain_optimizer else _places(self._wrapper, engine.mesh)
+        )
         self._places = dict(places)
-        self._partitioned = not engine.bare
+        self._partitioned = not engine.plain_optimizer
 
     @staticmethod
     def kinds(parameter: torch.nn.Parameter) -> tuple[str, ...]:
@@ -177,22 +179,22 @@ def _replay(adam: Any, num_steps: int) -> None:
         )
 
 
-def _frozen(parameter: Any, dp_rank: int) -> Place:
+def _frozen(parameter: Any, dp_rank: int) -> PartitionView:
     """A parameter that no optimizer knows; only ZeRO 3 cuts it (see _zero3)."""
     if not hasattr(parameter, "ds_tensor"):
-        return Place(parameter, 0, 0, parameter.numel())
+        return PartitionView(parameter, 0, 0, parameter.numel())
     size = parameter.partition_numel()
     begin = min(dp_rank * size, parameter.ds_numel)
-    return Place(parameter.ds_tensor, 0, begin, min(begin + size, parameter.ds_numel))
+    return PartitionView(parameter.ds_tensor, 0, begin, min(begin + size, parameter.ds_numel))
 
 
-Placed = Iterator[tuple[torch.nn.Parameter, Place]]
+Placed = Iterator[tuple[torch.nn.Parameter, PartitionView]]
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> Placed:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            yield parameter, Place(parameter, 0, 0, parameter.numel())
+            yield parameter, PartitionView(parameter, 0, 0, parameter.numel())
 
 
 def _places(optimizer: Any, mesh: Mesh) -> Placed:
@@ -222,7 +224,7 @@ def _flat(optimizer: Any, groups: Any, mesh: Mesh) -> Placed:
             low = max(start, mesh.dp_rank * size)
             high = min(start + parameter.numel(), (mesh.dp_rank + 1) * size)
             if low < high:
-                place = Place(master, low - mesh.dp_rank * size, low - start, high - start)
+                place = PartitionView(master, low - mesh.dp_rank * size, low - start, high - start)
                 yield parameter, place
 
 
@@ -235,6 +237,6 @@ def _zero3(optimizer: Any, rank: int) -> Placed:
             begin = min(rank * size, parameter.ds_numel)
             end = min(begin + size, parameter.ds_numel)
             if begin < end:
-                place = Place(optimizer.fp32_partitioned_groups_flat[i], offset, begin, end)
+                place = PartitionView(optimizer.fp32_partitioned_groups_flat[i], offset, begin, end)
                 yield parameter, place
             offset += size

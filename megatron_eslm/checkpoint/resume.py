@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from megatron_eslm.checkpoint.find import Found, find_checkpoint
+from megatron_eslm.checkpoint.find import CheckpointInfo, find_checkpoint
 from megatron_eslm.checkpoint.load import load_engine
 from megatron_eslm.checkpoint.manifest import list_checkpoints
 from megatron_eslm.checkpoint.same_method import check_same_method
@@ -28,7 +28,7 @@ def continues_itself(run: RunConfig) -> bool:
     return run.checkpoint.continues_itself
 
 
-def find_start(run: RunConfig) -> Found | None:
+def find_start(run: RunConfig) -> CheckpointInfo | None:
     """The checkpoint to start from; None starts a new run."""
     load, save = run.checkpoint.load, run.checkpoint.save
     if load is None:
@@ -51,7 +51,7 @@ def find_start(run: RunConfig) -> Found | None:
     return found
 
 
-def _for_finetuning(run: RunConfig, found: Found) -> Found:
+def _for_finetuning(run: RunConfig, found: CheckpointInfo) -> CheckpointInfo:
     """A checkpoint as if it held weights alone."""
     save = run.checkpoint.save
     if save is not None and Path(save).resolve() == found.folder.resolve().parent:
@@ -64,7 +64,11 @@ def _for_finetuning(run: RunConfig, found: Found) -> Found:
 
 
 def check_continues(
-    run: RunConfig, found: Found, shape: ModelShape, data: dict[str, Any], tokenizer: Tokenizer
+    run: RunConfig,
+    found: CheckpointInfo,
+    shape: ModelShape,
+    data: dict[str, Any],
+    tokenizer: Tokenizer,
 ) -> None:
     """ConfigError unless the checkpoint fits this run; differences that may be are logged."""
     ours, theirs = shape.to_dict(), found.shape.to_dict()
@@ -107,7 +111,7 @@ _ORDER = ("fingerprint", "weights", "split", "seed", "seq_length", "epochs")
 """What of a data record decides which sequence has which number."""
 
 
-def _check_same_data(run: RunConfig, found: Found, data: dict[str, Any]) -> None:
+def _check_same_data(run: RunConfig, found: CheckpointInfo, data: dict[str, Any]) -> None:
     theirs = found.run["data"]
     differ = [key for key, value in data.items() if theirs.get(key) != value]
     if not differ:
@@ -132,7 +136,7 @@ def _check_same_data(run: RunConfig, found: Found, data: dict[str, Any]) -> None
     )
 
 
-def _check_something_is_left(run: RunConfig, found: Found) -> None:
+def _check_something_is_left(run: RunConfig, found: CheckpointInfo) -> None:
     iteration, last = found.state().iteration, run.training.train_iters
     if iteration > last or (iteration == last and not continues_itself(run)):
         raise ConfigError(
@@ -141,7 +145,7 @@ def _check_something_is_left(run: RunConfig, found: Found) -> None:
         )
 
 
-def starting_state(run: RunConfig, found: Found | None, run_id: str) -> TrainState:
+def starting_state(run: RunConfig, found: CheckpointInfo | None, run_id: str) -> TrainState:
     """Where the run stands before its first step: at the beginning, or where a checkpoint is.
 
     Args:
@@ -160,12 +164,12 @@ def starting_state(run: RunConfig, found: Found | None, run_id: str) -> TrainSta
     return state
 
 
-def carried_on(found: Found | None, key: str) -> list[Any]:
+def carried_on(found: CheckpointInfo | None, key: str) -> list[Any]:
     """A list of run.json that every later checkpoint of the run carries on."""
     return list(found.run.get(key, [])) if found is not None and found.kind == "training" else []
 
 
-def resets_optimizer(run: RunConfig, found: Found | None) -> bool:
+def resets_optimizer(run: RunConfig, found: CheckpointInfo | None) -> bool:
     """Whether `--reset-optimizer` has something to do in this start.
 
     A job that is requeued with the same flags resets once: a checkpoint that a run with this flag
@@ -178,7 +182,7 @@ def resets_optimizer(run: RunConfig, found: Found | None) -> bool:
     return not (continues_itself(run) and saved_by.get("reset_optimizer", False))
 
 
-def resume(run: RunConfig, engine: Engine, found: Found) -> None:
+def resume(run: RunConfig, engine: Engine, found: CheckpointInfo) -> None:
     """Restore the engine from a checkpoint. Collective."""
     resets = resets_optimizer(run, found)
     state = load_engine(engine, found, optimizer=not resets)

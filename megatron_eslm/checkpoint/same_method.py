@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_eslm.checkpoint.find import Found
+from megatron_eslm.checkpoint.find import CheckpointInfo
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.selection.build import POLICIES
 
 
-def check_same_method(run: RunConfig, found: Found) -> None:
+def check_same_method(run: RunConfig, found: CheckpointInfo) -> None:
     """Refuse to continue a checkpoint by another method that nobody has asked for.
 
     Numbers, such as alpha, may change: they are schedules of one method.

@@ -54,7 +54,7 @@ def save_checkpoint(
         with disk_errors(folder):
             return saves.begin(state.iteration)
 
-    def write_facts() -> None:
+    def write_metadata() -> None:
         with disk_errors(folder):
             write_json(draft / manifests.RUN, {**asdict(stamp), **run})
             write_json(draft / manifests.STATE, state.to_dict())
@@ -66,7 +66,7 @@ def save_checkpoint(
 
     draft = on_rank_zero(begin)
     try:
-        on_rank_zero(write_facts)
+        on_rank_zero(write_metadata)
         _save_tensors(engine, draft, folder, stamp, run["shape"]["vocab_size"])
         files = _describe(draft, folder)
         on_rank_zero(finish)

@@ -15,7 +15,7 @@ from megatron_eslm.selection.options import SelectionOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskedLayout:
+class LayoutRequest:
     """What a run asks for, as far as it decides whether and how it can be laid out."""
 
     tp: int
@@ -93,18 +93,18 @@ class Rule:
     flag: str
     holds_if: str
     """For the table: what must be so where the flag is given."""
-    refusal: Callable[[AskedLayout], str | None]
+    refusal: Callable[[LayoutRequest], str | None]
     """Why a run cannot be, with flags, values and remedy; None where it can."""
 
 
-def check_layout_rules(asked: AskedLayout) -> None:
+def check_layout_rules(asked: LayoutRequest) -> None:
     """ConfigError for the first thing in the table that a run does not keep to."""
     refusals = [_refused_by_combinations(asked), *(rule.refusal(asked) for rule in RULES)]
     for refusal in filter(None, refusals):
         raise ConfigError(refusal)
 
 
-def layout_warnings(asked: AskedLayout) -> list[str]:
+def layout_warnings(asked: LayoutRequest) -> list[str]:
     """What trains, but badly."""
     if asked.micro_steps < asked.pp:
         idle = (asked.pp - 1) / (asked.micro_steps + asked.pp - 1)
@@ -147,7 +147,7 @@ def _markdown(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def _refused_by_combinations(asked: AskedLayout) -> str | None:
+def _refused_by_combinations(asked: LayoutRequest) -> str | None:
     row = next(row for row in COMBINATIONS if row.pipeline == (asked.pp > 1))
     stage = asked.zero_stage
     if stage not in row.zero_stages:
@@ -168,7 +168,7 @@ def _one_of(values: Iterable[int]) -> str:
     return f"{', '.join(some)} or {last}" if some else last
 
 
-def _tensor(asked: AskedLayout) -> str | None:
+def _tensor(asked: LayoutRequest) -> str | None:
     common = math.gcd(asked.num_attention_heads, asked.ffn_hidden_size)
     fitting = _one_of(n for n in range(1, common + 1) if common % n == 0)
     for flag, value in (
@@ -183,7 +183,7 @@ def _tensor(asked: AskedLayout) -> str | None:
     return None
 
 
-def _sequence(asked: AskedLayout) -> str | None:
+def _sequence(asked: LayoutRequest) -> str | None:
     if not asked.sequence_parallel:
         return None
     if asked.tp == 1:
@@ -200,7 +200,7 @@ def _sequence(asked: AskedLayout) -> str | None:
     return None
 
 
-def _depth(asked: AskedLayout) -> str | None:
+def _depth(asked: LayoutRequest) -> str | None:
     if asked.num_layers < asked.pp:
         return (
             f"--pipeline-model-parallel-size {asked.pp} needs a block a stage and --num-layers is "
@@ -216,7 +216,7 @@ def _depth(asked: AskedLayout) -> str | None:
     return None
 
 
-def _half(asked: AskedLayout) -> str | None:
+def _half(asked: LayoutRequest) -> str | None:
     # DeepSpeed's optimizers for half precision without ZeRO add up gradients in 16 bits, take a
     # step before the first one, and count the gradients of what tensor-parallel ranks share once a
     # rank.
@@ -228,7 +228,7 @@ def _half(asked: AskedLayout) -> str | None:
     return None
 
 
-def _fp16(asked: AskedLayout) -> str | None:
+def _fp16(asked: LayoutRequest) -> str | None:
     # Never tried: it needs a GPU, and loss scaling meets the sum of the tied gradients here.
     if asked.fp16 and asked.pp > 1:
         return (
@@ -238,7 +238,7 @@ def _fp16(asked: AskedLayout) -> str | None:
     return None
 
 
-def _split(asked: AskedLayout) -> str | None:
+def _split(asked: LayoutRequest) -> str | None:
     if asked.split is None:
         return None
     given = f"--pipeline-split {','.join(map(str, asked.split))}"
@@ -260,7 +260,7 @@ def _split(asked: AskedLayout) -> str | None:
     return None
 
 
-def _greats(asked: AskedLayout) -> str | None:
+def _greats(asked: LayoutRequest) -> str | None:
     # Its gradient products need whole layers and whole sequences' activations on one rank.
     if not asked.needs_gradients:
         return None
@@ -282,7 +282,7 @@ def _greats(asked: AskedLayout) -> str | None:
     return None
 
 
-def _compile(asked: AskedLayout) -> str | None:
+def _compile(asked: LayoutRequest) -> str | None:
     if asked.compiles and asked.zero_stage == 3:
         return (
             "--compile with --zero-stage 3: the engine gathers weights layer by layer, in hooks "
@@ -298,7 +298,7 @@ def _compile(asked: AskedLayout) -> str | None:
     return None
 
 
-def _last_mlp(asked: AskedLayout) -> str | None:
+def _last_mlp(asked: LayoutRequest) -> str | None:
     if not asked.last_mlp_kept:
         return None
     for reason, holds in {

@@ -14,7 +14,7 @@ from megatron_eslm.config import deepspeed_json
 from megatron_eslm.config.filler import SHAPE, Filler, with_shape
 from megatron_eslm.config.flags import flag_of, parse_groups
 from megatron_eslm.config.layouts import (
-    AskedLayout,
+    LayoutRequest,
     check_layout_rules,
     early_exit_layers,
     layout_table,
@@ -399,7 +399,7 @@ def _check_reference(
 def _check_layout(
     model: ResolvedModel, selection: SelectionOptions, engine: ResolvedEngine, micro_steps: int
 ) -> None:
-    asked = AskedLayout(
+    asked = LayoutRequest(
         tp=engine.tensor_model_parallel_size,
         pp=engine.pipeline_model_parallel_size,
         zero_stage=engine.zero_stage,

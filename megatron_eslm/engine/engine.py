@@ -80,12 +80,14 @@ class Engine:
         import deepspeed
 
         self.run, self.model, self.mesh, self.phases = run, model, mesh, phases
-        self.bare = run.engine.zero_stage == 0 and run.dtype == torch.float32
+        self.plain_optimizer = run.engine.zero_stage == 0 and run.dtype == torch.float32
         module = self._module()
         # A pipeline brings a grid of its own.
         mpu = ModelParallelUnit(mesh) if mesh.pp_size == 1 else None
         optimizer = build_optimizer(model, run.optimizer, cpu_offload=run.engine.cpu_offload)
-        config = {**run.deepspeed, "gradient_clipping": 0.0} if self.bare else run.deepspeed
+        config = (
+            {**run.deepspeed, "gradient_clipping": 0.0} if self.plain_optimizer else run.deepspeed
+        )
         # Some of its optimizers print how much memory each step of their making takes.
         with contextlib.redirect_stdout(io.StringIO()), blamed_on(run.engine.deepspeed_config):
             self.ds, *_ = deepspeed.initialize(
@@ -163,7 +165,7 @@ class Engine:
             if not self.ds.is_gradient_accumulation_boundary():
                 self.ds.step()
         with self.phases("optimizer", waits=self.mesh.world_size > 1):
-            norm = self._clip() if self.bare else None
+            norm = self._clip() if self.plain_optimizer else None
             self.ds.step()
         return self._outcome(norm)
 

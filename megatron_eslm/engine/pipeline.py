@@ -104,7 +104,7 @@ class PipelinedEngine(Engine):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._bare_norm: float | None = None
+        self._plain_norm: float | None = None
         # Some of DeepSpeed's optimizers cast parameters only.
         self.model.copies.to(self.run.dtype)
         self._rows = self.ds.train_micro_batch_size_per_gpu()
@@ -129,13 +129,13 @@ class PipelinedEngine(Engine):
         if kind is schedule.ReduceTiedGrads:
             execute = _reduce_tied_gradients
         name = name.format(stage=self.mesh.pp_rank)
-        clips = self.bare and kind is schedule.OptimizerStep
+        clips = self.plain_optimizer and kind is schedule.OptimizerStep
         labels = self.mesh.is_last_stage and kind is schedule.ForwardPass
 
         def announced(engine: Any, **kwargs: Any) -> None:
             with self.phases(name, waits=waits):
                 if clips:
-                    self._bare_norm = self._clip()
+                    self._plain_norm = self._clip()
                 if labels:
                     batch = engine.pipe_buffers["labels"][kwargs["buffer_id"]]
                     engine.module.stage_layer.batch = Batch(*batch)
@@ -162,7 +162,7 @@ class PipelinedEngine(Engine):
 
     def _step(self, batches: Iterable[Batch]) -> tuple[float, bool]:
         self.ds.train_batch(_twice(batches))
-        return self._outcome(self._bare_norm)
+        return self._outcome(self._plain_norm)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], num_batches: int, num_rows: int) -> torch.Tensor:

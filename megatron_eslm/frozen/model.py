@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_eslm.checkpoint.find import Found, find_checkpoint
+from megatron_eslm.checkpoint.find import CheckpointInfo, find_checkpoint
 from megatron_eslm.checkpoint.manifest import MANIFEST, list_checkpoints
 from megatron_eslm.checkpoint.shards import Shard, shards_of
 from megatron_eslm.checkpoint.tensor_files import TensorReader
@@ -45,7 +45,7 @@ class FrozenSource:
     """With its adapters, where it has any; else what it was without them."""
 
     @classmethod
-    def of_checkpoint(cls, found: Found) -> FrozenSource:
+    def of_checkpoint(cls, found: CheckpointInfo) -> FrozenSource:
         """The weights of a checkpoint."""
         return cls(found.folder, found.shape, True)
 

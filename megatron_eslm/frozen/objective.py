@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from megatron_eslm.checkpoint.find import Found
+from megatron_eslm.checkpoint.find import CheckpointInfo
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.tokenizers.build import Tokenizer
 from megatron_eslm.errors import ConfigError
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_run_teacher(
-    run: RunConfig, shape: ModelShape, tokenizer: Tokenizer, found: Found | None
+    run: RunConfig, shape: ModelShape, tokenizer: Tokenizer, found: CheckpointInfo | None
 ) -> FrozenSource | None:
     """The teacher of a run; None where it has none. Collective.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_eslm.checkpoint.find import Found
+from megatron_eslm.checkpoint.find import CheckpointInfo
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.tokenizers.build import Tokenizer
 from megatron_eslm.frozen.model import FrozenSource, check_fits, find_frozen
@@ -29,7 +29,7 @@ def find_teacher(run: RunConfig, shape: ModelShape, tokenizer: Tokenizer) -> Fro
     return source.beside(shape)
 
 
-def student_as_teacher(found: Found, shape: ModelShape) -> FrozenSource:
+def student_as_teacher(found: CheckpointInfo, shape: ModelShape) -> FrozenSource:
     """The weights that a run starts from, as the teacher of what it becomes.
 
     A run that trains adapters has these weights in its own checkpoints, too, beside the adapters;

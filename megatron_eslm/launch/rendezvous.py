@@ -146,7 +146,7 @@ class _Wait:
         return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
 
     def looks(self, missing: Callable[[], str] | None) -> Iterator[None]:
-        """One a moment until the time is up; says once, after a while, who is `missing`."""
+        """One per second or so until the time is up; says once, after a while, who is `missing`."""
         while self.left_seconds > 0:
             self.num_looks += 1
             yield
@@ -324,7 +324,7 @@ def _take_seat(own: dist.Store, me: Attendee) -> None:
     if holder.id == me.id:
         own.add("seated", 1)
         return
-    gone = holder.process.place == me.process.place and holder.process.state() == "gone"
+    gone = holder.process.namespace == me.process.namespace and holder.process.state() == "gone"
     # One that died while it waited leaves its seat to the one that was started for it.
     if not gone or Attendee.decode(own.compare_set(seat, found.decode(), mine)).id != me.id:
         raise ConfigError(

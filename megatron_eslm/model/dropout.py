@@ -20,7 +20,7 @@ from megatron_eslm.parallel.seeding import derive_seed
 
 
 @dataclass(frozen=True)
-class Places:
+class DropoutKey:
     """Which part of training a layer's input is; captured in the forward pass."""
 
     iteration: int
@@ -49,7 +49,7 @@ class NamedDropout:
         self._tp_rank, self._tp_size = mesh.tp_rank, mesh.tp_size
         self._parts = mesh.tp_size if sequence_parallel else 1
 
-    def hidden(self, x_LMD: torch.Tensor, places: Places | None) -> torch.Tensor:
+    def hidden(self, x_LMD: torch.Tensor, places: DropoutKey | None) -> torch.Tensor:
         """Dropout on hidden states [L, M, D]; None, as in evaluation, drops nothing."""
         if not self.probability or places is None:
             return x_LMD
@@ -62,7 +62,7 @@ class NamedDropout:
             mask_TMD = mask_TMD.chunk(self._parts)[self._tp_rank].clone()  # lets go of the rest
         return x_LMD * mask_TMD
 
-    def attention(self, weights_MHTT: torch.Tensor, places: Places) -> torch.Tensor:
+    def attention(self, weights_MHTT: torch.Tensor, places: DropoutKey) -> torch.Tensor:
         """Dropout on attention weights [M, H, T, T]."""
         _, heads, t, _ = weights_MHTT.shape
         first = heads * self._tp_rank
@@ -76,7 +76,7 @@ class NamedDropout:
         return weights_MHTT * torch.stack(masks).view(weights_MHTT.shape)
 
     def _draw(
-        self, shape: tuple[int, int], like: torch.Tensor, places: Places, *names: int
+        self, shape: tuple[int, int], like: torch.Tensor, places: DropoutKey, *names: int
     ) -> torch.Tensor:
         """0 where dropped and 1 / (1 - p) elsewhere, in the type of `like`."""
         seed = derive_seed(

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_eslm.data.batch import Batch, Rows
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.dropout import NamedDropout, Places
+from megatron_eslm.model.dropout import DropoutKey, NamedDropout
 from megatron_eslm.model.early_exit import EarlyExit, ExitLayers, as_copy
 from megatron_eslm.model.head import SelectiveHead
 from megatron_eslm.model.init import init_parameters
@@ -29,7 +29,7 @@ from megatron_eslm.objectives.base import Objective
 from megatron_eslm.objectives.loss_tokens import LossTokens
 from megatron_eslm.ops.head.contract import HeadKernel
 from megatron_eslm.ops.head.statistics import VocabShard
-from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens
+from megatron_eslm.ops.kept_tokens_mlp import LossTokenIndex
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.options import SelectionOptions
@@ -176,7 +176,7 @@ class GPT(nn.Module):
             self.policy.state.micro_step = self.recorder.begin()
             if self.is_last and self.settings.last_mlp_kept:
                 # The head says later which they are.
-                tokens = self.head.tokens = ChosenTokens()
+                tokens = self.head.tokens = LossTokenIndex()
         if isinstance(inputs, torch.Tensor):
             rows = torch.arange(inputs.shape[1], device=inputs.device)
             places = self._places(rows, len(rows))
@@ -198,8 +198,8 @@ class GPT(nn.Module):
         self,
         hidden: torch.Tensor,
         numbers: Sequence[int],
-        places: Places | None,
-        tokens: ChosenTokens | None = None,
+        places: DropoutKey | None,
+        tokens: LossTokenIndex | None = None,
     ) -> torch.Tensor:
         interval = self.settings.activation_checkpoint_interval
         if not interval or not self.training:
@@ -221,21 +221,21 @@ class GPT(nn.Module):
         self,
         hidden: torch.Tensor,
         numbers: Sequence[int],
-        places: Places | None = None,
-        tokens: ChosenTokens | None = None,
+        places: DropoutKey | None = None,
+        tokens: LossTokenIndex | None = None,
     ) -> torch.Tensor:
         for number in numbers:
             last = number == self.shape.num_layers - 1
             hidden = self.blocks[str(number)](hidden, places, tokens if last else None)
         return hidden
 
-    def _places(self, rows_K: torch.Tensor | range, num_rows: int) -> Places | None:
+    def _places(self, rows_K: torch.Tensor | range, num_rows: int) -> DropoutKey | None:
         """For dropout: rows of this rank as rows of the global micro-batch, in this micro-step."""
         if not self._drops:
             return None
         first, state = self.policy.peers.rank * num_rows, self.policy.state
         rows = rows_K.tolist() if isinstance(rows_K, torch.Tensor) else rows_K
-        return Places(state.iteration, state.micro_step, tuple(first + row for row in rows))
+        return DropoutKey(state.iteration, state.micro_step, tuple(first + row for row in rows))
 
     @property
     def _drops(self) -> bool:

@@ -16,7 +16,7 @@ from megatron_eslm.model.token_selector import SelectedTokens, TokenSelector
 from megatron_eslm.objectives.base import Objective
 from megatron_eslm.objectives.loss_tokens import LossTokens
 from megatron_eslm.ops.head.statistics import HeadStatistics, VocabShard, head_statistics
-from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens
+from megatron_eslm.ops.kept_tokens_mlp import LossTokenIndex
 from megatron_eslm.parallel.collectives import sum_later
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.state import Recorder
@@ -49,7 +49,7 @@ class SelectiveHead(nn.Module):
         self.layout = layout
         self.shard = shard
         self.keep_logits = keep_logits
-        self.tokens: ChosenTokens | None = None
+        self.tokens: LossTokenIndex | None = None
         """Told which tokens are in the loss; of the micro-batch under way."""
         # In a tuple, so that the shared modules are not registered under a second name.
         self._tied = (embedding, final_norm)

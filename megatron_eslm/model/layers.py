@@ -23,11 +23,11 @@ from megatron.core.tensor_parallel import (
 )
 from torch import nn
 
-from megatron_eslm.model.dropout import NamedDropout, Places
+from megatron_eslm.model.dropout import DropoutKey, NamedDropout
 from megatron_eslm.model.lora import AdaptedColumnLinear, AdaptedRowLinear
 from megatron_eslm.model.options import Lora
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.ops.kept_tokens_mlp import ChosenTokens, kept_tokens_mlp
+from megatron_eslm.ops.kept_tokens_mlp import LossTokenIndex, kept_tokens_mlp
 from megatron_eslm.parallel.mesh import Mesh
 
 
@@ -144,7 +144,7 @@ class Embedding(nn.Module):
             self.position = nn.Embedding(shape.max_position_embeddings, shape.hidden_size)
         self.dropout = dropout
 
-    def forward(self, tokens_MU: torch.Tensor, places: Places | None = None) -> torch.Tensor:
+    def forward(self, tokens_MU: torch.Tensor, places: DropoutKey | None = None) -> torch.Tensor:
         inputs_TM = tokens_MU[:, :-1].t().contiguous()
         positions_T = torch.arange(inputs_TM.shape[0], device=inputs_TM.device)
         hidden_TMD = self.word(inputs_TM) + self.position(positions_T)[:, None]
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         self.qkv = layout.column(shape.hidden_size, 3 * shape.hidden_size)
         self.out = layout.row(shape.hidden_size, shape.hidden_size)
 
-    def forward(self, x_LMD: torch.Tensor, places: Places | None) -> torch.Tensor:
+    def forward(self, x_LMD: torch.Tensor, places: DropoutKey | None) -> torch.Tensor:
         qkv, _ = self.qkv(x_LMD)
         t, m, _ = qkv.shape
         # [T, M, heads, 3, channels] -> three of [M, heads, T, channels]
@@ -195,7 +195,7 @@ class Attention(nn.Module):
         return out_LMD + self.layout.shared(bias)
 
     def _with_dropout(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: Places
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: DropoutKey
     ) -> torch.Tensor:
         # The fused kernels draw masks of their own; ours take the plain form.
         t = q.shape[2]
@@ -217,7 +217,7 @@ class MLP(nn.Module):
         self.up = layout.column(layout.shape.hidden_size, layout.shape.ffn_hidden_size)
         self.down = layout.row(layout.shape.ffn_hidden_size, layout.shape.hidden_size)
 
-    def forward(self, x_LMD: torch.Tensor, tokens: ChosenTokens | None = None) -> torch.Tensor:
+    def forward(self, x_LMD: torch.Tensor, tokens: LossTokenIndex | None = None) -> torch.Tensor:
         if tokens is None:
             out_LMD, bias = self.down(F.gelu(self.up(x_LMD)[0], approximate="tanh"))
             return out_LMD + self.layout.shared(bias)
@@ -246,8 +246,8 @@ class Block(nn.Module):
     def forward(
         self,
         x_LMD: torch.Tensor,
-        places: Places | None = None,
-        tokens: ChosenTokens | None = None,
+        places: DropoutKey | None = None,
+        tokens: LossTokenIndex | None = None,
     ) -> torch.Tensor:
         out_LMD = self.attention(self.norm1(x_LMD), places)
         x_LMD = x_LMD + self.dropouts["attention"].hidden(out_LMD, places)

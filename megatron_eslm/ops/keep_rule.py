@@ -22,7 +22,7 @@ EXCLUDED = -math.inf
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeepDecision:
     """What the keep rule decided; counts and thresholds are those of the whole group."""
 
     keep: torch.Tensor
@@ -75,7 +75,7 @@ def _nearest(share: float) -> int:
 
 def keep_riskiest(
     scores: torch.Tensor, alpha: float, group: dist.ProcessGroup | None = None
-) -> Kept:
+) -> KeepDecision:
     """Keep the riskiest 1 - alpha of the scores of all ranks of `group`.
 
     Args:
@@ -85,7 +85,7 @@ def keep_riskiest(
         group: ranks whose scores are thresholded together; None thresholds this rank alone.
 
     Returns:
-        Kept, with `keep` for this rank's scores. `scores` is not changed.
+        KeepDecision, with `keep` for this rank's scores. `scores` is not changed.
     """
     assert scores.dtype == torch.float32, scores.dtype
     everyone = all_gather_same_shape(scores, group)
@@ -95,7 +95,7 @@ def keep_riskiest(
     return dataclasses.replace(decision, keep=keep[rank])
 
 
-def keep_number(scores_N: torch.Tensor, num: int) -> Kept:
+def keep_number(scores_N: torch.Tensor, num: int) -> KeepDecision:
     """Keep exactly `num` of the scores, the riskiest; EXCLUDED ones last, ties to the lower index.
 
     Args:
@@ -103,7 +103,7 @@ def keep_number(scores_N: torch.Tensor, num: int) -> Kept:
         num: 1 to N.
 
     Returns:
-        Kept, without a CVaR (nan).
+        KeepDecision, without a CVaR (nan).
     """
     assert scores_N.dtype == torch.float32, scores_N.dtype
     assert 1 <= num <= len(scores_N), (num, len(scores_N))
@@ -117,14 +117,14 @@ def keep_number(scores_N: torch.Tensor, num: int) -> Kept:
     num_scores, num_nonfinite = torch.stack([takes_part_N.sum(), nonfinite_N.sum()]).tolist()
     lowest = min(num, num_scores)
     tau = float(sorted_N[lowest - 1]) if lowest else math.nan
-    return Kept(keep_N, tau, math.nan, num_scores, num, num_nonfinite)
+    return KeepDecision(keep_N, tau, math.nan, num_scores, num, num_nonfinite)
 
 
 def _nonfinite(scores: torch.Tensor) -> torch.Tensor:
     return torch.isnan(scores) | (scores == math.inf)
 
 
-def _decide(flat_N: torch.Tensor, alpha: float) -> Kept:
+def _decide(flat_N: torch.Tensor, alpha: float) -> KeepDecision:
     """The keep rule over all scores in the order of their global index."""
     nonfinite_N = _nonfinite(flat_N)
     flat_N = torch.where(nonfinite_N, math.inf, flat_N)
@@ -134,7 +134,7 @@ def _decide(flat_N: torch.Tensor, alpha: float) -> Kept:
     k = num_to_keep(num_scores, alpha)
     if k == 0:
         nothing = torch.zeros_like(flat_N, dtype=torch.bool)
-        return Kept(nothing, math.nan, math.nan, 0, 0, 0)
+        return KeepDecision(nothing, math.nan, math.nan, 0, 0, 0)
 
     if k == num_scores:
         keep_N = takes_part_N
@@ -147,4 +147,4 @@ def _decide(flat_N: torch.Tensor, alpha: float) -> Kept:
     excess = torch.where(takes_part_N, flat_N - tau, 0.0).clamp_(min=0.0).sum(dtype=torch.float64)
     cvar = tau.double() + excess / ((1.0 - alpha) * num_scores)
     tau_value, cvar_value = torch.stack([tau.double(), cvar]).tolist()
-    return Kept(keep_N, tau_value, cvar_value, num_scores, k, num_nonfinite)
+    return KeepDecision(keep_N, tau_value, cvar_value, num_scores, k, num_nonfinite)

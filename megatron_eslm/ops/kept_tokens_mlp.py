@@ -21,7 +21,7 @@ from megatron_eslm.parallel.collectives import all_reduce_
 
 
 @dataclass
-class ChosenTokens:
+class LossTokenIndex:
     """Which tokens of a micro-batch are in the loss; filled in after the forward pass."""
 
     chosen_S: torch.Tensor | None = None
@@ -35,7 +35,7 @@ def kept_tokens_mlp(
     up_weight_FD: torch.Tensor,
     up_bias_F: torch.Tensor,
     down_weight_DF: torch.Tensor,
-    tokens: ChosenTokens,
+    tokens: LossTokenIndex,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """GELU (tanh form) between two products, without the second bias.
@@ -63,7 +63,7 @@ class _KeptTokensMLP(torch.autograd.Function):
         up_weight_FD: torch.Tensor,
         up_bias_F: torch.Tensor,
         down_weight_DF: torch.Tensor,
-        tokens: ChosenTokens,
+        tokens: LossTokenIndex,
         group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
         # Bias after the product, as the layers have it, so that nothing that is chosen by differs.

@@ -131,7 +131,7 @@ class ModelParallelUnit:
         return self._mesh.dp_group
 
     def get_data_parallel_rank(self) -> int:
-        """Place among them."""
+        """Rank among them."""
         return self._mesh.dp_rank
 
     def get_data_parallel_world_size(self) -> int:
@@ -143,7 +143,7 @@ class ModelParallelUnit:
         return self._mesh.tp_group
 
     def get_model_parallel_rank(self) -> int:
-        """Place among them."""
+        """Rank among them."""
         return self._mesh.tp_rank
 
     def get_model_parallel_world_size(self) -> int:

@@ -172,11 +172,11 @@ class Request:
         return [*words, "--global-batch-size", str(self.batch)]
 
     def options(self) -> Options:
-        """The flags as option objects, for `laid_out`."""
+        """The flags as option objects, for `with_layout`."""
         return parse_groups(GROUPS, self.flags, "")
 
 
-def laid_out(options: Options, layout: Layout) -> RunConfig:
+def with_layout(options: Options, layout: Layout) -> RunConfig:
     """The run in one layout, as pretrain_gpt.py would resolve it.
 
     Raises:

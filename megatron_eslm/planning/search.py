@@ -13,7 +13,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.mesh import check_layout
 from megatron_eslm.planning.cost import StepCost, step_cost
 from megatron_eslm.planning.hardware import GIB, Machine
-from megatron_eslm.planning.request import GPT2_VOCAB_SIZE, Layout, Request, laid_out
+from megatron_eslm.planning.request import GPT2_VOCAB_SIZE, Layout, Request, with_layout
 from megatron_eslm.planning.setting import Plans, Setting, memory_fits
 
 LARGEST_MICRO_BATCH = 64
@@ -95,7 +95,7 @@ def search(request: Request, machine: Machine, pins: Pins | None = None) -> list
     for layout in layouts(request, machine, pins):
         tried = True
         try:
-            setting = Setting.of(laid_out(options, layout), GPT2_VOCAB_SIZE, known)
+            setting = Setting.of(with_layout(options, layout), GPT2_VOCAB_SIZE, known)
         except ConfigError as refusal:
             refusals.append(str(refusal))
             continue
@@ -132,5 +132,5 @@ def _indivisible(request: Request, pins: Pins) -> str:
 
 def plan_layout(request: Request, layout: Layout, machine: Machine) -> Plan:
     """The plan of one layout, whether it fits or not; ConfigError where the rules refuse it."""
-    setting = Setting.of(laid_out(request.options(), layout), GPT2_VOCAB_SIZE)
+    setting = Setting.of(with_layout(request.options(), layout), GPT2_VOCAB_SIZE)
     return Plan(layout=layout, cost=step_cost(setting, machine))

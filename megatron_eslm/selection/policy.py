@@ -14,7 +14,7 @@ import torch
 from megatron_eslm.data.batch import Batch, Rows
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.head.statistics import HeadStatistics
-from megatron_eslm.ops.keep_rule import Kept, keep_riskiest, num_to_keep
+from megatron_eslm.ops.keep_rule import KeepDecision, keep_riskiest, num_to_keep
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.scored import ScoredBatch
 from megatron_eslm.selection.state import Peers, SelectionState
@@ -142,7 +142,7 @@ class SelectionPolicy:
         """The statistic that is this policy's risk, float32 [N]."""
         return statistics.loss_N
 
-    def keep(self, scores: torch.Tensor, phase: str) -> Kept:
+    def keep(self, scores: torch.Tensor, phase: str) -> KeepDecision:
         """The keep rule at the current alpha and the configured scope; `phase` names the wait."""
         if self.traits.ranks_decide_alone:
             return keep_riskiest(scores, self.state.alpha, None)

@@ -7,7 +7,7 @@ import logging
 import math
 from typing import Any
 
-from megatron_eslm.checkpoint.find import Found
+from megatron_eslm.checkpoint.find import CheckpointInfo
 from megatron_eslm.checkpoint.manifest import new_run_id
 from megatron_eslm.checkpoint.resume import (
     carried_on,
@@ -127,7 +127,7 @@ def order_record(run: RunConfig, source: DataSource, report: MixtureReport) -> d
 
 def find_reading(
     run: RunConfig, source: DataSource, options: DataOptions
-) -> tuple[Found | None, TrainState, ReadingPlan]:
+) -> tuple[CheckpointInfo | None, TrainState, ReadingPlan]:
     """The checkpoint that a run starts from, where it then stands, and what is left to read.
 
     Collective.

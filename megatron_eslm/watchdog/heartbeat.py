@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
-from megatron_eslm.watchdog.phases import Moment
+from megatron_eslm.watchdog.phases import PhaseStamp
 from megatron_eslm.watchdog.process import Process
 
 MAX_GROUPS = 8
@@ -23,9 +23,9 @@ class Beat:
 
     rank: int
     process: Process
-    moment: Moment
+    stamp: PhaseStamp
     idle_seconds: float = 0.0
-    """How long it has been at this moment."""
+    """How long it has been there."""
     number: int = 0
     """Grows: a beat that comes back with the same number is an old one."""
     left: bool = False
@@ -40,7 +40,7 @@ class Beat:
     def decode(cls, text: str | bytes) -> Beat:
         fields = json.loads(text)
         fields["process"] = Process(**fields["process"])
-        fields["moment"] = Moment(**fields["moment"])
+        fields["stamp"] = PhaseStamp(**fields["stamp"])
         return cls(**fields)
 
 
@@ -48,7 +48,7 @@ HOW_TO_GO_ON = "The job ends; start it again with --load to continue from the la
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """Something is wrong with a rank."""
 
     rank: int
@@ -59,7 +59,7 @@ class Finding:
     """Whether nothing is wrong if the rank has said that it left."""
     unresponsive: bool = False
     """Whether it may be unable to end by itself."""
-    moment: Moment | None = None
+    stamp: PhaseStamp | None = None
     """Where it was, if that is known better than from its beats."""
 
     def text(self, beat: Beat | None, process: Process | None) -> str:
@@ -68,45 +68,46 @@ class Finding:
         who = f"rank {self.rank}"
         if process is not None:
             who += f" (host {process.host}, pid {process.pid})"
-        moment = self.moment or (beat.moment if beat is not None else None)
-        where = f" in {moment}" if moment is not None else ""
+        stamp = self.stamp or (beat.stamp if beat is not None else None)
+        where = f" in {stamp}" if stamp is not None else ""
         return f"{who} {self.did}{where}{self.further}. {HOW_TO_GO_ON}"
 
 
 def find_silent(
     beats: Mapping[int, Beat],
     *,
-    place: str,
+    namespace: str,
     limit_seconds: float,
     start_limit_seconds: float,
-) -> Finding | None:
-    """A rank of another place of which nothing has been heard for too long.
+) -> Diagnosis | None:
+    """Find a rank in another namespace whose heartbeats have stopped.
 
     One rank can be silent because its interpreter is held up (a page of a slow file system that
-    does not come). While another rank of its place speaks, that one sees its process and will tell.
+    does not come). While another rank of its namespace speaks, that one sees its process and
+    reports it.
 
     Args:
         beats: the newest of each rank.
-        place: of the caller, whose neighbours are not judged here.
+        namespace: of the caller, whose neighbours are not judged here.
         limit_seconds: how long is too long.
         start_limit_seconds: the same while a rank is starting.
     """
 
     def too_long(beat: Beat) -> bool:
-        limit = start_limit_seconds if beat.moment.starting else limit_seconds
+        limit = start_limit_seconds if beat.stamp.starting else limit_seconds
         return beat.silent_seconds > limit
 
-    places: dict[str, list[int]] = {}
+    namespaces: dict[str, list[int]] = {}
     for rank, beat in sorted(beats.items()):
-        if not beat.left and beat.process.place != place:
-            places.setdefault(beat.process.place, []).append(rank)
-    for ranks in places.values():
+        if not beat.left and beat.process.namespace != namespace:
+            namespaces.setdefault(beat.process.namespace, []).append(rank)
+    for ranks in namespaces.values():
         if all(too_long(beats[rank]) for rank in ranks):
             seconds = min(beats[rank].silent_seconds for rank in ranks)
             did = f"has not answered for {seconds:.0f} s"
             if len(ranks) > 1:
                 did += f", nor has any other rank of its host ({ranks_text(ranks)})"
-            return Finding(ranks[0], f"{did}; last seen", unless_left=True, unresponsive=True)
+            return Diagnosis(ranks[0], f"{did}; last seen", unless_left=True, unresponsive=True)
     return None
 
 
@@ -116,7 +117,7 @@ def find_hung(
     timeout_seconds: float,
     silence_seconds: float,
     leaving: bool,
-) -> Finding | None:
+) -> Diagnosis | None:
     """Whom to blame where no rank has gone on for `timeout_seconds`; None while one has.
 
     In this order: who is silent; who does not wait for others; who is behind; who came there first.
@@ -128,30 +129,30 @@ def find_hung(
         leaving: the caller has finished, so a rank that is still starting has no excuse.
     """
     live = {rank: beat for rank, beat in beats.items() if not beat.left}
-    if not live or (not leaving and any(beat.moment.starting for beat in live.values())):
+    if not live or (not leaving and any(beat.stamp.starting for beat in live.values())):
         return None
     idle = {rank: beat.idle_seconds + beat.silent_seconds for rank, beat in live.items()}
     if min(idle.values()) < timeout_seconds:
         return None
     silent = [rank for rank in live if live[rank].silent_seconds > silence_seconds]
-    busy = [rank for rank in live if not live[rank].moment.waits]
-    rank = max(silent or busy or live, key=lambda r: (-live[r].moment.iteration, idle[r], -r))
-    others = {r: beat.moment for r, beat in live.items() if r != rank}
+    busy = [rank for rank in live if not live[rank].stamp.waits]
+    rank = max(silent or busy or live, key=lambda r: (-live[r].stamp.iteration, idle[r], -r))
+    others = {r: beat.stamp for r, beat in live.items() if r != rank}
     flag = f"and no rank went on (--distributed-timeout-minutes {timeout_seconds / 60:g})"
     rest = f"{flag}; {_grouped(others)}" if others else flag
     if silent:
         did = f"has not answered for {live[rank].silent_seconds:.0f} s; last seen"
-        return Finding(rank, did, f", {rest}", unresponsive=True)
-    return Finding(rank, "has been", f" for {idle[rank]:.0f} s, {rest}")
+        return Diagnosis(rank, did, f", {rest}", unresponsive=True)
+    return Diagnosis(rank, "has been", f" for {idle[rank]:.0f} s, {rest}")
 
 
-def _grouped(moments: Mapping[int, Moment]) -> str:
-    groups: dict[Moment, list[int]] = {}
-    for rank, moment in sorted(moments.items()):
-        groups.setdefault(moment, []).append(rank)
+def _grouped(moments: Mapping[int, PhaseStamp]) -> str:
+    groups: dict[PhaseStamp, list[int]] = {}
+    for rank, stamp in sorted(moments.items()):
+        groups.setdefault(stamp, []).append(rank)
     shown = [
-        f"{ranks_text(ranks)} {'waiting ' if moment.waits else ''}in {moment}"
-        for moment, ranks in list(groups.items())[:MAX_GROUPS]
+        f"{ranks_text(ranks)} {'waiting ' if stamp.waits else ''}in {stamp}"
+        for stamp, ranks in list(groups.items())[:MAX_GROUPS]
     ]
     if (more := len(groups) - MAX_GROUPS) > 0:
         shown.append(f"{more} more groups")

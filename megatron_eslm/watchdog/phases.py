@@ -13,7 +13,7 @@ TRAINING = "training"
 
 
 @dataclass(frozen=True)
-class Moment:
+class PhaseStamp:
     """Where a rank is."""
 
     iteration: int
@@ -49,14 +49,14 @@ class Phases:
     """
 
     def __init__(self) -> None:
-        self.now = Moment(0, START, False)
-        self.write: Callable[[Moment], None] | None = None
+        self.now = PhaseStamp(0, START, False)
+        self.write: Callable[[PhaseStamp], None] | None = None
         """Called at every change; costs each phase its time twice."""
 
-    def _set(self, moment: Moment) -> None:
-        self.now = moment
+    def _set(self, stamp: PhaseStamp) -> None:
+        self.now = stamp
         if self.write is not None:
-            self.write(moment)
+            self.write(stamp)
 
     @property
     def iteration(self) -> int:
@@ -65,7 +65,7 @@ class Phases:
 
     @iteration.setter
     def iteration(self, value: int) -> None:
-        self._set(Moment(value, TRAINING, False))
+        self._set(PhaseStamp(value, TRAINING, False))
 
     @contextlib.contextmanager
     def __call__(self, name: str, *, waits: bool = False) -> Iterator[None]:
@@ -76,7 +76,7 @@ class Phases:
             waits: it waits for other ranks (a collective, a receive).
         """
         outer = self.now
-        self._set(Moment(outer.iteration, name, waits))
+        self._set(PhaseStamp(outer.iteration, name, waits))
         yield
         # Not in a `finally`: an error on its way up is reported with the phase that it comes from.
-        self._set(Moment(self.now.iteration, outer.phase, outer.waits))
+        self._set(PhaseStamp(self.now.iteration, outer.phase, outer.waits))

@@ -41,33 +41,33 @@ class Process:
 
     host: str
     pid: int
-    place: str
-    """Processes with the same place see each other in /proc: one machine since its boot, and one
-    namespace of process numbers (containers of one machine may share its name, not its numbers)."""
+    namespace: str
+    """Boot and PID namespace. Processes that share it see each other in /proc; containers of one
+    machine may share its host name only."""
     started: int
     """Clock ticks from boot to its start: tells it from a later process with the same number."""
 
     @classmethod
     def this(cls) -> Process:
-        """The calling process. Where the system shows no processes it has a place of its own."""
+        """The calling process; with a namespace of its own where there is no /proc."""
         return cls.of(os.getpid())
 
     @classmethod
     def of(cls, pid: int) -> Process:
-        """Process `pid` of this place."""
+        """Process `pid` of this namespace."""
         host = socket.gethostname()
         seen = stat(pid)
         try:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            place = f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+            namespace = f"{boot}/{os.readlink('/proc/self/ns/pid')}"
         except OSError:
             seen = None
         if seen is None:
             return cls(host, pid, str(uuid.uuid4()), 0)
-        return cls(host, pid, place, seen.started)
+        return cls(host, pid, namespace, seen.started)
 
     def state(self) -> State:
-        """To be asked by a process of the same place. A zombie is gone."""
+        """To be asked by a process of the same namespace. A zombie is gone."""
         seen = stat(self.pid)
         if seen is None or seen.state in "ZX" or seen.started != self.started:
             return "gone"

@@ -6,15 +6,15 @@ import mmap
 import os
 import struct
 
-from megatron_eslm.watchdog.phases import Moment
+from megatron_eslm.watchdog.phases import PhaseStamp
 
 _HEAD = struct.Struct("<q?H")
 """Iteration, whether the phase waits, bytes of its name."""
 _SIZE = 512
-_NAME = "watchdog-blackboard"
+_NAME = "watchdog-status"
 
 
-class Blackboard:
+class SharedStatus:
     """A piece of memory that outlives its writer while a reader has it open.
 
     A heartbeat is up to half a second old when its rank dies, and many phases are shorter. The
@@ -27,7 +27,7 @@ class Blackboard:
         self._memory = mmap.mmap(fd, _SIZE)
 
     @classmethod
-    def create(cls) -> Blackboard:
+    def create(cls) -> SharedStatus:
         """An empty one, of this process.
 
         Raises:
@@ -40,7 +40,7 @@ class Blackboard:
         return cls(fd)
 
     @classmethod
-    def of(cls, pid: int, fd: int) -> Blackboard:
+    def of(cls, pid: int, fd: int) -> SharedStatus:
         """That of a living process, which has it open as `fd`.
 
         Raises:
@@ -48,17 +48,17 @@ class Blackboard:
         """
         path = f"/proc/{pid}/fd/{fd}"
         if _NAME not in os.readlink(path):
-            raise OSError(f"{path} is no blackboard")
+            raise OSError(f"{path} is no shared status")
         return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC))
 
-    def write(self, moment: Moment) -> None:
-        name = moment.phase.encode()[: _SIZE - _HEAD.size]
-        text = _HEAD.pack(moment.iteration, moment.waits, len(name)) + name
+    def write(self, stamp: PhaseStamp) -> None:
+        name = stamp.phase.encode()[: _SIZE - _HEAD.size]
+        text = _HEAD.pack(stamp.iteration, stamp.waits, len(name)) + name
         self._memory[: len(text)] = text
 
-    def read(self) -> Moment | None:
+    def read(self) -> PhaseStamp | None:
         """What was written last; None if nothing was."""
         iteration, waits, size = _HEAD.unpack_from(self._memory)
         # A writer may have died in the middle of a character.
         name = self._memory[_HEAD.size : _HEAD.size + size].decode(errors="replace")
-        return Moment(iteration, name, waits) if size else None
+        return PhaseStamp(iteration, name, waits) if size else None

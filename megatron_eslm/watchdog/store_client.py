@@ -1,7 +1,8 @@
-"""The watchdog's errands to the job's store: heartbeats out, heartbeats and the verdict in.
+"""Exchange with the job's store: heartbeats out, heartbeats and the decision to abort in.
 
-Keys, under the prefix "watchdog": beat/RANK; place/PLACE/n, who is there (place/PLACE counts them);
-registered, how many ranks have come; verdict, written once.
+Keys, under the prefix "watchdog": beat/RANK; namespace/NAMESPACE/n, a process there;
+namespace/NAMESPACE, their number; registered, the number of ranks that have registered; decision,
+written once.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from dataclasses import asdict, dataclass, replace
 
 import torch.distributed as dist
 
-from megatron_eslm.watchdog.heartbeat import Beat, Finding
+from megatron_eslm.watchdog.heartbeat import Beat, Diagnosis
 from megatron_eslm.watchdog.process import Process
-from megatron_eslm.watchdog.status_memory import Blackboard
+from megatron_eslm.watchdog.status_memory import SharedStatus
 from megatron_eslm.watchdog.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Why the job ends: one for all ranks."""
+class AbortDecision:
+    """Why the job ends; the same on all ranks."""
 
     finder: int
     """The rank that says so in the log."""
@@ -37,11 +38,11 @@ class Verdict:
         return json.dumps(asdict(self))
 
     @classmethod
-    def decode(cls, text: str | bytes) -> Verdict:
+    def decode(cls, text: str | bytes) -> AbortDecision:
         return cls(**json.loads(text))
 
 
-class Courier(threading.Thread):
+class StoreClient(threading.Thread):
     """A thread that speaks with the store.
 
     On its own, for a store whose host is stopped or unplugged keeps it waiting without end. Its
@@ -55,7 +56,7 @@ class Courier(threading.Thread):
         rank: int,
         world_size: int,
         process: Process,
-        board: Blackboard | None,
+        status: SharedStatus | None,
         beat: Callable[[], Beat],
         observes: bool,
         beat_seconds: float,
@@ -63,42 +64,42 @@ class Courier(threading.Thread):
         """Args:
         store: a connection of its own.
         process: this one.
-        board: its blackboard, if it has one.
+        status: its shared status, if it has one.
         beat: what this rank has to say now.
         observes: whether to read the beats of all ranks.
         beat_seconds: time between two exchanges.
         """
-        super().__init__(name="watchdog-courier", daemon=True)
+        super().__init__(name="watchdog-client", daemon=True)
         self.neighbours: dict[int, Process] | None = None
-        """The other ranks of this place; None until all ranks have registered."""
-        self.boards: dict[int, Blackboard] = {}
-        """Their blackboards, as far as they can be read."""
+        """The other ranks of this namespace; None until all ranks have registered."""
+        self.statuses: dict[int, SharedStatus] = {}
+        """Their shared status, as far as they can be read."""
         self.beats: dict[int, Beat] = {}
         """The newest of each other rank, if this one observes."""
         self.num_exchanges = 0
         self.broken: str | None = None
         """Why there will be no more."""
-        self.verdict: Verdict | None = None
-        self.excused: frozenset[int] = frozenset()
+        self.decision: AbortDecision | None = None
+        self.exited: frozenset[int] = frozenset()
         """Ranks that were found dead and had left as they should."""
         self.left = threading.Event()
         """Set once the others can read that this rank has left."""
 
         self._store, self._rank, self._world_size, self._process = store, rank, world_size, process
         self._beat, self._observes, self._beat_seconds = beat, observes, beat_seconds
-        self._board = board
-        self._findings: queue.SimpleQueue[Finding | Verdict] = queue.SimpleQueue()
+        self._status = status
+        self._diagnoses: queue.SimpleQueue[Diagnosis | AbortDecision] = queue.SimpleQueue()
         self._listening = Stopwatch(1.0 + 2 * beat_seconds)
         self._heard_seconds: dict[int, float] = {}
         self._wake = threading.Event()
         self._closed = False
 
-    def bring(self, finding: Finding | Verdict) -> None:
-        """Make it the verdict, unless there is one; `verdict` or `excused` will tell."""
-        self._findings.put(finding)
+    def report(self, diagnosis: Diagnosis | AbortDecision) -> None:
+        """Make it the decision, unless there is one; `decision` or `exited` will tell."""
+        self._diagnoses.put(diagnosis)
         self._wake.set()
 
-    def hurry(self) -> None:
+    def wake(self) -> None:
         """Exchange now."""
         self._wake.set()
 
@@ -111,8 +112,8 @@ class Courier(threading.Thread):
         try:
             while True:
                 self._exchange()
-                if self._closed or self.verdict or (self.left.is_set() and self._rank):
-                    # Nothing more is asked of a store that may end any moment.
+                if self._closed or self.decision or (self.left.is_set() and self._rank):
+                    # Nothing more is asked of a store that may end at any time.
                     return
                 self._wake.wait(self._beat_seconds)
                 self._wake.clear()
@@ -128,42 +129,42 @@ class Courier(threading.Thread):
             self.left.set()
             if self._rank:
                 return
-        if self._store.check(["verdict"]):
-            self.verdict = Verdict.decode(self._store.get("verdict"))
+        if self._store.check(["decision"]):
+            self.decision = AbortDecision.decode(self._store.get("decision"))
         if self.neighbours is None:
             self._meet()
         elif self._observes:
             self._listen()
-        while not self._findings.empty():
-            self._decide(self._findings.get())
+        while not self._diagnoses.empty():
+            self._decide(self._diagnoses.get())
         self.num_exchanges += 1
 
     def _register(self) -> None:
-        store, place = self._store, f"place/{self._process.place}"
+        store, namespace = self._store, f"namespace/{self._process.namespace}"
         me = {
             "rank": self._rank,
             "process": asdict(self._process),
-            "board": self._board.fd if self._board is not None else None,
+            "status": self._status.fd if self._status is not None else None,
         }
-        store.set(f"{place}/{store.add(place, 1)}", json.dumps(me))
+        store.set(f"{namespace}/{store.add(namespace, 1)}", json.dumps(me))
         store.add("registered", 1)
 
     def _meet(self) -> None:
-        """Once all ranks have registered, read who is at this place."""
-        store, place = self._store, f"place/{self._process.place}"
+        """Once all ranks have registered, read who is at this namespace."""
+        store, namespace = self._store, f"namespace/{self._process.namespace}"
         if store.add("registered", 0) < self._world_size:
             return
-        keys = [f"{place}/{n + 1}" for n in range(store.add(place, 0))]
+        keys = [f"{namespace}/{n + 1}" for n in range(store.add(namespace, 0))]
         neighbours = {}
         for text in store.multi_get(keys):
             found = json.loads(text)
             rank, process = found["rank"], Process(**found["process"])
             if rank != self._rank:
                 neighbours[rank] = process
-                if found["board"] is not None:
+                if found["status"] is not None:
                     # Not allowed, or dead already: then its beats have to do.
                     with contextlib.suppress(OSError):
-                        self.boards[rank] = Blackboard.of(process.pid, found["board"])
+                        self.statuses[rank] = SharedStatus.of(process.pid, found["status"])
         self.neighbours = neighbours
         self._listening.look()
 
@@ -180,16 +181,16 @@ class Courier(threading.Thread):
             beats[rank] = replace(beat, silent_seconds=now - self._heard_seconds[rank])
         self.beats = beats
 
-    def _decide(self, finding: Finding | Verdict) -> None:
-        if self.verdict is not None:
+    def _decide(self, diagnosis: Diagnosis | AbortDecision) -> None:
+        if self.decision is not None:
             return
-        if isinstance(finding, Finding):
-            beat = Beat.decode(self._store.get(f"beat/{finding.rank}"))
-            if finding.unless_left and beat.left:
-                self.excused |= {finding.rank}
+        if isinstance(diagnosis, Diagnosis):
+            beat = Beat.decode(self._store.get(f"beat/{diagnosis.rank}"))
+            if diagnosis.unless_left and beat.left:
+                self.exited |= {diagnosis.rank}
                 return
-            culprit = finding.rank if finding.unresponsive else None
-            finding = Verdict(self._rank, finding.text(beat, None), 1, culprit)
+            culprit = diagnosis.rank if diagnosis.unresponsive else None
+            diagnosis = AbortDecision(self._rank, diagnosis.text(beat, None), 1, culprit)
         # The first one stays; everybody gets to know it.
-        said = self._store.compare_set("verdict", "", finding.encode())
-        self.verdict = Verdict.decode(said)
+        said = self._store.compare_set("decision", "", diagnosis.encode())
+        self.decision = AbortDecision.decode(said)

@@ -4,7 +4,7 @@ Without this, the others wait in a collective for a rank that will not come, or 
 that some connection was closed.
 
 Each rank has two threads. One beats: several times in a few seconds it writes into the job's store
-where this rank is (courier.py; for ranks of one host, blackboard.py is exact). The other, which
+where this rank is (store_client.py; for ranks of one host, status_memory.py is exact). The other, which
 never waits for anything, looks
 
 - for processes of the same host that are gone or stopped (each rank),
@@ -12,7 +12,7 @@ never waits for anything, looks
 - for hosts of which no rank beats, and for a job in which no rank goes on (the first and the last
   rank, which read all beats: the traffic grows with the number of ranks, not with its square).
 
-The first to find something writes the verdict into the store, says it in the log, and every rank
+The first to find something writes the decision into the store, says it in the log, and every rank
 ends with the same exit code. Where the store is gone, the last rank of each host that is left says
 what it knows.
 """
@@ -29,14 +29,14 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from megatron_eslm.parallel.meeting import Meeting
-from megatron_eslm.watchdog.heartbeat import HOW_TO_GO_ON, Beat, Finding, find_hung, find_silent
+from megatron_eslm.watchdog.heartbeat import HOW_TO_GO_ON, Beat, Diagnosis, find_hung, find_silent
 from megatron_eslm.watchdog.last_words import say
 from megatron_eslm.watchdog.parent import Launcher
 from megatron_eslm.watchdog.phases import Phases
 from megatron_eslm.watchdog.process import Process
-from megatron_eslm.watchdog.status_memory import Blackboard
+from megatron_eslm.watchdog.status_memory import SharedStatus
 from megatron_eslm.watchdog.stopwatch import Stopwatch
-from megatron_eslm.watchdog.store_client import Courier, Verdict
+from megatron_eslm.watchdog.store_client import AbortDecision, StoreClient
 
 TICK_SECONDS = 0.2
 """Launchers end the survivors soon after a death; the message has to be out by then."""
@@ -90,31 +90,31 @@ class Watchdog:
         self._clock = Stopwatch(longest_seconds=2 * TICK_SECONDS)
         self._seen, self._seen_seconds = phases.now, 0.0
         self._leaving = False
-        self._own_failure: tuple[Verdict, str] | None = None
+        self._own_failure: tuple[AbortDecision, str] | None = None
         self._stopped_seconds: dict[int, float] = {}
         self._exchanges, self._answered_seconds, self._broken_seconds = 0, 0.0, 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._courier = Courier(
+        self._courier = StoreClient(
             dist.PrefixStore("watchdog", store.clone()),  # type: ignore[attr-defined]
             rank=rank,
             world_size=world_size,
             process=self._process,
-            board=self._share(phases),
+            status=self._share(phases),
             beat=self._beat,
             observes=rank in (0, world_size - 1),
             beat_seconds=self._beat_seconds,
         )
 
-    def _share(self, phases: Phases) -> Blackboard | None:
+    def _share(self, phases: Phases) -> SharedStatus | None:
         """Let the neighbours see every phase as it begins."""
         try:
-            board = Blackboard.create()
+            status = SharedStatus.create()
         except OSError:
             return None
-        board.write(phases.now)
-        phases.write = board.write
-        return board
+        status.write(phases.now)
+        phases.write = status.write
+        return status
 
     def start(self) -> None:
         """Begin to watch."""
@@ -127,7 +127,7 @@ class Watchdog:
         Rank 0 goes on watching until all have said so, for it may keep the store.
         """
         self._leaving = True
-        self._courier.hurry()
+        self._courier.wake()
         # The thread that watches ends the process if one of these waits for something broken.
         self._courier.left.wait()
         while self._rank == 0 and not self._all_left():
@@ -162,9 +162,9 @@ class Watchdog:
             code: exit code of all ranks.
         """
         first = (str(error).strip() or "no message").partition("\n")[0]
-        finding = Finding(self._rank, "failed", f": {type(error).__name__}: {first}")
+        diagnosis = Diagnosis(self._rank, "failed", f": {type(error).__name__}: {first}")
         trace = "".join(traceback.format_exception(error))
-        self._fail(finding.text(self._beat(), None), code, self._patience(error), trace)
+        self._fail(diagnosis.text(self._beat(), None), code, self._patience(error), trace)
 
     def _fail(self, message: str, code: int, patience_seconds: float, trace: str = "") -> NoReturn:
         # A launcher that has seen a rank end sends SIGTERM to the others, before they have spoken;
@@ -172,7 +172,7 @@ class Watchdog:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         time.sleep(patience_seconds)
-        self._own_failure = Verdict(self._rank, message, code), trace
+        self._own_failure = AbortDecision(self._rank, message, code), trace
         # It ends this process, whoever is to blame.
         self._thread.join()
         say(f"{trace}error: {message}\n")
@@ -197,8 +197,8 @@ class Watchdog:
         return Beat(self._rank, self._process, now, idle_seconds, left=self._leaving)
 
     def _watch(self) -> None:
-        courier = self._courier
-        brought: Finding | Verdict | None = None
+        client = self._courier
+        brought: Diagnosis | AbortDecision | None = None
         brought_seconds = 0.0
         while not self._ended.wait(TICK_SECONDS if brought is None else TICK_SECONDS / 10):
             before_seconds = self._clock.seconds
@@ -206,40 +206,40 @@ class Watchdog:
             now_seconds = self._clock.seconds
             if self._phases.now is not self._seen:
                 self._seen, self._seen_seconds = self._phases.now, now_seconds
-            news = courier.num_exchanges != self._exchanges
+            news = client.num_exchanges != self._exchanges
             if news:
-                self._exchanges, self._answered_seconds = courier.num_exchanges, now_seconds
+                self._exchanges, self._answered_seconds = client.num_exchanges, now_seconds
 
-            if courier.verdict is not None:
-                self._end(courier.verdict, speaks=courier.verdict.finder == self._rank)
-            if isinstance(brought, Finding) and brought.rank in courier.excused:
+            if client.decision is not None:
+                self._end(client.decision, speaks=client.decision.finder == self._rank)
+            if isinstance(brought, Diagnosis) and brought.rank in client.exited:
                 brought = None
             if brought is None:
                 brought = self._look(now_seconds - before_seconds, news)
                 if brought is not None:
                     brought_seconds = now_seconds
-                    courier.bring(brought)
+                    client.report(brought)
             if brought is not None and (
-                courier.broken is not None
+                client.broken is not None
                 or self._keeper_is_gone(brought)
                 or now_seconds - brought_seconds > self._silence_seconds
             ):
                 self._end_alone(brought)
             self._check_store(now_seconds, now_seconds - before_seconds)
 
-    def _look(self, tick_seconds: float, news: bool) -> Finding | Verdict | None:
+    def _look(self, tick_seconds: float, news: bool) -> Diagnosis | AbortDecision | None:
         """What is wrong, if anything is."""
         if self._own_failure is not None:
             return self._own_failure[0]
         if self._launcher is not None and self._launcher.gone() is not None:
             return None  # The ranks of this host are about to end: none of them is to blame.
-        if finding := self._look_at_neighbours(tick_seconds):
-            return finding
+        if diagnosis := self._look_at_neighbours(tick_seconds):
+            return diagnosis
         if not (news and self._courier.beats):
             return None
         return find_silent(
             self._courier.beats,
-            place=self._process.place,
+            namespace=self._process.namespace,
             limit_seconds=self._silence_seconds,
             start_limit_seconds=self._timeout_seconds,
         ) or find_hung(
@@ -249,9 +249,9 @@ class Watchdog:
             leaving=self._leaving,
         )
 
-    def _look_at_neighbours(self, tick_seconds: float) -> Finding | None:
+    def _look_at_neighbours(self, tick_seconds: float) -> Diagnosis | None:
         for rank, process in (self._courier.neighbours or {}).items():
-            if rank in self._courier.excused:
+            if rank in self._courier.exited:
                 continue
             state = process.state()
             stopped = self._stopped_seconds.get(rank, 0.0) + tick_seconds
@@ -262,25 +262,27 @@ class Watchdog:
                 did = f"has not answered for {stopped:.0f} s, stopped by a signal; last seen"
             else:
                 continue
-            board = self._courier.boards.get(rank)
-            return Finding(
+            status = self._courier.statuses.get(rank)
+            return Diagnosis(
                 rank,
                 did,
                 unless_left=True,
                 unresponsive=state == "stopped",
-                moment=board.read() if board is not None else None,
+                stamp=status.read() if status is not None else None,
             )
         return None
 
-    def _keeper_is_gone(self, brought: Finding | Verdict) -> bool:
-        """Then the store, which would decide, may keep the courier waiting."""
-        return isinstance(brought, Finding) and brought.unless_left and brought.rank == self._keeper
+    def _keeper_is_gone(self, brought: Diagnosis | AbortDecision) -> bool:
+        """Then the store, which would decide, may keep the client waiting."""
+        return (
+            isinstance(brought, Diagnosis) and brought.unless_left and brought.rank == self._keeper
+        )
 
     def _check_store(self, now_seconds: float, tick_seconds: float) -> None:
         """End where the store is lost, for then a death elsewhere would not be heard of."""
         silent_seconds = now_seconds - self._answered_seconds
         if self._courier.broken is not None:
-            # A process closes its connections a moment before it can be seen to be gone.
+            # A process closes its connections just before it can be seen to be gone.
             self._broken_seconds += tick_seconds
             if self._broken_seconds < 5 * TICK_SECONDS:
                 return
@@ -295,29 +297,29 @@ class Watchdog:
             how = f"has not answered for {silent_seconds:.0f} s"
         keeper = "rank 0" if self._keeper == 0 else "the launcher"
         text = f"the connection to {keeper}, which keeps the job's store, {how}. {HOW_TO_GO_ON}"
-        self._end_alone(Verdict(self._rank, text, 1))
+        self._end_alone(AbortDecision(self._rank, text, 1))
 
-    def _end_alone(self, found: Finding | Verdict) -> NoReturn:
+    def _end_alone(self, found: Diagnosis | AbortDecision) -> NoReturn:
         """End without the store: the last rank of this host that is left says what it knows."""
         neighbours = self._courier.neighbours or {}
-        if isinstance(found, Finding):
+        if isinstance(found, Diagnosis):
             beat = self._courier.beats.get(found.rank)
             text = found.text(beat, neighbours.get(found.rank))
-            found = Verdict(self._rank, text, 1, found.rank if found.unresponsive else None)
+            found = AbortDecision(self._rank, text, 1, found.rank if found.unresponsive else None)
         left = [rank for rank, process in neighbours.items() if process.state() == "runs"]
         self._end(found, speaks=self._rank > max(left, default=-1))
 
-    def _end(self, verdict: Verdict, *, speaks: bool) -> NoReturn:
+    def _end(self, decision: AbortDecision, *, speaks: bool) -> NoReturn:
         if speaks:
             own = self._own_failure
-            trace = own[1] if own is not None and own[0] == verdict else ""
-            say(f"{trace}error: {verdict.text}\n")
-        # Until then every rank has read the verdict, or has seen that this one still runs.
+            trace = own[1] if own is not None and own[0] == decision else ""
+            say(f"{trace}error: {decision.text}\n")
+        # Until then every rank has read the decision, or has seen that this one still runs.
         time.sleep(1.0 + 2 * self._beat_seconds)
-        if verdict.unresponsive in (neighbours := self._courier.neighbours or {}):
-            neighbours[verdict.unresponsive].kill()
+        if decision.unresponsive in (neighbours := self._courier.neighbours or {}):
+            neighbours[decision.unresponsive].kill()
         # The main thread waits in a collective, for good.
-        os._exit(verdict.code)
+        os._exit(decision.code)
 
 
 def job_watchdog(

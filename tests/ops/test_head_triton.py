@@ -15,7 +15,7 @@ from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.head import dispatch, torch_kernel
 from megatron_eslm.ops.head.contract import HeadKernel
-from megatron_eslm.ops.head.dispatch import head_form, resolve_head_kernel
+from megatron_eslm.ops.head.dispatch import head_backend, resolve_head_kernel
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
@@ -146,7 +146,7 @@ def test_auto_is_triton_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> Non
         assert resolve_head_kernel("auto", "cuda") == on_cuda
         assert resolve_head_kernel("auto", "cpu") == "torch"
         assert resolve_head_kernel("torch", "cuda") == "torch"
-    assert head_form("auto", torch.device("cpu")) is torch_kernel
+    assert head_backend("auto", torch.device("cpu")) is torch_kernel
 
 
 def test_training_is_refused_before_anything_is_read_or_written(

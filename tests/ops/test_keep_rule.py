@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_eslm.ops.keep_rule import (
     EXCLUDED,
-    Kept,
+    KeepDecision,
     StepShape,
     keep_number,
     keep_riskiest,
@@ -34,7 +34,7 @@ def plain_keep(scores: list[float], alpha: float) -> tuple[list[bool], float]:
     return [i in kept for i in range(len(scores))], tau
 
 
-def keep(scores: list[float], alpha: float) -> Kept:
+def keep(scores: list[float], alpha: float) -> KeepDecision:
     return keep_riskiest(torch.tensor(scores), alpha)
 
 
@@ -78,7 +78,7 @@ def test_keeps_the_largest_and_tau_is_the_smallest_kept() -> None:
 
 def test_ties_go_to_the_lower_index() -> None:
     assert keep([1.0, 1.0, 1.0, 1.0], 0.5).keep.tolist() == [True, True, False, False]
-    # Kept in any case come first, however late they stand: 2.0 takes one of the three places.
+    # What is above the threshold comes first, however late it stands: 2.0 takes one of three.
     assert keep([1.0, 0.0, 1.0, 1.0, 2.0, 0.0], 0.5).keep.tolist() == [
         True,
         False,
@@ -211,7 +211,7 @@ def test_against_sorting(seed: int) -> None:
         assert got.num_nonfinite == sum(math.isnan(s) or s == math.inf for s in scores)
 
 
-def fields(kept: Kept) -> tuple:
+def fields(kept: KeepDecision) -> tuple:
     """Everything but `keep`, comparable (nan equals itself)."""
     values = (kept.tau, kept.cvar, kept.num_scores, kept.num_kept, kept.num_nonfinite)
     return tuple(repr(value) for value in values)

@@ -17,7 +17,7 @@ from megatron_eslm.launch import signals
 from megatron_eslm.launch.signals import ECHO_SECONDS
 from megatron_eslm.training.main import fail
 
-from ..parallel.ranks import free_port
+from ..launch.ranks import free_port
 from .runs import read_metrics, words
 
 ROOT = Path(__file__).parents[2]

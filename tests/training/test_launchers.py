@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ..parallel.ranks import free_port
+from ..launch.ranks import free_port
 from .runs import ROWS, read_metrics, words
 from .test_command_line import BIN, PYTHON, SCRIPT, assert_nothing_left, errors, start, stop
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eslm.checkpoint.find import Found
+from megatron_eslm.checkpoint.find import CheckpointInfo
 from megatron_eslm.checkpoint.manifest import Entry, Manifest
 from megatron_eslm.checkpoint.same_method import check_same_method
 from megatron_eslm.config.run import parse_run
@@ -34,7 +34,7 @@ def parse(flags: str):
 def continue_with(before: str, now: str) -> None:
     options = json.loads(json.dumps(parse(before).to_dict()))
     files = {name: Entry(bytes=0, crc32=0) for name in ("run.json", "state.json", "tensors.json")}
-    found = Found(
+    found = CheckpointInfo(
         folder=Path("run/iter_0000010"),
         manifest=Manifest(run_id="0" * 32, iteration=10, kind="training", files=files),
         run={"options": options},

@@ -130,7 +130,7 @@ def test_a_poisoned_candidate_skips_its_step_everywhere(
     results = run_ranks(4 if "p2" in layout else 2, fn)
     assert all(same == [False, True, False] for _, same, _ in results)
     outcome, _, (said,) = results[0]
-    # Row 1 in each of the four chunks that iteration 2 scores, of which a pipeline's stages take two.
+    # Row 1 in each of the four chunks that iteration 2 scores; a pipeline's stages take two each.
     samples = "37, 53" if "pp2" in layout else "37, 45, 53, 61"
     assert f"iteration 2: scores (data-parallel rank 1: samples {samples}) not finite" in said
     assert outcome.column("nonfinite_steps") == [0, 1, 1, 1]

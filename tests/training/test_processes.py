@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ..parallel.ranks import connections, free_port
+from ..launch.ranks import connections, free_port
 from .runs import read_metrics, words
 from .test_command_line import (
     DEEPSPEED,

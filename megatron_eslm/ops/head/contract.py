@@ -1,6 +1,6 @@
 """Which code computes the head: PyTorch, or Triton's kernels on a CUDA device.
 
-All forms have one signature (`HeadForm`) and differ in nothing but speed and memory: the same
+All forms have one signature (`HeadBackend`) and differ in nothing but speed and memory: the same
 statistics and gradients up to rounding, the same collectives, the same two memory modes.
 
 Shape legend: N scored tokens, K kept tokens of a block, D hidden, V rows of this rank's shard, W of
@@ -44,7 +44,7 @@ class BlockLimits(NamedTuple):
     columns: int
 
 
-class HeadForm(Protocol):
+class HeadBackend(Protocol):
     """What a form of the head consists of; a module of ops each."""
 
     def partial_statistics(

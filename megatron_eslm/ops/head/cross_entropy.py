@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_eslm.ops.head.contract import BlockLimits, GradientBlock, HeadForm, slices
-from megatron_eslm.ops.head.dispatch import head_form
+from megatron_eslm.ops.head.contract import BlockLimits, GradientBlock, HeadBackend, slices
+from megatron_eslm.ops.head.dispatch import head_backend
 from megatron_eslm.ops.head.statistics import CHUNK_BYTES, HeadStatistics, VocabShard
 from megatron_eslm.parallel.collectives import all_reduce_
 
@@ -98,7 +98,7 @@ class _SelectiveLinearCrossEntropy(torch.autograd.Function):
         )
         grad_hidden_KD, grad_weight_VD = _products(
             whole,
-            head_form(shard.kernel, hidden_KD.device),
+            head_backend(shard.kernel, hidden_KD.device),
             chunk_bytes=ctx.chunk_bytes,
             of_weight=ctx.needs_input_grad[1],  # else the head is frozen
         )
@@ -123,7 +123,7 @@ def block_shape(num_tokens: int, num_columns: int, limits: BlockLimits) -> tuple
 
 
 def _products(
-    whole: GradientBlock, form: HeadForm, *, chunk_bytes: int, of_weight: bool
+    whole: GradientBlock, form: HeadBackend, *, chunk_bytes: int, of_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients [K, D] of hidden states (this shard's share) and [V, D] of weights."""
     hidden_KD, weight_VD = whole.hidden_KD, whole.weight_WD

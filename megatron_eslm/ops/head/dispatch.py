@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.ops.head.contract import HeadForm, HeadKernel
+from megatron_eslm.ops.head.contract import HeadBackend, HeadKernel
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def resolve_head_kernel(
     return kernel
 
 
-def head_form(kernel: HeadKernel, device: torch.device) -> HeadForm:
+def head_backend(kernel: HeadKernel, device: torch.device) -> HeadBackend:
     """The module that computes the head on a device."""
     # Imported here, so that nobody needs Triton who does not use it.
     resolved = resolve_head_kernel(kernel, device.type)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_eslm.ops.head.contract import HeadKernel
-from megatron_eslm.ops.head.dispatch import head_form
+from megatron_eslm.ops.head.dispatch import head_backend
 from megatron_eslm.parallel.collectives import all_reduce_
 
 CHUNK_BYTES = 128 * 2**20
@@ -107,7 +107,7 @@ def head_statistics(
     logits_NV = hidden_ND.new_empty(num_tokens, shard.num_rows) if keep_logits else None
     local_N, here_N = shard.localise(labels_N)
     if shard.num_real:
-        max_N, sums_3N = head_form(shard.kernel, hidden_ND.device).partial_statistics(
+        max_N, sums_3N = head_backend(shard.kernel, hidden_ND.device).partial_statistics(
             hidden_ND,
             weight_VD,
             torch.where(here_N, local_N, -1),

@@ -39,7 +39,7 @@ def partial_statistics(
     entropy: bool,
     chunk_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See HeadForm."""
+    """See HeadBackend."""
     num_tokens, num_rows = len(hidden_ND), len(weight_VD)
     max_N = hidden_ND.new_full((num_tokens,), -torch.inf, dtype=torch.float32)
     sums_3N = hidden_ND.new_zeros(3, num_tokens, dtype=torch.float32)
@@ -96,7 +96,7 @@ def _add_tile(
 
 
 def softmax_gradient(block: GradientBlock, out_KW: torch.Tensor) -> None:
-    """See HeadForm."""
+    """See HeadBackend."""
     num_kept, width = out_KW.shape
     real, dtype = block.num_real, out_KW.dtype
     step = CPU_TILE[0] if out_KW.device.type == "cpu" else max(1, num_kept)
@@ -126,6 +126,6 @@ def softmax_gradient(block: GradientBlock, out_KW: torch.Tensor) -> None:
 
 
 def block_limits(hidden_KD: torch.Tensor, chunk_bytes: int) -> BlockLimits:
-    """See HeadForm."""
+    """See HeadBackend."""
     num_columns = CPU_TILE[1] if hidden_KD.device.type == "cpu" else 2**31
     return BlockLimits(max(1, chunk_bytes // 4), num_columns)

@@ -124,7 +124,7 @@ def partial_statistics(
     entropy: bool,
     chunk_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See HeadForm."""
+    """See HeadBackend."""
     num_tokens = len(hidden_ND)
     if logits_NV is not None or not num_tokens:
         return triton_kernel.partial_statistics(

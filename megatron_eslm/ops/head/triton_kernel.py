@@ -114,7 +114,7 @@ def statistics_of_logits(
     *,
     entropy: bool,
 ) -> None:
-    """Fill max_C and sums_3C (see HeadForm.partial_statistics) from one read of the logits."""
+    """Fill max_C and sums_3C (see HeadBackend.partial_statistics) from one read of the logits."""
     assert logits_CV.stride(1) == sums_3C.stride(1) == max_C.stride(0) == 1
     if not len(logits_CV):  # no grid is empty
         return
@@ -142,7 +142,7 @@ def partial_statistics(
     entropy: bool,
     chunk_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See HeadForm."""
+    """See HeadBackend."""
     num_tokens = len(hidden_ND)
     max_N = hidden_ND.new_empty(num_tokens, dtype=torch.float32)
     sums_3N = hidden_ND.new_empty(3, num_tokens, dtype=torch.float32)
@@ -162,7 +162,7 @@ def partial_statistics(
 
 
 def softmax_gradient(block: GradientBlock, out_KW: torch.Tensor) -> None:
-    """See HeadForm: in place of recomputed logits, or from kept ones in one pass."""
+    """See HeadBackend: in place of recomputed logits, or from kept ones in one pass."""
     num_kept, width = out_KW.shape
     if not num_kept:
         return
@@ -189,5 +189,5 @@ def softmax_gradient(block: GradientBlock, out_KW: torch.Tensor) -> None:
 
 
 def block_limits(hidden_KD: torch.Tensor, chunk_bytes: int) -> BlockLimits:
-    """See HeadForm."""
+    """See HeadBackend."""
     return BlockLimits(max(1, chunk_bytes // hidden_KD.element_size()), 2**31)

@@ -20,7 +20,7 @@ import torch
 
 from megatron_eslm.data.batch import Batch
 from megatron_eslm.ops.ghost_products import GradientProducts
-from megatron_eslm.ops.keep_rule import EXCLUDED, Kept, num_to_keep
+from megatron_eslm.ops.keep_rule import EXCLUDED, KeepDecision, num_to_keep
 from megatron_eslm.selection.policy import SelectionPolicy, register
 from megatron_eslm.selection.scored import ScoredBatch
 
@@ -87,14 +87,14 @@ class Greats(SelectionPolicy):
         assert self._choice is not None, "a micro-step began before its sequences were chosen"
         return torch.tensor(self._choice.gains, device=scored.valid_MP.device)
 
-    def keep(self, scores: torch.Tensor, phase: str) -> Kept:
+    def keep(self, scores: torch.Tensor, phase: str) -> KeepDecision:
         """What was chosen. Not the highest gains: a gain rises where gradients oppose."""
         assert self._choice is not None
         choice, self._choice = self._choice, None
         keep = torch.zeros_like(scores, dtype=torch.bool)
         keep[choice.order] = True
         finite = [choice.gains[m] for m in choice.order if math.isfinite(choice.gains[m])]
-        return Kept(
+        return KeepDecision(
             keep=keep,
             tau=min(finite, default=math.nan),
             cvar=math.nan,

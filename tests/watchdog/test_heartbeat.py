@@ -7,12 +7,12 @@ from dataclasses import replace
 from megatron_eslm.watchdog.heartbeat import (
     HOW_TO_GO_ON,
     Beat,
-    Finding,
+    Diagnosis,
     find_hung,
     find_silent,
     ranks_text,
 )
-from megatron_eslm.watchdog.phases import Moment
+from megatron_eslm.watchdog.phases import PhaseStamp
 from megatron_eslm.watchdog.process import Process
 
 
@@ -27,20 +27,20 @@ def beat(
     iteration: int = 12,
     left: bool = False,
 ) -> Beat:
-    process = Process(host=f"node{node}", pid=4700 + rank, place=f"place{node}", started=1)
-    moment = Moment(iteration, phase, waits)
-    return Beat(rank, process, moment, idle, left=left, silent_seconds=silent)
+    process = Process(host=f"node{node}", pid=4700 + rank, namespace=f"place{node}", started=1)
+    stamp = PhaseStamp(iteration, phase, waits)
+    return Beat(rank, process, stamp, idle, left=left, silent_seconds=silent)
 
 
-def hung(*beats: Beat, leaving: bool = False) -> Finding | None:
+def hung(*beats: Beat, leaving: bool = False) -> Diagnosis | None:
     return find_hung(
         {b.rank: b for b in beats}, timeout_seconds=60, silence_seconds=15, leaving=leaving
     )
 
 
-def silent(*beats: Beat) -> Finding | None:
+def silent(*beats: Beat) -> Diagnosis | None:
     return find_silent(
-        {b.rank: b for b in beats}, place="place0", limit_seconds=15, start_limit_seconds=60
+        {b.rank: b for b in beats}, namespace="place0", limit_seconds=15, start_limit_seconds=60
     )
 
 
@@ -51,13 +51,13 @@ def test_a_beat_comes_back_as_it_was_sent() -> None:
 
 
 def test_the_message_of_a_death() -> None:
-    died = Finding(3, "died")
+    died = Diagnosis(3, "died")
     assert died.text(beat(3, "stage 1 forward", node=2), None) == (
         'rank 3 (host node2, pid 4703) died in "stage 1 forward" of iteration 12. ' + HOW_TO_GO_ON
     )
-    assert '"loading" of iteration 13' in replace(died, moment=Moment(13, "loading", False)).text(
-        beat(3), None
-    )
+    assert '"loading" of iteration 13' in replace(
+        died, stamp=PhaseStamp(13, "loading", False)
+    ).text(beat(3), None)
     process = beat(3).process
     assert died.text(None, process) == f"rank 3 (host node0, pid 4703) died. {HOW_TO_GO_ON}"
     assert died.text(None, None) == f"rank 3 died. {HOW_TO_GO_ON}"
@@ -86,7 +86,7 @@ def test_where_all_wait_it_is_the_one_behind_or_the_one_that_waits_longest() -> 
     first, last = beat(1, "backward", waits=True, idle=80), beat(2, "gather", waits=True, idle=60)
     found = hung(first, last)
     assert found is not None and found.rank == 1
-    behind = replace(last, moment=Moment(11, "optimizer", True))
+    behind = replace(last, stamp=PhaseStamp(11, "optimizer", True))
     found = hung(ahead, first, behind)
     assert found is not None and found.rank == 2
 

@@ -178,11 +178,11 @@ def test_the_next_attempt_does_not_read_what_the_first_has_left(
         }
 
         def tokens(meeting: Meeting) -> list[str]:
-            before = meeting.store.check(["from/0"]) or meeting.store.check(["verdict"])
+            before = meeting.store.check(["from/0"]) or meeting.store.check(["decision"])
             meeting.store.add("come", 1)
             while meeting.store.add("come", 0) < 2:
                 time.sleep(0.01)
-            meeting.store.set("verdict", "it failed")
+            meeting.store.set("decision", "it failed")
             meeting.store.set("from/0", "x")
             return ["old" if before else "new", str(meeting.launcher_keeps_store)]
 

@@ -22,7 +22,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_eslm.parallel.meeting import Meeting
-from megatron_eslm.watchdog.heartbeat import HOW_TO_GO_ON, Finding
+from megatron_eslm.watchdog.heartbeat import HOW_TO_GO_ON, Diagnosis
 from megatron_eslm.watchdog.phases import Phases
 from megatron_eslm.watchdog.process import Process
 from megatron_eslm.watchdog.stopwatch import Stopwatch
@@ -108,11 +108,11 @@ class Job:
             store=store,
             timeout_seconds=self._timeout_seconds,
             rank_zero_keeps_store=self._rank_zero_keeps,
-            process=replace(process, place=process.place + self._places[rank]),
+            process=replace(process, namespace=process.namespace + self._places[rank]),
         )
         watchdog.start()
-        courier = watchdog._courier
-        wait_until(lambda: courier.neighbours is not None)
+        client = watchdog._courier
+        wait_until(lambda: client.neighbours is not None)
         (self._ready / str(rank)).touch()
         self._work(rank, phases, watchdog)
 
@@ -393,7 +393,7 @@ def test_ranks_that_end_with_their_launcher_are_not_to_blame(tmp_path: Path) -> 
     )
     watchdog._courier.neighbours = {1: replace(Process.this(), started=0)}
     found = watchdog._look(0.2, news=False)
-    assert isinstance(found, Finding) and (found.rank, found.did) == (1, "died")
+    assert isinstance(found, Diagnosis) and (found.rank, found.did) == (1, "died")
     gone.append("torchrun (pid 4)")
     assert watchdog._look(0.2, news=False) is None
 

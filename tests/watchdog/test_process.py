@@ -62,10 +62,10 @@ def test_processes_of_one_machine_have_one_place() -> None:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.write(writer, Process.this().place.encode())
+        os.write(writer, Process.this().namespace.encode())
         os._exit(0)
     os.waitpid(pid, 0)
-    assert os.read(reader, 1000).decode() == Process.this().place
+    assert os.read(reader, 1000).decode() == Process.this().namespace
     os.close(reader)
     os.close(writer)
 
@@ -75,5 +75,5 @@ def test_a_name_with_spaces_and_parentheses_is_no_hindrance(
 ) -> None:
     text = "7 (a) Z (b) T 1 " + " ".join(str(n) for n in range(5, 53))
     monkeypatch.setattr("pathlib.Path.read_text", lambda *a, **k: text)
-    process = Process(host="h", pid=7, place="p", started=22)
+    process = Process(host="h", pid=7, namespace="p", started=22)
     assert process.state() == "stopped"
