@@ -20,7 +20,7 @@ from megatron_eslm.data.batch import Batch
 from megatron_eslm.data.loader import read_batch
 from megatron_eslm.data.mixture import Mixture
 from megatron_eslm.engine.engine import Engine
-from megatron_eslm.launch.bootstrap import prepare_device
+from megatron_eslm.launch.device import prepare_device
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState

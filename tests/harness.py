@@ -26,9 +26,13 @@ A rank that raises fails the test with that rank's traceback. Ranks that hang ar
 
 from __future__ import annotations
 
+import os
+
+# Ranks are forked, and a CUDA context does not survive a fork.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import faulthandler
 import multiprocessing.connection
-import os
 import pickle
 import sys
 import time
@@ -43,7 +47,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_eslm.launch.bootstrap import prepare_device, quiet_imports
+from megatron_eslm.launch.bootstrap import quiet_imports
+from megatron_eslm.launch.device import prepare_device
 
 
 class RankFailed(AssertionError):

@@ -22,7 +22,8 @@ from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.reference_losses import losses_path
 from megatron_eslm.data.source import open_data
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.launch.bootstrap import prepare_device, single_process
+from megatron_eslm.launch.bootstrap import single_process
+from megatron_eslm.launch.device import prepare_device
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.selection.reference_options import is_plain_name
 

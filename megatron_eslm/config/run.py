@@ -327,7 +327,13 @@ def resolve(
 def _check_engine(engine: EngineOptions) -> None:
     if engine.bf16 and engine.fp16:
         raise ConfigError("bf16 and fp16 are both enabled, by flags and DeepSpeed JSON together.")
-    if engine.fp16 and not torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    if engine.bf16 and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"--bf16 needs a GPU of compute capability 8.0 or newer (A100, H100) and this one is "
+            f"{torch.cuda.get_device_name()}. Use --fp16, or neither."
+        )
+    if engine.fp16 and not cuda:
         from deepspeed.accelerator import get_accelerator
 
         if not get_accelerator().is_fp16_supported():

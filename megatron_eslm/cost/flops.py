@@ -7,6 +7,7 @@ scores again).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -205,6 +206,17 @@ class FlopsModel:
         blocks = sum(self.block(work, number) for number in range(self.shape.num_layers))
         return self.scoring(work) + blocks + self.head(work) + self.alignment(work)
 
+    def model(self, work: Work) -> float:
+        """FLOPs of the model alone, for MFU as others report it: 6 N + 12 L H Q T per token.
+
+        Source: PaLM (Chowdhery et al. 2022), appendix B, over the tokens of the sequences that are
+        trained on, without scoring, recomputation or savings of the head. N leaves out positions.
+        """
+        s = self.shape
+        n = s.num_params - s.max_position_embeddings * s.hidden_size
+        attention = 12 * s.num_layers * s.hidden_size * self.seq_length
+        return work.tokens_deep * (6.0 * n + attention)
+
     def paper(self, work: Work) -> float:
         """Section 3, "FLOPs accounting", of the ESLM paper.
 
@@ -239,21 +251,27 @@ class FlopsModel:
         return total
 
 
-_DENSE_PEAK_TFLOPS = {
-    # Vendors' dense bf16 figures, without sparsity.
-    "H200": 989.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "V100": 125.0,
-}
+_DENSE_PEAK_TFLOPS = (
+    # Vendors' dense bf16 figures, without sparsity; the first pattern that is found counts.
+    (r"MIG ", None),  # a slice of a device
+    (r"H100 PCIe", 756.0),
+    (r"H100 NVL", 835.5),
+    (r"H200 NVL", 835.5),
+    (r"GH200|H200|H100|H800", 989.0),
+    (r"\bH20\b", 148.0),
+    (r"A100|A800", 312.0),
+    (r"GB200", 2500.0),
+    (r"B200", 2250.0),
+    (r"L40S", 362.0),
+    (r"\bA10\b", 125.0),
+)
 
 
 def device_peak_flops(device_name: str, override_tflops: float | None) -> float | None:
     """Dense half-precision peak in FLOP/s; None where it is not known (CPUs, float32 runs)."""
     if override_tflops is not None:
         return override_tflops * 1e12
-    for name, tflops in _DENSE_PEAK_TFLOPS.items():
-        if name in device_name:
-            return tflops * 1e12
+    for pattern, tflops in _DENSE_PEAK_TFLOPS:
+        if re.search(pattern, device_name):
+            return None if tflops is None else tflops * 1e12
     return None

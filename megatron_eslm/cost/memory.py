@@ -33,12 +33,14 @@ class MemoryEstimate:
     the same time."""
     teacher: float = 0.0
     reference: float = 0.0
+    buckets: float = 0.0
+    """DeepSpeed's buffers for reducing gradients as they come (ZeRO 2 and 3)."""
 
     @property
     def total(self) -> float:
         """Sum of all parts."""
         own = self.weights + self.gradients + self.optimizer + self.activations + self.head
-        return own + self.alignment + self.teacher + self.reference
+        return own + self.alignment + self.teacher + self.reference + self.buckets
 
 
 def estimate_memory(
@@ -93,7 +95,17 @@ def _estimate_stage(
         optimizer=0.0 if run.engine.cpu_offload else optimizer,
         activations=_stage_activations(run, shape, plan, stage),
         head=_head_bytes(run, shape, early_exit=plan.early_exit > 0, last=last),
+        buckets=_bucket_bytes(run),
     )
+
+
+def _bucket_bytes(run: RunConfig) -> float:
+    zero = run.deepspeed["zero_optimization"]
+    if zero["stage"] < 2:
+        return 0.0
+    # With overlap one is filled while another is sent; the default of stage 3.
+    buffers = 2 if zero.get("overlap_comm", zero["stage"] == 3) else 1
+    return float(buffers * zero["reduce_bucket_size"] * run.dtype.itemsize)
 
 
 def block_activations(run: RunConfig, shape: ModelShape) -> float:

@@ -78,6 +78,7 @@ class Engine:
 
     def __init__(self, run: RunConfig, model: GPT, mesh: Mesh, phases: Phases) -> None:
         import deepspeed
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
         self.run, self.model, self.mesh, self.phases = run, model, mesh, phases
         self.plain_optimizer = run.engine.zero_stage == 0 and run.dtype == torch.float32
@@ -93,6 +94,8 @@ class Engine:
             self.ds, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
             )
+        if isinstance(self.ds.optimizer, BF16_Optimizer):
+            add_gradients_without_copies(self.ds.optimizer)
 
     def _module(self) -> nn.Module:
         """What DeepSpeed wraps."""
@@ -221,6 +224,27 @@ class Engine:
         finally:
             self.ds.train()
         return torch.cat(sums)
+
+
+def add_gradients_without_copies(optimizer: Any) -> None:
+    """Have DeepSpeed's BF16_Optimizer add 16-bit gradients to its float32 sums in one pass.
+
+    Its own way makes a float32 copy of each gradient first: 16 bytes per parameter and micro-step
+    through memory instead of 10. The sums are the same to the bit.
+    """
+
+    @torch.no_grad()
+    def update(parameter: torch.Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
+        if parameter.grad is None:
+            return
+        total = optimizer.fp32_groups_gradients[group][index]
+        total.add_(parameter.grad.view(total.shape))
+        parameter._hp_grad = total  # type: ignore[attr-defined]
+        optimizer.fp32_groups_has_gradients[group][index] = True
+        if clear_lp_grads:
+            parameter.grad.zero_()
+
+    optimizer._update_hp_grad = update
 
 
 def is_counted_here(parameter: nn.Parameter, mesh: Mesh) -> bool:

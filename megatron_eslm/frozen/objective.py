@@ -12,7 +12,7 @@ from megatron_eslm.data.tokenizers.build import Tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.frozen.model import FrozenModel, FrozenSource, load_frozen
 from megatron_eslm.frozen.teacher import find_teacher, student_as_teacher
-from megatron_eslm.launch.bootstrap import prepare_device
+from megatron_eslm.launch.device import prepare_device
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.objectives.base import Objective
 from megatron_eslm.objectives.causal_lm import CausalLM

@@ -22,6 +22,7 @@ from typing import NoReturn
 import torch
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.launch.device import prepare_device
 from megatron_eslm.launch.rendezvous import RENDEZVOUS_SECONDS, meet
 from megatron_eslm.parallel.meeting import Meeting
 
@@ -33,8 +34,6 @@ def quiet_imports() -> None:
     if not torch.cuda.is_available():
         # Said, it is taken without a warning that no GPU was found.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # What megatron-core asks for, so that its overlapped collectives start in order.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Its sequence parallelism calls collectives by names that torch is renaming.
     warnings.filterwarnings(
         "ignore", r".*is deprecated. Please use `torch\.distributed", FutureWarning
@@ -45,23 +44,6 @@ def quiet_imports() -> None:
         import megatron.core.tensor_parallel  # noqa: F401
     for name in ("DeepSpeed", "megatron", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def prepare_device() -> torch.device:
-    """This process's device; on a machine without CUDA, makes megatron-core allocate on the CPU."""
-    if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"Local rank {local_rank} has no GPU of its own: this machine shows "
-                f"{torch.cuda.device_count()}. Start at most that many processes a machine, or "
-                "export LOCAL_RANK=0 where the launcher shows each process one GPU only."
-            )
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    # Its result is only ever used as a `device=` argument.
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
-    return torch.device("cpu")
 
 
 def init_distributed(
@@ -124,6 +106,8 @@ def _connect(
             store=meeting.store,
             rank=meeting.rank,
             world_size=meeting.world_size,
+            # NCCL then connects now, so that a bad network fails here.
+            device_id=device if device.type == "cuda" else None,
         )
     except RuntimeError as error:
         text = str(error).strip().partition("\n")[0]
@@ -138,6 +122,20 @@ def _connect(
     meeting.store.set_timeout(collectives)
     if backend == "gloo":
         dist.distributed_c10d._set_pg_timeout(collectives)
+
+
+def set_timeout_of_all_groups(seconds: float) -> None:
+    """Have the collectives of every process group wait as long as those of the world.
+
+    Groups that are made without a timeout get their backend's, 10 minutes with NCCL, which then
+    aborts the process before the watchdog can name the rank at fault. DeepSpeed makes such groups
+    for its pipelines.
+    """
+    import torch.distributed as dist
+
+    timeout = datetime.timedelta(seconds=seconds)
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 @contextlib.contextmanager

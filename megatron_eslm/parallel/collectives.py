@@ -26,7 +26,7 @@ def all_gather_same_shape(x: torch.Tensor, group: dist.ProcessGroup | None) -> t
     if group is None or group.size() == 1:
         return x.unsqueeze(0)
     out = x.new_empty((group.size(), *x.shape))
-    dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
+    dist.all_gather_into_tensor(out.view(-1), x.reshape(-1), group=group)
     return out
 
 

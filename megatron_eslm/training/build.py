@@ -31,6 +31,7 @@ from megatron_eslm.frozen.objective import (
     teacher_shape,
 )
 from megatron_eslm.frozen.reference import find_run_reference, load_reference
+from megatron_eslm.launch.bootstrap import set_timeout_of_all_groups
 from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.objectives.base import Objective
@@ -83,8 +84,11 @@ def _build_trainer(
     run: RunConfig, phases: Phases, outputs: Outputs, callbacks: Sequence[Callback]
 ) -> Trainer:
     on_every_rank(lambda: check_kernels(run))
+    timeout_seconds = run.engine.collective_timeout_seconds
     mesh = build_mesh(
-        run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
+        run.engine.tensor_model_parallel_size,
+        run.engine.pipeline_model_parallel_size,
+        timeout_seconds,
     )
     source, options = open_run_data(run)
     outputs.take_folders()  # a run before this one may save until then
@@ -130,6 +134,7 @@ def _build_trainer(
         load_model(model, mesh, found)
         logger.info("weights from %s", found.folder)
     engine = build_engine(run, model, mesh, phases)
+    set_timeout_of_all_groups(timeout_seconds)
     align_before_micro_steps(run, engine, datasets.alignment)
     if reference is not None:
         policy.reference = load_reference(

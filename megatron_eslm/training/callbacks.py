@@ -90,8 +90,8 @@ class Reporter(Callback):
 
     def __init__(self) -> None:
         self._evaluation: Evaluation | None = None
-        self._unreported: list[tuple[float, int, float]] = []
-        """Seconds, positions read and FLOPs of each step since the last report."""
+        self._unreported: list[tuple[float, int, float, float]] = []
+        """Seconds, positions read, executed and model FLOPs of each step since the last report."""
 
     def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> None:
         self._evaluation = evaluation
@@ -99,7 +99,8 @@ class Reporter(Callback):
             self._report(trainer, None)
 
     def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
-        self._unreported.append((step.seconds, step.stats.work.tokens, step.flops))
+        work = step.stats.work
+        self._unreported.append((step.seconds, work.tokens, step.flops, trainer.flops.model(work)))
         due = trainer.state.iteration % trainer.run.training.log_interval == 0
         if due or step.is_last or self._evaluation is not None:
             self._report(trainer, step)
@@ -124,22 +125,25 @@ class Reporter(Callback):
     def _speed(self, trainer: Trainer) -> Speed:
         """Of the steps since the last report; they begin anew."""
         done, self._unreported = self._unreported, []
-        seconds, tokens, flops = map(sum, zip(*done, strict=True))
+        seconds, tokens, executed, model = map(sum, zip(*done, strict=True))
+        peak = _peak_flops(trainer)
         left = trainer.reading.samples_left(trainer.state.consumed_samples)
         return Speed(
             step_seconds=seconds / len(done),
             tokens_per_second=tokens / seconds,
             seconds_left=left * trainer.run.model.seq_length * seconds / tokens,
-            mfu=_mfu(trainer, flops / seconds),
+            mfu=None if peak is None else model / seconds / peak,
+            hfu=None if peak is None else executed / seconds / peak,
         )
 
 
-def _mfu(trainer: Trainer, flops_per_second: float) -> float | None:
+def _peak_flops(trainer: Trainer) -> float | None:
+    """Of all devices together; None where it is not known."""
     cuda = trainer.engine.device.type == "cuda"
     half = trainer.run.dtype != torch.float32
     name = torch.cuda.get_device_name() if cuda and half else ""
     peak = device_peak_flops(name, trainer.run.report.peak_tflops)
-    return None if peak is None else flops_per_second / (peak * trainer.mesh.world_size)
+    return None if peak is None else peak * trainer.mesh.world_size
 
 
 class Checkpointer(Callback):

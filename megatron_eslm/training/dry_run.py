@@ -165,7 +165,7 @@ def dry_run_text(
         f"activations {memory.activations / gib:.2f} + head {memory.head / gib:.2f}"
         + "".join(
             f" + {name} {part / gib:.2f}"
-            for name in ("alignment", "teacher", "reference")
+            for name in ("alignment", "teacher", "reference", "buckets")
             if (part := getattr(memory, name))
         )
         + (f" (stage {memory.stage}, which needs most)" if plan.num_stages > 1 else ""),

@@ -12,6 +12,11 @@ from collections.abc import Sequence
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.launch import signals
 from megatron_eslm.launch.bootstrap import init_distributed, leave
+from megatron_eslm.launch.device import (
+    device_text,
+    order_kernels_for_tensor_parallel,
+    set_matmul_precision,
+)
 from megatron_eslm.launch.launchers import discover
 from megatron_eslm.launch.rendezvous import meet
 from megatron_eslm.training.command_line import read_command_line
@@ -85,9 +90,12 @@ def main(argv: Sequence[str] | None = None, launcher: Launcher | None = None) ->
         timeout_seconds = 60.0 * run.engine.distributed_timeout_minutes
         watchdog = job_watchdog(meeting, phases, timeout_seconds, launcher)
         signals.unwind(run.training.stop_signals)
-        init_distributed(
+        order_kernels_for_tensor_parallel(run.engine.tensor_model_parallel_size)
+        set_matmul_precision(tf32=run.engine.tf32, deterministic=run.engine.deterministic)
+        device = init_distributed(
             run.engine.collective_timeout_seconds, meeting=meeting, connect_seconds=connect_seconds
         )
+        logger.info("%d x %s", meeting.world_size, device_text(device))
         # Imported here, so that --help and a mistyped flag need not wait for them.
         from megatron_eslm.data.loader_processes import LoaderError
         from megatron_eslm.training.build import build_trainer

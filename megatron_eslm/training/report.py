@@ -169,7 +169,9 @@ class Speed:
     seconds_left: float
     """For the samples that are left, at this speed."""
     mfu: float | None
-    """Share of the devices' peak; None where that is not known."""
+    """Model FLOPs (`FlopsModel.model`) over the devices' peak; None where that is not known."""
+    hfu: float | None
+    """The same for the matrix products that were executed."""
 
 
 def metrics_line(
@@ -207,6 +209,7 @@ def metrics_line(
         "step_seconds": speed.step_seconds if speed else None,
         "elapsed_seconds": state.elapsed_seconds,
         "mfu": speed.mfu if speed else None,
+        "hfu": speed.hfu if speed else None,
         "nonfinite_steps": state.nonfinite_steps,
     }
 
@@ -224,7 +227,7 @@ def progress_line(line: dict[str, Any], train_iters: int, speed: Speed | None) -
             f"left {time.strftime('%H:%M:%S', time.gmtime(speed.seconds_left))}",
         ]
     if line["mfu"] is not None:
-        parts.append(f"MFU {line['mfu']:.1%}")
+        parts.append(f"MFU {line['mfu']:.1%} (HFU {line['hfu']:.1%})")
     if line["valid_loss"] is not None:
         parts.append(f"validation loss {line['valid_loss']:.4f}")
     if line["nonfinite_steps"]:

@@ -4,8 +4,8 @@ Without this, the others wait in a collective for a rank that will not come, or 
 that some connection was closed.
 
 Each rank has two threads. One beats: several times in a few seconds it writes into the job's store
-where this rank is (store_client.py; for ranks of one host, status_memory.py is exact). The other, which
-never waits for anything, looks
+where this rank is (store_client.py; for ranks of one host, status_memory.py is exact). The other,
+which never waits for anything, looks
 
 - for processes of the same host that are gone or stopped (each rank),
 - for a store that does not answer (each rank),

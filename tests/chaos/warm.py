@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_eslm.launch.bootstrap import prepare_device, quiet_imports
+from megatron_eslm.launch.bootstrap import quiet_imports
+from megatron_eslm.launch.device import prepare_device
 
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_eslm.training.loop import Trainer
 from tests.harness import run_ranks
@@ -17,6 +19,7 @@ from .runs import (
     Outcome,
     assert_same_dumps,
     assert_unequal_ranks,
+    build,
     refusal,
     train,
     words,
@@ -210,3 +213,18 @@ def test_middle_stages_hold_blocks_only_and_read_only_to_score(
         "final_norm.weight",
         "final_norm.bias",
     ]
+
+
+def test_every_group_waits_as_long_as_the_world(data: list[str], tmp_path: Path) -> None:
+    """Also those that DeepSpeed makes for a pipeline: NCCL's own 10 minutes would come first."""
+    argv = words(data, *PP2, "--distributed-timeout-minutes", "7")
+
+    def on_rank(rank: int) -> list[timedelta]:
+        run = build(argv).run
+        device = torch.device("cpu")
+        groups = list(dist.distributed_c10d._world.pg_map)
+        wanted = timedelta(seconds=run.engine.collective_timeout_seconds)
+        return [wanted, *(group._get_backend(device).options._timeout for group in groups)]
+
+    for wanted, *found in run_ranks(4, on_rank):
+        assert len(found) > 4 and set(found) == {wanted}

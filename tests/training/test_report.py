@@ -20,7 +20,7 @@ from .runs import Outcome, build, read_dumps, read_metrics, refusal, train, word
 FIELDS = {
     "iteration", "loss", "valid_loss", "alpha", "kept_instances", "kept_tokens", "tau_instance",
     "tau_token", "cvar", "lr", "grad_norm", "tokens", "tokens_trained", "flops", "flops_paper",
-    "step_seconds", "mfu", "nonfinite_steps", "valid_loss_by_domain",
+    "step_seconds", "mfu", "hfu", "nonfinite_steps", "valid_loss_by_domain",
     "batch_size", "consumed_samples",
 }  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_every_line_has_the_fields_of_the_design(data: list[str], tmp_path: Path
         assert dump["tau_token"][kept] == pytest.approx(line["tau_token"])
         assert (line["batch_size"], line["batch_size_trained"]) == (8, 7) and kept.sum() == 7
         assert line["cvar"] > line["tau_token"]
-        assert line["step_seconds"] > 0 and line["mfu"] > 0
+        assert line["step_seconds"] > 0 and line["hfu"] > 0 and line["mfu"] > 0
     assert outcome.column("loss")[0] > outcome.column("loss")[-1]
 
 
