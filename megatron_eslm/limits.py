@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,13 @@ BELOW_ONE = Range(at_least=0, below=1)
 @dataclass(frozen=True)
 class Commas:
     """The option's text is values between commas; a YAML file may give them as a list."""
+
+
+@dataclass(frozen=True, eq=False)
+class Among:
+    """The option's text is one of these names, to which others may be added until it is read."""
+
+    names: Collection[str]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from megatron_eslm.command_line import OnOff, Parser, finite_number, not_among, whole_number
 from megatron_eslm.errors import ConfigError, did_you_mean
 from megatron_eslm.files import yaml_file
-from megatron_eslm.limits import Commas, Flag, check_fields, flag_of, metadata
+from megatron_eslm.limits import Among, Commas, Flag, check_fields, flag_of, metadata
 
 
 @functools.cache
@@ -62,7 +62,7 @@ class Option:
 
     name: str
     kind: Any
-    choices: tuple[Any, ...] | None
+    choices: Collection[Any] | None
     several: bool
     """Whether it takes more than one value."""
     commas: bool
@@ -130,15 +130,19 @@ class Option:
 @functools.cache
 def _options_of(cls: type) -> dict[str, Option]:
     plain, full = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
-    return {
-        field.name: Option(
-            field.name,
-            *_kind(plain[field.name]),
-            commas=metadata(full[field.name], Commas) is not None,
-            written=metadata(full[field.name], Flag) or Flag(),
+    found = {}
+    for name in (field.name for field in dataclasses.fields(cls)):
+        kind, choices, several = _kind(plain[name])
+        among = metadata(full[name], Among)
+        found[name] = Option(
+            name,
+            kind,
+            choices if among is None else among.names,
+            several,
+            commas=metadata(full[name], Commas) is not None,
+            written=metadata(full[name], Flag) or Flag(),
         )
-        for field in dataclasses.fields(cls)
-    }
+    return found
 
 
 def options(groups: Mapping[str, type]) -> dict[str, Option]:
@@ -222,7 +226,7 @@ def _add_option(group: Any, option: Option, text: str, default: Any, *, config_f
             type=option.kind,
             choices=option.choices,
             nargs="+" if option.several else None,
-            metavar=None if option.choices else metavar,
+            metavar=metavar if option.choices is None else None,
             required=required,
             help=text,
         )
