@@ -1,6 +1,8 @@
 """Show what is installed and used, what is missing, and the remedy.
 
-megatron-eslm doctor
+    megatron-eslm doctor
+
+The exit code is 1 where something is missing that is needed.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     megatron-eslm preprocess --input corpus.jsonl.zst --output-prefix data/corpus \\
         --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt \\
         --workers 8 --append-eod
+
+docs/data.md says what is read and what is written.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Check Megatron .bin/.idx files from end to end.
 
-megatron-eslm verify-data data/books data/web
+    megatron-eslm verify-data data/books data/web
+
+Reads every byte, and compares it with the checksum in PREFIX.meta.json where there is one.
 """
 
 from __future__ import annotations
