@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.interleave import report
 from megatron_eslm.ops.head.contract import HeadKernel
-from megatron_eslm.ops.head.cross_entropy import selective_linear_cross_entropy
+from megatron_eslm.ops.head.cross_entropy import kept_linear_cross_entropy
 from megatron_eslm.ops.head.dispatch import resolve_head_kernel
 from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 
@@ -93,7 +93,7 @@ class Head:
                 keep_logits=keep_logits,
             )
         )
-        loss = selective_linear_cross_entropy(
+        loss = kept_linear_cross_entropy(
             self.hidden_KD,
             self.weight_VD,
             self.labels_N[self.kept_K],

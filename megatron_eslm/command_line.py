@@ -10,9 +10,9 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, Protocol, TextIO
 
-from megatron_eslm.errors import ConfigError, did_you_mean
+from megatron_eslm.errors import ConfigError, Failure, did_you_mean
 from megatron_eslm.files.stopped import Stopped
 
 BROKEN_PIPE_CODE = 128 + 13
@@ -130,15 +130,20 @@ class OnOff(argparse.BooleanOptionalAction):
         super().__call__(parser, namespace, values, flag)
 
 
-Main = Callable[[Sequence[str] | None], int]
+class Main(Protocol):
+    """A command."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """Run with these flags, by default those of the command line; the exit code."""
+        ...
 
 
-def command(main: Main) -> Main:
+def command(main: Callable[[Sequence[str]], int]) -> Main:
     """Make a tool's `main(argv)`, which returns an exit code, end as every tool does.
 
-    Bad input (ConfigError) is one paragraph and code 2. Ctrl-C and a reader that is gone
-    (`| head`) end without a word, with the codes that the signals would give; output that cannot
-    be written is named, code 1.
+    Bad input (ConfigError) is one paragraph and code 2, a Failure one and code 1. Ctrl-C and a
+    reader that is gone (`| head`) end without a word, with the codes that the signals would give;
+    output that cannot be written is named, code 1.
     """
 
     @functools.wraps(main)
@@ -148,6 +153,8 @@ def command(main: Main) -> Main:
                 return main(sys.argv[1:] if argv is None else argv)
         except ConfigError as error:
             return _complain(str(error), 2)
+        except Failure as error:
+            return _complain(str(error), 1)
         except Stopped as stop:
             sys.stderr.write(f"{stop}; nothing of it is kept, give the command again\n")
             return stop.exit_code

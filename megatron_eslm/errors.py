@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this", and a hint for its texts."""
+"""The exceptions that a command line prints in one paragraph, and hints for their texts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ class ConfigError(ValueError):
 
     The message is one paragraph that names the flag or file, says what is wrong and what to do.
     Command lines print it without a traceback and exit with code 2.
+    """
+
+
+class Failure(Exception):
+    """What a command was asked for did not come about, though the input can be used.
+
+    Command lines print the message without a traceback and exit with code 1.
     """
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,27 @@ class Commas:
     """The option's text is values between commas; a YAML file may give them as a list."""
 
 
+@dataclass(frozen=True, eq=False)
+class Among:
+    """The option's text is one of these names, to which others may be added until it is read."""
+
+    names: Collection[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """How an option is written on the command line where that is not `--its-name VALUE`."""
+
+    positional: bool = False
+    """Without a flag."""
+    repeated: bool = False
+    """Each of its values has a flag of its own, and is any text, also an empty one."""
+    metavar: str | None = None
+    """What stands for a value in the help; default: its type."""
+    also: str | None = None
+    """A second name of the flag."""
+
+
 def flag_of(name: str) -> str:
     """`--num-layers` for `num_layers`; DeepSpeed's own flag keeps its underscore."""
     return "--deepspeed_config" if name == "deepspeed_config" else f"--{name.replace('_', '-')}"
@@ -106,7 +128,11 @@ def _refusal(value: Any, limits: Range | None) -> str | None:
 @functools.cache
 def _ranges(cls: type) -> dict[str, Range | None]:
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: metadata(hints[field.name], Range) for field in dataclasses.fields(cls)}
+    return {
+        field.name: metadata(hints[field.name], Range)
+        for field in dataclasses.fields(cls)
+        if not (metadata(hints[field.name], Flag) or Flag()).repeated
+    }
 
 
 def metadata(annotation: Any, kind: type) -> Any:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 
 from megatron_eslm.command_line import OnOff, Parser, command
-from megatron_eslm.errors import ConfigError
-
-TOOLS = sorted((Path(__file__).parents[1] / "tools").glob("*.py"))
+from megatron_eslm.errors import ConfigError, Failure
 
 
 def parser() -> Parser:
@@ -71,20 +67,6 @@ def test_what_cannot_be_used_is_one_paragraph(words: list[str], message: str) ->
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
-def test_every_tool_ends_so(path: Path, capsys: pytest.CaptureFixture) -> None:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.main(["--no-such-flag=1"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
-    with pytest.raises(SystemExit) as ended:
-        module.main(["--help"])
-    assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
-
-
 @pytest.fixture
 def ending(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The exit code of a command that writes a lot to a file of a kind."""
@@ -134,6 +116,8 @@ def test_ends_of_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         assert argv is not None
         if argv[0] == "bad":
             raise ConfigError("--flag is wrong.")
+        if argv[0] == "failed":
+            raise Failure("It did not work.")
         if argv[0] == "interrupted":
             raise KeyboardInterrupt
         print("said")
@@ -141,6 +125,7 @@ def test_ends_of_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
     assert main(["1"]) == 1 and capsys.readouterr().out == "said\n"
     assert main(["bad"]) == 2 and capsys.readouterr().err == "error: --flag is wrong.\n"
+    assert main(["failed"]) == 1 and capsys.readouterr().err == "error: It did not work.\n"
     assert main(["interrupted"]) == 130 and capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys, "argv", ["tool", "0"])
     assert main() == 0

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_eslm.checkpoint.find import CheckpointInfo
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.selection.build import POLICIES
+from megatron_eslm.selection.registry import POLICIES
 
 
 def check_same_method(run: RunConfig, found: CheckpointInfo) -> None:

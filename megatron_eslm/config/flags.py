@@ -18,12 +18,12 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_eslm.command_line import OnOff, Parser, finite_number, not_among, whole_number
 from megatron_eslm.errors import ConfigError, did_you_mean
 from megatron_eslm.files import yaml_file
-from megatron_eslm.limits import Commas, flag_of, metadata
+from megatron_eslm.limits import Among, Commas, Flag, check_fields, flag_of, metadata
 
 
 @functools.cache
@@ -62,11 +62,13 @@ class Option:
 
     name: str
     kind: Any
-    choices: tuple[Any, ...] | None
+    choices: Collection[Any] | None
     several: bool
     """Whether it takes more than one value."""
     commas: bool
     """Whether its value is a list between commas."""
+    written: Flag
+    """How it stands on the command line."""
 
     @property
     def flag(self) -> str:
@@ -128,12 +130,19 @@ class Option:
 @functools.cache
 def _options_of(cls: type) -> dict[str, Option]:
     plain, full = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
-    return {
-        field.name: Option(
-            field.name, *_kind(plain[field.name]), metadata(full[field.name], Commas) is not None
+    found = {}
+    for name in (field.name for field in dataclasses.fields(cls)):
+        kind, choices, several = _kind(plain[name])
+        among = metadata(full[name], Among)
+        found[name] = Option(
+            name,
+            kind,
+            choices if among is None else among.names,
+            several,
+            commas=metadata(full[name], Commas) is not None,
+            written=metadata(full[name], Flag) or Flag(),
         )
-        for field in dataclasses.fields(cls)
-    }
+    return found
 
 
 def options(groups: Mapping[str, type]) -> dict[str, Option]:
@@ -156,15 +165,26 @@ class _ShowPage(argparse.Action):
 
 
 def build_parser(
-    groups: Mapping[str, type], description: str, pages: Pages | None = None
+    groups: Mapping[str, type],
+    description: str | None,
+    pages: Pages | None = None,
+    *,
+    config_file: bool = True,
 ) -> argparse.ArgumentParser:
-    """A parser with one group of flags per dataclass. Unset flags stay out of the namespace."""
-    parser = Parser(
-        description,
-        formatter_class=argparse.HelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; flags win over it.")
+    """A parser with one group of flags per dataclass. Unset flags stay out of the namespace.
+
+    Args:
+        groups: names and dataclasses. A field without a default is a flag that must be given.
+        description: first paragraph of the help and what follows it.
+        pages: flags that print a page.
+        config_file: whether there is --config. Without it nothing but a flag can switch an option
+            on, so what is off by default has no --no- form.
+    """
+    parser = Parser(description, argument_default=argparse.SUPPRESS)
+    if config_file:
+        parser.add_argument(
+            "--config", metavar="FILE", help="YAML file of flags; flags win over it."
+        )
     for flag, (text, page) in (pages or {}).items():
         parser.add_argument(flag, action=_ShowPage, page=page, help=text)
     for cls in groups.values():
@@ -172,25 +192,44 @@ def build_parser(
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         for option in _options_of(cls).values():
             text = field_help(cls).get(option.name, "").replace("%", "%%")
-            default = defaults[option.name]
-            if not (default is None or default is False or default == ()):
-                text += f" [{default}]"
-            names = {option.flag, f"--{option.name.replace('_', '-')}"}
-            if option.name == "local_rank":
-                names.add("--local_rank")
-            if option.kind is bool:
-                group.add_argument(*names, action=OnOff, help=text)
-            else:
-                group.add_argument(
-                    *sorted(names),
-                    dest=option.name,
-                    type=option.kind,
-                    choices=option.choices,
-                    nargs="+" if option.several else None,
-                    metavar=None if option.choices else option.kind.__name__.upper(),
-                    help=text,
-                )
+            _add_option(group, option, text, defaults[option.name], config_file=config_file)
     return parser
+
+
+def _add_option(group: Any, option: Option, text: str, default: Any, *, config_file: bool) -> None:
+    """Add one option, with `text` as its help, to a parser or a group of it."""
+    required = default is dataclasses.MISSING
+    if not (required or default is None or default is False or default == ()):
+        text += f" [{default}]"
+    metavar = option.written.metavar or option.kind.__name__.upper()
+    if option.written.positional:
+        nargs = "+" if option.several else None
+        metavar = option.written.metavar or option.name.upper()
+        group.add_argument(option.name, type=option.kind, nargs=nargs, metavar=metavar, help=text)
+        return
+    names = sorted({option.flag, f"--{option.name.replace('_', '-')}"})
+    if option.name == "local_rank":
+        names.append("--local_rank")
+    if option.written.also is not None:
+        names.append(option.written.also)
+    if option.kind is bool:
+        action = OnOff if config_file or default else "store_true"
+        group.add_argument(*names, action=action, help=text)
+    elif option.written.repeated:
+        group.add_argument(
+            *names, action="append", type=str, required=required, metavar=metavar, help=text
+        )
+    else:
+        group.add_argument(
+            *names,
+            dest=option.name,
+            type=option.kind,
+            choices=option.choices,
+            nargs="+" if option.several else None,
+            metavar=metavar if option.choices is None else None,
+            required=required,
+            help=text,
+        )
 
 
 def by_field_name(
@@ -243,9 +282,18 @@ def _values_of_file(path: str, known: Mapping[str, Option]) -> dict[str, Any]:
 
 
 def parse_groups(
-    groups: Mapping[str, type], argv: Sequence[str], description: str, pages: Pages | None = None
+    groups: Mapping[str, type],
+    argv: Sequence[str],
+    description: str | None,
+    pages: Pages | None = None,
+    *,
+    config_file: bool = True,
 ) -> dict[str, Any]:
     """Parse `argv` into one option object per group. A flag of `pages` ends the process, as --help.
+
+    Args:
+        groups, description, pages, config_file: as for `build_parser`.
+        argv: without the name of the program.
 
     Returns:
         {group name: instance, ..., "given": names of the flags that were set}.
@@ -253,8 +301,9 @@ def parse_groups(
     Raises:
         ConfigError: any flag or value that cannot be used.
     """
-    values = vars(build_parser(groups, description, pages).parse_args(list(argv)))
-    if path := values.pop("config", None):
+    parser = build_parser(groups, description, pages, config_file=config_file)
+    values = vars(parser.parse_args(list(argv)))
+    if path := values.pop("config", None) if config_file else None:
         values = _values_of_file(path, options(groups)) | values
     objects: dict[str, Any] = {}
     for group, cls in groups.items():
@@ -265,4 +314,17 @@ def parse_groups(
                 for name in own
             }
         )
+        check_fields(objects[group])
     return {**objects, "given": frozenset(values)}
+
+
+Options = TypeVar("Options")
+
+
+def parse_options(cls: type[Options], argv: Sequence[str], description: str | None) -> Options:
+    """Parse the flags of a command whose options are one dataclass, without --config.
+
+    Raises:
+        ConfigError: any flag or value that cannot be used.
+    """
+    return parse_groups({"options": cls}, argv, description, config_file=False)["options"]

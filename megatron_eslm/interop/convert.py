@@ -8,14 +8,14 @@ from typing import Any
 
 from megatron_eslm.data.hub import TOKENIZER_FILES, model_folder
 from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
-from megatron_eslm.errors import ConfigError
+from megatron_eslm.errors import ConfigError, Failure
 from megatron_eslm.interop import huggingface
 from megatron_eslm.interop.prompts import prompts_ids
 from megatron_eslm.interop.publish import published
 from megatron_eslm.model.hf.gpt2_folder import from_gpt2, load_gpt2
 
 
-class LogitMismatch(RuntimeError):
+class LogitMismatch(Failure):
     """The converted model does not compute what the original does: a bug, not a user's mistake."""
 
     def __init__(self, difference: float) -> None:

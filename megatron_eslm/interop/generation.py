@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_eslm.data.tokenizers.base import clean_text
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.limits import NOT_NEGATIVE, ONE_OR_MORE, Range, check_fields
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -24,43 +22,36 @@ _MOST_SAMPLES = 1000
 class Sampling:
     """How to continue a prompt."""
 
-    max_new_tokens: int = 100
+    max_new_tokens: Annotated[int, ONE_OR_MORE] = 100
     """Stop after this many tokens, or at the end of the document."""
 
-    temperature: float = 1.0
+    temperature: Annotated[float, NOT_NEGATIVE] = 1.0
     """Divides the logits before sampling; 0 always takes the likeliest token."""
 
-    top_k: int = 0
+    top_k: Annotated[int, Range(at_least=0, why="0 takes all tokens")] = 0
     """Sample among this many likeliest tokens; 0 takes all."""
 
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(above=0, at_most=1, why="1 takes all tokens")] = 1.0
     """Sample among the fewest tokens that together have this probability; 1 takes all."""
 
-    num_samples: int = 1
+    num_samples: Annotated[
+        int,
+        Range(
+            at_least=1, at_most=_MOST_SAMPLES, why="all are made at once; change --seed for more"
+        ),
+    ] = 1
     """Continuations of each prompt."""
 
-    seed: int = 1234
+    seed: Annotated[int, NOT_NEGATIVE] = 1234
     """Same seed, same text."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"--max-new-tokens {self.max_new_tokens} must be 1 or more.")
-        if self.temperature != 0 and not _LOWEST_TEMPERATURE <= self.temperature < math.inf:
+        check_fields(self)
+        if 0 < self.temperature < _LOWEST_TEMPERATURE:
             raise ConfigError(
                 f"--temperature {self.temperature:g} must be 0 (likeliest token) or a number from "
                 f"{_LOWEST_TEMPERATURE:g} on; 1 samples as the model was trained."
             )
-        if self.top_k < 0:
-            raise ConfigError(f"--top-k {self.top_k} is negative; 0 takes all tokens.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p {self.top_p:g} must be above 0 and at most 1 (all).")
-        if not 1 <= self.num_samples <= _MOST_SAMPLES:
-            raise ConfigError(
-                f"--num-samples {self.num_samples} must be 1 to {_MOST_SAMPLES}: all are made at "
-                "once. Run again with another --seed for more."
-            )
-        if not 0 <= self.seed < 2**64:
-            raise ConfigError(f"--seed {self.seed} must be 0 or more, and less than 2^64.")
         if self.temperature == 0 and self.num_samples > 1:
             raise ConfigError(
                 f"--num-samples {self.num_samples} with --temperature 0 would give the same text "
@@ -127,6 +118,7 @@ def _check_context(prompt_tokens: int, new_tokens: int, context: int) -> None:
 
 def _continue(model: Any, start: list[int], tokenizer: Any, sampling: Sampling) -> list[list[int]]:
     """New token ids of each sample, the end of document cut off."""
+    import torch
     from transformers import GenerationConfig
 
     eod = tokenizer.eod

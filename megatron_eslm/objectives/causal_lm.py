@@ -6,14 +6,14 @@ import torch
 
 from megatron_eslm.objectives.base import Objective
 from megatron_eslm.objectives.loss_tokens import LossTokens
-from megatron_eslm.ops.head.cross_entropy import selective_linear_cross_entropy
+from megatron_eslm.ops.head.cross_entropy import kept_linear_cross_entropy
 
 
 class CausalLM(Objective):
     """-log p(label) of the kept tokens."""
 
     def token_losses(self, tokens: LossTokens) -> torch.Tensor:
-        return selective_linear_cross_entropy(
+        return kept_linear_cross_entropy(
             tokens.normed_SD,
             tokens.weight_VD,
             tokens.labels_S,

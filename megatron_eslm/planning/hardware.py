@@ -7,10 +7,11 @@ NVLink and PCIe.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.limits import NOT_NEGATIVE, POSITIVE, Range, check_fields
 
 GB = 1e9
 GIB = 2.0**30
@@ -204,27 +205,28 @@ ASSUMED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Overrides:
-    """What a user knows better than the table; None leaves a number as it is."""
+    """What you know better than the tables of hardware."""
 
-    peak_tflops: float | None = None
-    memory_gib: float | None = None
-    efficiency: float | None = None
-    intra_gb_per_s: float | None = None
-    inter_gb_per_s: float | None = None
-    latency_us: float | None = None
+    peak_tflops: Annotated[float, POSITIVE] | None = None
+    """Dense peak of a GPU in bf16."""
+
+    memory_gib: Annotated[float, POSITIVE] | None = None
+    """Memory of a GPU."""
+
+    efficiency: Annotated[float, Range(above=0, at_most=1, why="a share of the peak")] | None = None
+    """Share of the peak that large matrix products reach."""
+
+    intra_gb_per_s: Annotated[float, POSITIVE] | None = None
+    """Bandwidth of a GPU to others of its machine, one direction."""
+
+    inter_gb_per_s: Annotated[float, POSITIVE] | None = None
+    """Bandwidth of a machine to others, all its ports, one direction."""
+
+    latency_us: Annotated[float, NOT_NEGATIVE] | None = None
+    """A message between machines."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 0.0 if field.name == "latency_us" else math.ulp(0.0)
-            if value is not None and not least <= value < math.inf:
-                raise ConfigError(
-                    f"--{field.name.replace('_', '-')} {value:g} must be a number above 0."
-                )
-        if self.efficiency is not None and self.efficiency > 1:
-            raise ConfigError(
-                f"--efficiency {self.efficiency:g} is a share of the peak: at most 1, as in 0.7."
-            )
+        check_fields(self)
 
 
 def machine_of(

@@ -190,10 +190,12 @@ def report(plans: Sequence[Plan], request: Request, machine: Machine, *, top: in
     values = plans_values(plans[:top], request, machine)
     size = request.size
     also = "" if request.selection == "clm" else f", alpha {request.alpha:g}"
-    if also and request.scope is not None:
-        also += f", {request.scope} scope"
+    if also and request.eslm_scope is not None:
+        also += f", {request.eslm_scope} scope"
     if request.selection == "eslm":
-        also += f", proxy of {request.proxy_layers} block(s), stride {request.proxy_stride}"
+        also += (
+            f", proxy of {request.eslm_proxy_layers} block(s), stride {request.eslm_proxy_stride}"
+        )
     rows = [
         f"model         {request.model_size}: {size.num_layers} blocks of {size.hidden_size}, "
         f"{size.num_attention_heads} heads",

@@ -11,13 +11,15 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_eslm.config.flags import parse_groups
 from megatron_eslm.config.run import GROUPS, RunConfig, resolve
 from megatron_eslm.config.scope import fill_scope
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.limits import ONE_OR_MORE, Flag, check_fields
 from megatron_eslm.model.shape import PRESETS
+from megatron_eslm.selection.options import Scope
 
 GPT2_VOCAB_SIZE = 50_257
 
@@ -25,7 +27,7 @@ Options = dict[str, Any]
 """Option objects by group, and the names of those that were given (config/flags.py)."""
 
 SELECTIONS = ("clm", "eslm", "random", "rho1")
-"""What can be planned for; rho1 with losses of the reference model that were scored beforehand."""
+"""What can be planned for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,18 +108,32 @@ class Layout:
 class Request:
     """A model, how it selects, and how many devices there are."""
 
-    model_size: str
-    gpus: int
-    selection: str = "eslm"
+    model_size: Annotated[str, Flag(metavar="|".join(SIZES))] = "1.5B"
+    """What is trained; the last two are shapes to plan for only."""
+
+    gpus: Annotated[int, ONE_OR_MORE] = 8
+    """How many."""
+
+    selection: Annotated[str, Flag(metavar="|".join(SELECTIONS))] = "eslm"
+    """How; rho1 with losses of the reference model that were scored beforehand."""
+
     alpha: float = 0.1
-    scope: str | None = None
-    """--eslm-scope; None: as the batch of each layout has it."""
-    proxy_layers: int = 1
-    proxy_stride: int = 1
-    global_batch_size: int | None = None
-    """Sequences an optimizer step; None: the size's own."""
+    """Share to drop."""
+
+    eslm_scope: Scope | None = None
+    """What thresholds are taken over; default: as the batch of each layout has it."""
+
+    eslm_proxy_layers: int = 1
+    """Blocks of the early exit."""
+
+    eslm_proxy_stride: int = 1
+    """Every how many positions it scores."""
+
+    global_batch_size: Annotated[int, ONE_OR_MORE] | None = None
+    """Sequences an optimizer step; default: the model's own."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.model_size not in SIZES:
             raise ConfigError(
                 f"--model-size {self.model_size} is not one of {', '.join(SIZES)}; the last two "
@@ -128,12 +144,6 @@ class Request:
                 f"--selection {self.selection} is not one of those that can be planned for: "
                 f"{', '.join(SELECTIONS)}. Take the one whose passes are nearest."
             )
-        for flag, value in (
-            ("--gpus", self.gpus),
-            ("--global-batch-size", self.global_batch_size),
-        ):
-            if value is not None and value < 1:
-                raise ConfigError(f"{flag} {value} must be 1 or more.")
 
     @property
     def size(self) -> Size:
@@ -163,10 +173,10 @@ class Request:
             words += ["--train-iters", "100000"]
         if self.selection != "clm":
             words += ["--eslm-alpha", str(self.alpha)]
-            words += ["--eslm-scope", self.scope] if self.scope is not None else []
+            words += ["--eslm-scope", self.eslm_scope] if self.eslm_scope is not None else []
         if self.selection == "eslm":
-            words += ["--eslm-proxy-layers", str(self.proxy_layers)]
-            words += ["--eslm-proxy-stride", str(self.proxy_stride)]
+            words += ["--eslm-proxy-layers", str(self.eslm_proxy_layers)]
+            words += ["--eslm-proxy-stride", str(self.eslm_proxy_stride)]
         if self.selection == "rho1":
             words += ["--reference-losses", "reference"]
         return [*words, "--global-batch-size", str(self.batch)]

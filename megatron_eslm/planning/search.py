@@ -21,13 +21,22 @@ LARGEST_MICRO_BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Pins:
-    """What of a layout is decided already; None leaves it to the search."""
+    """What of a layout is decided already; by default nothing."""
 
     tensor_model_parallel_size: int | None = None
+    """Ranks that share a layer; default: all sizes that are allowed."""
+
     pipeline_model_parallel_size: int | None = None
+    """Stages; default: all numbers that are allowed."""
+
     micro_batch_size: int | None = None
+    """Sequences of a rank; default: all that fit."""
+
     zero_stage: int | None = None
+    """Of DeepSpeed; default: all that are allowed."""
+
     activation_checkpoint_interval: int | None = None
+    """Blocks between checkpoints of activations, 0 for none; default: both none and one."""
 
 
 @dataclass(frozen=True, kw_only=True)

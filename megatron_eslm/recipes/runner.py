@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from megatron_eslm.errors import ConfigError
+from megatron_eslm.errors import ConfigError, Failure
 from megatron_eslm.files.json_file import read_json
 from megatron_eslm.recipes.recipe import Recipe, RecipeRun, Step
 from megatron_eslm.watchdog.parent import end_with_parent
@@ -37,21 +37,21 @@ Outcome = Literal["finished", "failed", "held", "waits"]
 _STEP_FLOPS = re.compile(r"^FLOPs executed .*\((\S+) a step\)$", re.MULTILINE)
 
 
-class StoppedError(Exception):
+class StoppedError(Failure):
     """A signal ended the runner; the run under way has saved a checkpoint."""
 
 
 class Runner:
-    """Runs a recipe from the folder of the repository.
+    """Runs a recipe in the current folder.
 
     Args:
         recipe: what to run.
-        root: of the repository, where pretrain_gpt.py is; commands are run in the current folder.
+        script: what its trainings run, after the words of `launch`.
     """
 
-    def __init__(self, recipe: Recipe, root: Path) -> None:
+    def __init__(self, recipe: Recipe, script: Path) -> None:
         self.recipe = recipe
-        self.root = root
+        self.script = script
         self._known_flops: dict[str, float] = {}
         """Of a step, by method: --dry-run takes seconds, and no seed changes what it says."""
 
@@ -97,14 +97,14 @@ class Runner:
         return round(int(iterations) * self._step_flops(other) / self._step_flops(run))
 
     def _portable(self, words: Sequence[str]) -> list[str]:
-        """A command without the places of this Python and this repository."""
+        """A command without the places of this Python and this package."""
         return [*self.recipe.launch, "pretrain_gpt.py", *words]
 
     def _launch(self) -> list[str]:
         words = list(self.recipe.launch)
         if words == ["python"]:
             words = [sys.executable]
-        return [*words, str(self.root / "pretrain_gpt.py")]
+        return [*words, str(self.script)]
 
     def _step_flops(self, run: RecipeRun) -> float:
         if run.method not in self._known_flops:
@@ -253,5 +253,6 @@ def _call(command: Sequence[str], log: Path | None, lock: int | None = None) -> 
             for number, handler in before.items():
                 signal.signal(number, handler)
     if received:
-        raise StoppedError(signal.Signals(received[0]).name)
+        name = signal.Signals(received[0]).name
+        raise StoppedError(f"stopped by {name}; the same command goes on from here.")
     return code

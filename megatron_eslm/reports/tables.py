@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,16 @@ def _markdown_text(text: str) -> str:
     for character in "\\`*_[]<>|":
         text = text.replace(character, "\\" + character)
     return " ".join(text.splitlines())
+
+
+def print_tables(tables: Iterable[Table]) -> None:
+    """Write the tables to standard output, each with its reading below."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for table in tables:
+        console.print(to_console(table))
+        sys.stdout.write(f"{table.reading}\n\n")
 
 
 def to_console(table: Table) -> rich.table.Table:

@@ -11,7 +11,8 @@ from megatron_eslm.selection.policies import (  # noqa: F401  (each registers it
     rho1,
     uncertainty,
 )
-from megatron_eslm.selection.policy import POLICIES, SelectionPolicy
+from megatron_eslm.selection.policy import SelectionPolicy
+from megatron_eslm.selection.registry import POLICIES
 from megatron_eslm.selection.state import Peers, SelectionState
 from megatron_eslm.selection.traits import PolicyTraits
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.limits import NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, Range, check_fields
+from megatron_eslm.limits import NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, Among, Range, check_fields
+from megatron_eslm.selection.registry import POLICIES
 
 _ALPHA = Range(
     at_least=0, below=1, why="it is the share that is dropped; the paper uses 0.05 to 0.2"
@@ -28,7 +29,7 @@ Scope = Literal["step", "global", "local"]
 class SelectionOptions:
     """Selection of sequences and tokens."""
 
-    selection: Literal["clm", "eslm", "random", "rho1", "greats", "uncertainty"] = "eslm"
+    selection: Annotated[str, Among(POLICIES)] = "eslm"
     """Policy: clm trains on everything, eslm on the riskiest (Algorithm 1 of the paper), random on
     the same share drawn at random (the control), rho1 on the tokens of all sequences whose loss is
     furthest above a reference model's, greats on the sequences whose gradients agree most with

@@ -16,6 +16,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.head.statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import KeepDecision, keep_riskiest, num_to_keep
 from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.registry import POLICIES
 from megatron_eslm.selection.scored import ScoredBatch
 from megatron_eslm.selection.state import Peers, SelectionState
 from megatron_eslm.selection.traits import PolicyTraits, Source
@@ -151,7 +152,6 @@ class SelectionPolicy:
 
 
 P = TypeVar("P", bound=type[SelectionPolicy])
-POLICIES: dict[str, type[SelectionPolicy]] = {}
 
 
 def register(name: str) -> Callable[[P], P]:

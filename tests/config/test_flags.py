@@ -11,10 +11,16 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from megatron_eslm.config.flags import build_parser, field_help, flag_of, parse_groups
+from megatron_eslm.config.flags import (
+    build_parser,
+    field_help,
+    flag_of,
+    parse_groups,
+    parse_options,
+)
 from megatron_eslm.config.run import GROUPS
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.limits import Commas
+from megatron_eslm.limits import ONE_OR_MORE, Among, Commas, Flag
 
 FIELDS = [
     pytest.param(cls, field, id=field.name)
@@ -239,3 +245,78 @@ def test_yaml_that_cannot_be_used(from_yaml, content: str, message: str) -> None
 def test_yaml_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--config .*none\.yaml cannot be read"):
         parse("--config", str(tmp_path / "none.yaml"))
+
+
+NAMES = {"one": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Of a command."""
+
+    files: Annotated[tuple[str, ...], Flag(positional=True)]
+    """Read."""
+
+    output: Annotated[str, Flag(metavar="FILE", also="--out")]
+    """Written."""
+
+    prompts: Annotated[tuple[str, ...], Flag(repeated=True)] = ()
+    """Any text."""
+
+    only: tuple[int, ...] | None = None
+    """Several."""
+
+    count: Annotated[int, ONE_OR_MORE] = 3
+    """How many."""
+
+    name: Annotated[str, Among(NAMES)] = "one"
+    """Which."""
+
+    overwrite: bool = False
+    """Replace."""
+
+
+def command(words: str) -> Command:
+    return parse_options(Command, words.split(" "), "Test.")
+
+
+def test_flags_of_a_command() -> None:
+    assert command("a --output b") == Command(files=("a",), output="b")
+    assert command("a b --out c --prompts  --prompts x --only 1 2 --overwrite") == Command(
+        files=("a", "b"), output="c", prompts=("", "x"), only=(1, 2), overwrite=True
+    )
+    text = build_parser({"command": Command}, None, config_file=False).format_help()
+    for words in (
+        "FILES [FILES ...]",
+        "--output FILE, --out FILE",
+        "How many. [3]",
+        "--name {one}",
+    ):
+        assert words in text
+    assert "--config" not in text and "--no-overwrite" not in text
+
+
+def test_names_that_are_added_are_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    command("a --output b --name one")
+    with pytest.raises(ConfigError, match="--name: 'two' is not one of one\\."):
+        command("a --output b --name two")
+    monkeypatch.setitem(NAMES, "two", 2)
+    assert command("a --output b --name two").name == "two"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("a", "the following arguments are required: --output/--out."),
+        ("--output b", "the following arguments are required: FILES."),
+        ("a --output b --out c", "--output and --out are given; leave one out."),
+        ("a --output b --count 0", "--count 0 must be 1 or more."),
+        ("a --output b --no-overwrite", "There is no option --no-overwrite."),
+        ("a --output b --config c", "There is no option --config. Did you mean --count?"),
+        ("a --output ", "--output is empty; give it a value, or leave it out."),
+    ],
+)
+def test_what_a_command_refuses(words: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        command(words)
+    assert str(caught.value).startswith(message)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -112,13 +112,8 @@ def any_tokenizer(request, bpe_folder, sentencepiece_model):
 
 
 def load_tool(name: str) -> ModuleType:
-    """A script of tools/ as a module."""
-    path = Path(__file__).parents[2] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module of a command."""
+    return importlib.import_module(f"megatron_eslm.commands.{name}")
 
 
 def edit_json(path: Path, **fields) -> None:

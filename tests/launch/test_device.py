@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_eslm.doctor import main as doctor
+from megatron_eslm.commands.doctor import main as doctor
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.launch import device
 from megatron_eslm.launch.device import (

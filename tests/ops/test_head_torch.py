@@ -14,7 +14,7 @@ from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 from .plain_head import make_case, plain_head
 from .test_head_statistics import TOLERANCE as LOSS_TOLERANCE
 from .test_head_statistics import statistics
-from .test_selective_linear_cross_entropy import (
+from .test_kept_linear_cross_entropy import (
     TOLERANCE,
     assert_close_in_norm,
     kept_of,

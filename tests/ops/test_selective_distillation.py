@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_eslm.ops.head.cross_entropy import selective_linear_cross_entropy
+from megatron_eslm.ops.head.cross_entropy import kept_linear_cross_entropy
 from megatron_eslm.ops.head.distillation import selective_distillation
 from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 
 from ..harness import run_ranks
 from .plain_head import Case, make_case, observe
-from .test_selective_linear_cross_entropy import (
+from .test_kept_linear_cross_entropy import (
     SHAPES,
     TOLERANCE,
     assert_close_in_norm,
@@ -182,7 +182,7 @@ def test_no_weight_is_the_causal_loss_and_a_teacher_like_the_student_teaches_not
     )
     hidden_ND = student.hidden_ND.clone().requires_grad_()
     weight_VD = student.weight_VD.clone().requires_grad_()
-    loss_N = selective_linear_cross_entropy(
+    loss_N = kept_linear_cross_entropy(
         hidden_ND, weight_VD, student.labels_N, None, statistics, shard
     )
     loss_N.backward(upstream(13))

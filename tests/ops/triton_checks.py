@@ -2,7 +2,7 @@
 
 The interpreter is chosen when Triton is imported, so these tests have a process of their own.
 Besides a few that are about tiles, they are those of the PyTorch form: all that `head_statistics`
-and `selective_linear_cross_entropy` promise, they promise with every kernel. The interpreter cuts
+and `kept_linear_cross_entropy` promise, they promise with every kernel. The interpreter cuts
 float32 to bfloat16 off where a GPU rounds; tolerances of bfloat16 have room for it.
 """
 
@@ -18,7 +18,7 @@ from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 
 from ..model.small import make_batch, run_step, small_gpt
 from . import test_head_statistics as of_statistics
-from . import test_selective_linear_cross_entropy as of_gradients
+from . import test_kept_linear_cross_entropy as of_gradients
 from .plain_head import make_case
 
 assert os.environ["TRITON_INTERPRET"] == "1"

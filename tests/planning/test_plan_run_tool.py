@@ -1,4 +1,4 @@
-"""tools/plan_run.py as a user calls it, and the tables of docs/scaling.md that it prints."""
+"""megatron-eslm plan as a user calls it, and the tables of docs/scaling.md that it prints."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eslm.commands.plan import main
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.planning.request import Request
-from tools.plan_run import main
 
 ROOT = Path(__file__).resolve().parents[2]
 ISSUE = "--model-size 1.5B --gpus 32 --gpu a100-80g --interconnect infiniband-hdr --alpha 0.1"
@@ -90,7 +90,7 @@ def test_other_selections(capsys: pytest.CaptureFixture, selection: str) -> None
         ("--model-size 13B --gpus 1", "error: --model-size 13B does not fit"),
         ("--gpus 53", "error: --global-batch-size 160 cannot be shared out"),
         ("--top 0", "error: --top 0 must be 1 or more"),
-        ("--efficiency -1", "error: --efficiency -1 must be"),
+        ("--efficiency -1", "error: --efficiency -1 is outside (0, 1]"),
     ],
 )
 def test_bad_input(capsys: pytest.CaptureFixture, command: str, message: str) -> None:

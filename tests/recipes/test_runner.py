@@ -22,6 +22,7 @@ from ..training.conftest import make_domain
 from ..training.runs import words
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "pretrain_gpt.py"
 
 FAKE = """
 import os, pathlib, signal, sys, time
@@ -85,7 +86,7 @@ def calls() -> list[str]:
 
 def test_each_once_in_an_order_that_can_be(recipe):
     made = recipe()
-    outcomes = Runner(made, ROOT).train(made.runs)
+    outcomes = Runner(made, SCRIPT).train(made.runs)
     assert set(outcomes.values()) == {"finished"}
     trained = [name for name in calls() if name != "random-seed7"]
     assert trained.index("clm-seed7") < trained.index("rho1-seed7")
@@ -94,9 +95,9 @@ def test_each_once_in_an_order_that_can_be(recipe):
     assert Path("out/short-seed7/iters").read_text() == "50"
     assert Path("out/clm-seed7/iters").read_text() == "100"
     command = json.loads(Path("out/clm-seed7/command.json").read_text())
-    assert command[2] == "pretrain_gpt.py"  # without the place of the repository
+    assert command[2] == "pretrain_gpt.py"  # without the place of the package
     Path("calls.txt").unlink()
-    assert set(Runner(made, ROOT).train(made.runs).values()) == {"finished"}
+    assert set(Runner(made, SCRIPT).train(made.runs).values()) == {"finished"}
     assert "clm-seed7" not in calls()
 
 
@@ -107,7 +108,7 @@ def test_flops_are_counted_once_and_when_what_they_need_is_there(recipe):
         "clm": {"selection": "clm"},
     }
     made = recipe(methods=methods, seeds=[7, 8])
-    assert set(Runner(made, ROOT).train(made.runs).values()) == {"finished"}
+    assert set(Runner(made, SCRIPT).train(made.runs).values()) == {"finished"}
     assert Path("out/short-seed8/iters").read_text() == "50"
     names = calls()
     # rho1's step is asked for once, after the run that it needs, and trained once with each seed.
@@ -119,11 +120,11 @@ def test_flops_are_counted_once_and_when_what_they_need_is_there(recipe):
 def test_a_failure_keeps_back_what_needs_it_and_is_taken_up_again(recipe):
     made = recipe()
     Path("fail").touch()
-    outcomes = Runner(made, ROOT).train(made.runs)
+    outcomes = Runner(made, SCRIPT).train(made.runs)
     assert outcomes["clm-seed7"] == "failed" and outcomes["rho1-seed7"] == "waits"
     Path("fail").unlink()
     Path("calls.txt").unlink()
-    assert set(Runner(made, ROOT).train(made.runs).values()) == {"finished"}
+    assert set(Runner(made, SCRIPT).train(made.runs).values()) == {"finished"}
     loads = dict(line.split() for line in Path("calls.txt").read_text().splitlines())
     assert loads["clm-seed7"] == "out/clm-seed7/checkpoints"
     assert loads["rho1-seed7"] == "weights"
@@ -132,23 +133,23 @@ def test_a_failure_keeps_back_what_needs_it_and_is_taken_up_again(recipe):
 def test_weights_to_start_from_are_loaded_once(recipe):
     made = recipe(methods={"a": {"selection": "clm", "load": "weights"}})
     Path("fail").touch()
-    assert Runner(made, ROOT).train(made.runs) == {"a-seed7": "failed"}
+    assert Runner(made, SCRIPT).train(made.runs) == {"a-seed7": "failed"}
     Path("fail").unlink()
-    assert Runner(made, ROOT).train(made.runs) == {"a-seed7": "finished"}
+    assert Runner(made, SCRIPT).train(made.runs) == {"a-seed7": "finished"}
     lines = Path("calls.txt").read_text().split()
     assert lines == ["a-seed7", "weights", "a-seed7", "out/a-seed7/checkpoints"]
 
 
 def test_a_changed_recipe_is_refused(recipe):
     made = recipe()
-    Runner(made, ROOT).train(made.runs)
+    Runner(made, SCRIPT).train(made.runs)
     changed = recipe(flags={"train-iters": 200})
     with pytest.raises(ConfigError, match="begun with another command"):
-        Runner(changed, ROOT).train(changed.runs)
+        Runner(changed, SCRIPT).train(changed.runs)
     assert Path("out/clm-seed7/iters").read_text() == "100"
     Path("out/clm-seed7/command.json").write_text("{")
     with pytest.raises(ConfigError, match=r"clm-seed7/command\.json is not JSON"):
-        Runner(made, ROOT).train(made.runs)
+        Runner(made, SCRIPT).train(made.runs)
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(recipe):
@@ -157,7 +158,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(recipe):
     folder.mkdir(parents=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        outcomes = Runner(made, ROOT).train(made.runs)
+        outcomes = Runner(made, SCRIPT).train(made.runs)
     assert outcomes["clm-seed7"] == "held" and outcomes["rho1-seed7"] == "waits"
     assert outcomes["random-seed7"] == "finished"
 
@@ -166,21 +167,21 @@ def test_prepare_that_fails_or_makes_nothing_is_named(recipe):
     for command, message in (("false", "false ended with code 1"), ("true", "did not make data/x")):
         made = recipe(prepare=[{"creates": "data/x", "run": command}])
         with pytest.raises(ConfigError, match=message):
-            Runner(made, ROOT).train(made.runs)
+            Runner(made, SCRIPT).train(made.runs)
 
 
 def test_a_program_that_is_not_there_is_named_and_can_be_mended(recipe):
     made = recipe(launch="no-such-launcher --a")
     with pytest.raises(ConfigError, match="'no-such-launcher' cannot be started"):
-        Runner(made, ROOT).train(made.runs)
+        Runner(made, SCRIPT).train(made.runs)
     made = recipe(prepare=[{"creates": "data/y", "run": "no-such-step"}])
     with pytest.raises(ConfigError, match="'no-such-step' cannot be started"):
-        Runner(made, ROOT).train(made.runs)
+        Runner(made, SCRIPT).train(made.runs)
     made = recipe(output="r.yaml")
     with pytest.raises(ConfigError, match=r"r\.yaml/.* cannot be made: .* Choose another 'output'"):
-        Runner(made, ROOT).train(made.runs)
+        Runner(made, SCRIPT).train(made.runs)
     made = recipe()
-    assert Runner(made, ROOT).train(made.runs)["clm-seed7"] == "finished"
+    assert Runner(made, SCRIPT).train(made.runs)["clm-seed7"] == "finished"
 
 
 def tool(*words: str, **kwargs) -> subprocess.CompletedProcess:
@@ -211,7 +212,7 @@ def test_a_training_ends_with_its_runner(recipe, number):
     if number == signal.SIGKILL:
         runner.wait()
         one = [run for run in made.runs if run.method == "clm"]
-        assert Runner(made, ROOT).train(one) == {"clm-seed7": "held"}
+        assert Runner(made, SCRIPT).train(one) == {"clm-seed7": "held"}
     Path("hang").unlink()
     _, errors = runner.communicate(timeout=60)
     while not Path("saved").exists():

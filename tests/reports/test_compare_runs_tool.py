@@ -1,27 +1,14 @@
-"""tools/compare_runs.py as a user calls it."""
+"""compare-runs as a user calls it."""
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
-import pytest
-
+from megatron_eslm.commands import compare_runs as tool
 from megatron_eslm.reports.compare import NO_CONTROL
 
 from .conftest import line
 
 
-@pytest.fixture(scope="module")
-def tool():
-    path = Path(__file__).parents[2] / "tools" / "compare_runs.py"
-    spec = importlib.util.spec_from_file_location("compare_runs", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_tables_markdown_picture_and_page(tool, make_run, tmp_path, capsys):
+def test_tables_markdown_picture_and_page(make_run, tmp_path, capsys):
     runs = [
         make_run(f"{name}_s{seed}", (6.0, 4.0 - seed / 10), seed=seed, selection=name)
         for name in ("clm", "eslm")
@@ -39,7 +26,7 @@ def test_tables_markdown_picture_and_page(tool, make_run, tmp_path, capsys):
     assert "eslm (2 seeds)" in prefix.with_suffix(".html").read_text()
 
 
-def test_options(tool, make_run, tmp_path, capsys):
+def test_options(make_run, tmp_path, capsys):
     files = [str(make_run(name, (6.0, 4.0), seed=1).path) for name in ("a", "b", "c")]
     options = ("--labels", "x", "y", "x", "--target", "5", "--baseline", "y")
     prefix = tmp_path / "r"
@@ -49,7 +36,7 @@ def test_options(tool, make_run, tmp_path, capsys):
     assert "x (2 seeds)" in printed
 
 
-def test_errors_exit_with_2(tool, metrics_file, tmp_path, capsys):
+def test_errors_exit_with_2(metrics_file, tmp_path, capsys):
     good = str(metrics_file("a.jsonl", line(10, 4.0)))
     blind = str(metrics_file("b.jsonl", line(10)))
     for arguments, message in (

@@ -1,30 +1,22 @@
-"""tools/highlight_tokens.py and tools/token_dynamics.py as a user calls them."""
+"""highlight-tokens and token-dynamics as a user calls them."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.tokenizers.build import ByteTokenizer
+from megatron_eslm.reports import token_scores
 from tests.harness import run_ranks
 
+from ..interop.conftest import load_tool
 from .models import save_model
 from .test_html import Outline, assert_stands_alone
 
 TEXT = "the quick <b>brown</b> fox & the lazy dog"
-
-
-def load_tool(name):
-    path = Path(__file__).parents[2] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +66,14 @@ class TestHighlight:
         words = ("--load", place / "a", "--data-path", place / "pair", "--output", out)
 
         def on_rank(rank: int) -> int:
-            ordinary = tool.open_scoring_model
+            ordinary = token_scores.open_scoring_model
             data = {"split": "60,20,20", "eod_mask_loss": True}
 
             def opened(*args):
                 model = ordinary(*args)
                 return replace(model, weights=replace(model.weights, data=data))
 
-            tool.open_scoring_model = opened
+            token_scores.open_scoring_model = opened
             return tool.main([*map(str, words), "--samples", "20"])
 
         assert run_ranks(1, on_rank) == [0]

@@ -15,7 +15,8 @@ from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policies.clm import CausalLM
 from megatron_eslm.selection.policies.eslm import ESLM
 from megatron_eslm.selection.policies.random_control import RandomControl
-from megatron_eslm.selection.policy import POLICIES, SelectionPolicy, register
+from megatron_eslm.selection.policy import SelectionPolicy, register
+from megatron_eslm.selection.registry import POLICIES
 from megatron_eslm.selection.state import Peers, Recorder, SelectionRecord, SelectionState
 
 from ..harness import run_ranks

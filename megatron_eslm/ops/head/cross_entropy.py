@@ -23,7 +23,7 @@ LEAST_COLUMNS = 2048
 """Of a block of logits in the backward pass, before its tokens are divided instead."""
 
 
-def selective_linear_cross_entropy(
+def kept_linear_cross_entropy(
     hidden_KD: torch.Tensor,
     weight_VD: torch.Tensor,
     labels_K: torch.Tensor,
@@ -50,7 +50,7 @@ def selective_linear_cross_entropy(
         them, without it recomputes them block by block.
     """
     loss_N, lse_N = statistics.loss_N, statistics.log_sum_exp_N
-    return _SelectiveLinearCrossEntropy.apply(
+    return _KeptLinearCrossEntropy.apply(
         hidden_KD,
         weight_VD,
         labels_K,
@@ -63,7 +63,7 @@ def selective_linear_cross_entropy(
     )
 
 
-class _SelectiveLinearCrossEntropy(torch.autograd.Function):
+class _KeptLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eslm.ops.head.cross_entropy import selective_linear_cross_entropy
+from megatron_eslm.ops.head.cross_entropy import kept_linear_cross_entropy
 from megatron_eslm.ops.head.statistics import HeadStatistics, VocabShard, head_statistics
 
 from ..harness import run_ranks
@@ -52,7 +52,7 @@ def run(
     )
     hidden_ND = case.hidden_ND.clone().requires_grad_()
     weight_VD = case.weight_VD.clone().requires_grad_()
-    loss_K = selective_linear_cross_entropy(
+    loss_K = kept_linear_cross_entropy(
         hidden_ND if kept_K is None else hidden_ND[kept_K],
         weight_VD,
         case.labels_N if kept_K is None else case.labels_N[kept_K],
@@ -108,7 +108,7 @@ def test_a_frozen_head_has_no_gradient_and_the_hidden_states_have_theirs() -> No
         case.hidden_ND, case.weight_VD, case.labels_N, shard, entropy=False, keep_logits=False
     )
     hidden_ND = case.hidden_ND.clone().requires_grad_()
-    loss_N = selective_linear_cross_entropy(
+    loss_N = kept_linear_cross_entropy(
         hidden_ND, case.weight_VD, case.labels_N, None, statistics, shard
     )
     loss_N.backward(upstream(len(loss_N)))
@@ -151,7 +151,7 @@ def test_backward_changes_nothing_it_was_given(keep_logits: bool) -> None:
     kept_K = kept_of(13, "some")
     hidden_KD = case.hidden_ND[kept_K].requires_grad_()
     weight_VD = case.weight_VD.requires_grad_()
-    loss_K = selective_linear_cross_entropy(
+    loss_K = kept_linear_cross_entropy(
         hidden_KD, weight_VD, case.labels_N[kept_K], kept_K, statistics, shard
     )
     gradient_K = upstream(len(loss_K))

@@ -1,0 +1,123 @@
+"""Run a comparison from one YAML file: every method with every seed, then table and curves.
+
+    megatron-eslm run-recipe examples/reproduce/small.yaml --set corpus=data/corpus
+
+Interrupted, the same command goes on where it stopped. Started several times, the processes share
+the runs; on several machines, --index I --of N gives each its part. See examples/reproduce/.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from megatron_eslm.command_line import command
+from megatron_eslm.commands import compare_runs, pretrain
+from megatron_eslm.config.flags import parse_options
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.limits import Flag
+
+if TYPE_CHECKING:
+    from megatron_eslm.recipes.recipe import Recipe, RecipeRun
+    from megatron_eslm.recipes.runner import Runner
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """What of the recipe to do."""
+
+    recipe: Annotated[str, Flag(positional=True, metavar="RECIPE.yaml")]
+    """The comparison."""
+
+    set: Annotated[tuple[str, ...], Flag(repeated=True, metavar="NAME=VALUE")] = ()
+    """Value of a ${NAME} in it."""
+
+    only: Annotated[tuple[str, ...], Flag(metavar="METHOD")] = ()
+    """No runs but of these methods."""
+
+    index: Annotated[int, Flag(metavar="I")] | None = None
+    """Do every N-th run, from the I-th on."""
+
+    of: Annotated[int, Flag(metavar="N")] | None = None
+    """Into how many parts the runs are divided."""
+
+    dry_run: bool = False
+    """Print what would be run."""
+
+    report: bool = False
+    """Only compare the runs that are done by now."""
+
+    def __post_init__(self) -> None:
+        if (self.index is None) != (self.of is None):
+            raise ConfigError(
+                "--index and --of belong together: --index 0 --of 4 is the first quarter."
+            )
+        if self.index is not None and self.of is not None and not 0 <= self.index < self.of:
+            raise ConfigError(
+                f"--index {self.index} --of {self.of}: the index runs from 0 to --of - 1."
+            )
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    """Return 0 if all runs of this process are done, 1 if not, 2 if the input cannot be used."""
+    options = parse_options(RecipeOptions, argv, __doc__)
+    from megatron_eslm.recipes.recipe import read_recipe
+    from megatron_eslm.recipes.runner import Runner
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    recipe = read_recipe(options.recipe, dict(_variable(word) for word in options.set))
+    runs = _chosen(recipe, options)
+    runner = Runner(recipe, Path(pretrain.__file__))
+    if options.dry_run:
+        for step in recipe.prepare:
+            print(f"{step.creates}: {shlex.join(step.words)}")
+        for run in runs:
+            done = "  (done)" if runner.finished(run) else ""
+            print(f"{run.folder.name}{done}: {shlex.join(run.words())}")
+        return 0
+    outcomes = {} if options.report else runner.train(runs)
+    left = {name: outcome for name, outcome in outcomes.items() if outcome != "finished"}
+    for name, outcome in left.items():
+        print(f"{name}: {outcome}", file=sys.stderr)
+    return _compare(recipe, runner, report=options.report) or (1 if left else 0)
+
+
+def _compare(recipe: Recipe, runner: Runner, *, report: bool) -> int:
+    """Table and curves once all runs are done, or of those that are; the exit code."""
+    done = [run for run in recipe.runs if runner.finished(run)]
+    print(f"{len(done)} of {len(recipe.runs)} runs are done", file=sys.stderr)
+    if not done or (len(done) < len(recipe.runs) and not report):
+        return 0
+    words = [str(run.metrics) for run in done]
+    words += ["--labels", *(run.method for run in done)]
+    code = compare_runs.main([*words, "--output-prefix", str(recipe.output / "report")])
+    if code == 0 and len(done) == len(recipe.runs):
+        runner.after()
+    return code
+
+
+def _chosen(recipe: Recipe, options: RecipeOptions) -> list[RecipeRun]:
+    """The runs that this process is asked to do."""
+    known = {run.method for run in recipe.runs}
+    for method in options.only:
+        if method not in known:
+            raise ConfigError(f"--only {method}: the recipe has {', '.join(sorted(known))}.")
+    runs = [run for run in recipe.runs if not options.only or run.method in options.only]
+    return runs[options.index :: options.of]
+
+
+def _variable(word: str) -> tuple[str, str]:
+    name, equals, value = word.partition("=")
+    if not (equals and name):
+        raise ConfigError(f"--set {word} is not NAME=VALUE.")
+    return name, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
