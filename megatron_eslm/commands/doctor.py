@@ -54,18 +54,23 @@ def _accelerator() -> Iterator[tuple[str, str]]:
     import torch
 
     from megatron_eslm.launch.bootstrap import quiet_imports
+    from megatron_eslm.launch.device import unusable_gpu
 
+    why = unusable_gpu()  # before the next line, which settles for the CPU
     quiet_imports()
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         yield "accelerator", f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}, NCCL"
-        yield "precisions", "float32, bf16, fp16"
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        yield "precisions", f"float32, {'bf16, ' if bf16 else ''}fp16"
         return
     from deepspeed.accelerator import get_accelerator
 
-    why = "torch was built without CUDA" if torch.version.cuda is None else "no GPU is visible"
+    if why is not None:
+        yield "GPU", f"UNUSABLE: {why}"
+    reason = "torch was built without CUDA" if torch.version.cuda is None else "no GPU is visible"
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    yield "accelerator", f"CPU ({why}), {cores}, gloo"
+    yield "accelerator", f"CPU ({reason}), {cores}, gloo"
     fp16 = ", fp16" if get_accelerator().is_fp16_supported() else " (no fp16 on this processor)"
     yield "precisions", f"float32, bf16{fp16}"
 

@@ -143,8 +143,8 @@ def single_process() -> Iterator[None]:
     """A process group of one for tools that run the model outside a launcher."""
     import torch.distributed as dist
 
-    quiet_imports()
     prepare_device()
+    quiet_imports()
     if dist.is_initialized():
         yield
         return

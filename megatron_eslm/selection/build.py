@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
+from megatron_eslm.selection import policies
 from megatron_eslm.selection.options import SelectionOptions
-from megatron_eslm.selection.policies import (  # noqa: F401  (each registers itself)
-    clm,
-    eslm,
-    greats,
-    random_control,
-    rho1,
-    uncertainty,
-)
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.registry import POLICIES
 from megatron_eslm.selection.state import Peers, SelectionState
 from megatron_eslm.selection.traits import PolicyTraits
+
+for _module in pkgutil.iter_modules(policies.__path__):
+    importlib.import_module(f"{policies.__name__}.{_module.name}")  # it registers its policy
 
 
 def policy_traits(options: SelectionOptions) -> PolicyTraits:

@@ -86,9 +86,10 @@ def test_a_wrong_list_of_devices_is_named(machine) -> None:
 
 
 def test_doctor_says_why(machine, capsys: pytest.CaptureFixture[str]) -> None:
-    machine("550.54.15", "13.0", DS_ACCELERATOR="cpu")
+    machine("550.54.15", "13.0")
     doctor([])
-    assert "CPU" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "GPU" in shown and "UNUSABLE: it has an NVIDIA GPU and driver 550.54.15" in shown
 
 
 def test_one_queue_for_tensor_parallelism_alone(monkeypatch: pytest.MonkeyPatch) -> None:
