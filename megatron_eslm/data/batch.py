@@ -21,6 +21,8 @@ class Batch(NamedTuple):
     """int64 [M, T]: the next tokens, or what --label-noise made of them."""
     reference_MT: torch.Tensor
     """float32 [M, T], losses of a reference model that were scored beforehand; else [M, 0]."""
+    num_valid_M: torch.Tensor
+    """int64 [M], labels that count per row; on the CPU where the host need not wait for them."""
 
     @classmethod
     def of(
@@ -29,19 +31,36 @@ class Batch(NamedTuple):
         valid_MT: torch.Tensor,
         labels_MT: torch.Tensor | None = None,
         reference_MT: torch.Tensor | None = None,
+        num_valid_M: torch.Tensor | None = None,
     ) -> Batch:
-        """A batch with the labels and the reference that it has by default."""
+        """A batch with the labels, reference and counts that it has by default."""
         if labels_MT is None:
             labels_MT = tokens_MU[:, 1:]
         if reference_MT is None:
             reference_MT = torch.empty(len(tokens_MU), 0, device=tokens_MU.device)
-        return cls(tokens_MU, valid_MT, labels_MT, reference_MT)
+        if num_valid_M is None:
+            num_valid_M = valid_MT.sum(1)
+        return cls(tokens_MU, valid_MT, labels_MT, reference_MT, num_valid_M)
+
+    def num_valid(self) -> int:
+        """Labels that count."""
+        return int(self.num_valid_M.sum())
+
+    def num_rows_with_labels(self) -> int:
+        """Rows of which any label counts."""
+        return int((self.num_valid_M > 0).sum())
+
+    def num_valid_per_row(self) -> int | None:
+        """Labels that count in each row, where they are as many in all."""
+        first = int(self.num_valid_M[0])
+        return first if bool((self.num_valid_M == first).all()) else None
 
 
 class Rows(NamedTuple):
     """Which rows a rank has of those that are scored together, whatever the layout."""
 
-    numbers_M: torch.Tensor
-    """int64 [M], on the CPU."""
+    first: int
+    """Number of its first row; the others follow."""
+    num_rows: int
     total: int
     """Over all ranks."""

@@ -66,7 +66,7 @@ class EarlyExit:
         valid_MT, stride = batch.valid_MT, self.policy.traits.proxy_stride
         if self.layers is None:
             nothing_MT = torch.zeros(valid_MT.shape, device=valid_MT.device)
-            return self.policy.score_sequences(
+            return self.policy.sequence_scores(
                 ScoredBatch(
                     nothing_MT, valid_MT, batch.labels_MT, self.policy.reference_losses(batch), rows
                 )
@@ -89,7 +89,7 @@ class EarlyExit:
             seen_MP = seen_MP | unseen_M1
         labels_MP = batch.labels_MT[:, ::stride]
         reference_MP = self.policy.reference_losses(batch)[:, ::stride]
-        return self.policy.score_sequences(
+        return self.policy.sequence_scores(
             ScoredBatch(risk_MP, seen_MP, labels_MP, reference_MP, rows)
         )
 

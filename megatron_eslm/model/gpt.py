@@ -178,15 +178,16 @@ class GPT(nn.Module):
                 # The head says later which they are.
                 tokens = self.head.tokens = LossTokenIndex()
         if isinstance(inputs, torch.Tensor):
-            rows = torch.arange(inputs.shape[1], device=inputs.device)
-            places = self._places(rows, len(rows))
+            num_rows = inputs.shape[1]
+            rows = torch.arange(num_rows, device=inputs.device)
+            places = self._places(range(num_rows), num_rows)
             return Selected(self._blocks(inputs, self.block_range, places, tokens), rows)
         depth, num_rows = self.policy.traits.early_exit_blocks, len(inputs.tokens_MU)
         places = self._places(range(num_rows), num_rows)
         hidden_LMD = self.embedding(inputs.tokens_MU, places)
         hidden_LMD = self._blocks(hidden_LMD, self.block_range[:depth], places)
         hidden_LKD, kept_K = self.selector(hidden_LMD, inputs)
-        places = self._places(kept_K, num_rows)
+        places = self._places(kept_K if len(kept_K) < num_rows else range(num_rows), num_rows)
         hidden_LKD = self._blocks(hidden_LKD, self.block_range[depth:], places, tokens)
         return Selected(hidden_LKD, kept_K)
 

@@ -12,10 +12,11 @@ from torch import nn
 from megatron_eslm.data.batch import Batch
 from megatron_eslm.model.instance_selector import Selected
 from megatron_eslm.model.layers import Embedding, FinalNorm, Layout
-from megatron_eslm.model.token_selector import SelectedTokens, TokenSelector
+from megatron_eslm.model.token_selector import SelectedTokens, TokenSelector, num_valid_of
 from megatron_eslm.objectives.base import Objective
 from megatron_eslm.objectives.loss_tokens import LossTokens
 from megatron_eslm.ops.head.statistics import HeadStatistics, VocabShard, head_statistics
+from megatron_eslm.ops.keep_rule import indices_of
 from megatron_eslm.ops.kept_tokens_mlp import LossTokenIndex
 from megatron_eslm.parallel.collectives import sum_later
 from megatron_eslm.selection.policy import SelectionPolicy
@@ -69,7 +70,8 @@ class SelectiveHead(nn.Module):
         valid_N = batch.valid_MT[kept_K].t().flatten()
         hidden_ND = hidden_TKD.flatten(0, 1)
         statistics = scored_S = kept_S = None
-        kept = SelectedTokens(valid_N, None)
+        all_valid = SelectedTokens(valid_N, num_valid_of(len(kept_K), batch), None)
+        kept = all_valid
         if self.policy.drops_tokens:
             risk_KT = None
             if self.policy.traits.token_source == "head":
@@ -80,11 +82,11 @@ class SelectiveHead(nn.Module):
             kept = self.selector.select(risk_KT, kept_K, batch)
         in_loss = kept
         if self.objective.on_dropped_tokens:
-            in_loss = SelectedTokens(valid_N, None)
+            in_loss = all_valid
         # Where ranks know their own number only, it is added up while the head computes.
         count = in_loss.kept_N.sum()
         num_in_loss = sum_later(count, self.policy.peers.group, known=in_loss.total)
-        chosen_S = in_loss.kept_N.nonzero().squeeze(1)
+        chosen_S = indices_of(in_loss.kept_N, in_loss.here)
         if self.objective.on_dropped_tokens:
             kept_S = kept.kept_N[chosen_S]
 
@@ -120,10 +122,11 @@ class SelectiveHead(nn.Module):
         # mean over the tokens of all ranks, however unequal their numbers are.
         with self.policy.peers.phases("count of kept tokens", waits=True):
             total = num_in_loss()
-        loss = loss_S.sum() * (self.policy.peers.size / max(1, total))
-        if self.recorder.record.num_nonfinite:
-            # Every gradient becomes nan, and the engine skips the step on all ranks.
-            loss = loss * torch.nan
+        loss = loss_S.sum() * (self.policy.peers.size / total.double().clamp(min=1.0)).float()
+        # Every gradient becomes nan where a score is not finite, and the engine skips the step on
+        # all ranks.
+        spoilt = self.recorder.record.num_nonfinite > 0
+        loss = loss * torch.where(spoilt, torch.nan, 1.0)  # type: ignore[arg-type]
         self.recorder.record.loss = loss.detach()
         return loss
 

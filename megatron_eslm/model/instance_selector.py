@@ -14,6 +14,7 @@ from torch import nn
 
 from megatron_eslm.data.batch import Batch
 from megatron_eslm.model.early_exit import EarlyExit
+from megatron_eslm.ops.keep_rule import indices_of, num_to_keep
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.state import Recorder
 
@@ -54,10 +55,15 @@ class InstanceSelector(nn.Module):
         kept = self.policy.keep(scores_M, "proxy gather")
         record.instance_scores_M = scores_M
         record.instance_kept_M = kept.keep
-        record.tau_instance = kept.tau
-        record.num_nonfinite = kept.num_nonfinite
+        record.tau_instance = kept.numbers[0]
+        record.num_nonfinite = kept.numbers[4]
         record.nonfinite_rows_M = torch.isnan(scores_M) | (scores_M == torch.inf)
-        kept_K = kept.keep.nonzero().squeeze(1)
+        known = None
+        # Products of gradients that are not finite keep more sequences than the keep rule.
+        traits, alone = self.policy.traits, self.policy.peers.size == 1
+        if (alone or traits.ranks_decide_alone) and not traits.needs_gradients:
+            known = num_to_keep(batch.num_rows_with_labels(), self.policy.state.alpha)
+        kept_K = indices_of(kept.keep, known)
         record.num_rows_kept = len(kept_K)
         if len(kept_K) == rows:
             return Selected(hidden_LMD, kept_K)

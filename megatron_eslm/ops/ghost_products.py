@@ -131,7 +131,9 @@ def head_gradients(
         for first in range(0, positions, step):
             at = (row, slice(first, first + step))
             z_CV = (normed_RTD[at] @ weight_VD.t())[:, :vocab_size].float().softmax(dim=1)
-            z_CV.scatter_add_(1, labels_RT[at][:, None], z_CV.new_tensor(-1.0).expand(len(z_CV), 1))
+            z_CV.scatter_add_(
+                1, labels_RT[at][:, None], z_CV.new_full((), -1.0).expand(len(z_CV), 1)
+            )
             z_CV = (z_CV * valid_RT[at][:, None]).to(normed_RTD.dtype)
             hidden_RTD[at] = z_CV @ weight_VD[:vocab_size]
             if row < num_candidates:

@@ -7,8 +7,9 @@ to the lower global index, and tau is the smallest kept score.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,21 +28,55 @@ class KeepDecision:
 
     keep: torch.Tensor
     """bool, shape of the local scores."""
-    tau: float
-    """Smallest kept score (VaR); nan where nothing could be kept."""
-    cvar: float
-    """CVaR (eq. 2) at tau."""
-    num_scores: int
-    """N: scores that took part, over all ranks."""
-    num_kept: int
-    """k, over all ranks."""
-    num_nonfinite: int
-    """Scores that were nan or +inf, over all ranks; they count as the riskiest."""
+    numbers: torch.Tensor
+    """float64 [5] on the device of the scores: `tau`, `cvar` and the three counts. The properties
+    of these names make the host wait for them."""
+
+    @functools.cached_property
+    def _read(self) -> list[float]:
+        return self.numbers.tolist()
+
+    @property
+    def tau(self) -> float:
+        """Smallest kept score (VaR); nan where nothing could be kept."""
+        return self._read[0]
+
+    @property
+    def cvar(self) -> float:
+        """CVaR (eq. 2) at tau; nan where an exact number was kept."""
+        return self._read[1]
+
+    @property
+    def num_scores(self) -> int:
+        """N: scores that took part, over all ranks."""
+        return int(self._read[2])
+
+    @property
+    def num_kept(self) -> int:
+        """k, over all ranks."""
+        return int(self._read[3])
+
+    @property
+    def num_nonfinite(self) -> int:
+        """Scores that were nan or +inf, over all ranks; they count as the riskiest."""
+        return int(self._read[4])
 
 
 def num_to_keep(num_scores: int, alpha: float) -> int:
     """k of the keep rule: 12 at alpha 0.1 gives 10, 8 gives 7, 4 gives 3; alpha 0 gives all."""
     return max(1, math.floor((1.0 - alpha) * num_scores + 1e-9)) if num_scores else 0
+
+
+def indices_of(keep_N: torch.Tensor, known: int | None) -> torch.Tensor:
+    """int64, where a mask is true, ascending.
+
+    Args:
+        keep_N: bool [N].
+        known: how often; None makes the host wait for it.
+    """
+    if known is None:
+        return keep_N.nonzero().squeeze(1)
+    return torch.nonzero_static(keep_N, size=known).squeeze(1)
 
 
 class StepShape(NamedTuple):
@@ -91,8 +126,7 @@ def keep_riskiest(
     everyone = all_gather_same_shape(scores, group)
     rank = group.rank() if group is not None else 0
     decision = _decide(everyone.reshape(-1), alpha)
-    keep = decision.keep.view(everyone.shape)
-    return dataclasses.replace(decision, keep=keep[rank])
+    return KeepDecision(decision.keep.view(everyone.shape)[rank], decision.numbers)
 
 
 def keep_number(scores_N: torch.Tensor, num: int) -> KeepDecision:
@@ -107,44 +141,68 @@ def keep_number(scores_N: torch.Tensor, num: int) -> KeepDecision:
     """
     assert scores_N.dtype == torch.float32, scores_N.dtype
     assert 1 <= num <= len(scores_N), (num, len(scores_N))
-    nonfinite_N = _nonfinite(scores_N)
-    sorted_N, order_N = torch.where(nonfinite_N, math.inf, scores_N).sort(
-        descending=True, stable=True
+    scores = _Sorted.of(scores_N)
+    keep_N = scores.first(torch.full_like(scores.num_scores, num))
+    lowest = torch.minimum(torch.full_like(scores.num_scores, num), scores.num_scores)
+    tau = scores.lowest_of(lowest)
+    numbers = (tau, torch.full_like(tau, math.nan), scores.num_scores, num, scores.num_nonfinite)
+    return KeepDecision(keep_N, _stacked(numbers))
+
+
+class _Sorted(NamedTuple):
+    """Scores in descending order; those that are not finite count as infinite."""
+
+    flat_N: torch.Tensor
+    values_N: torch.Tensor
+    order_N: torch.Tensor
+    num_scores: torch.Tensor
+    """int64 scalar; scores that take part come first in the order."""
+    num_nonfinite: torch.Tensor
+
+    @classmethod
+    def of(cls, scores_N: torch.Tensor) -> _Sorted:
+        nonfinite_N = torch.isnan(scores_N) | (scores_N == math.inf)
+        flat_N = torch.where(nonfinite_N, math.inf, scores_N)
+        values_N, order_N = flat_N.sort(descending=True, stable=True)
+        num_scores = (flat_N != EXCLUDED).sum()
+        return cls(flat_N, values_N, order_N, num_scores, nonfinite_N.sum())
+
+    def first(self, num: torch.Tensor) -> torch.Tensor:
+        """bool [N], the first `num` in the order, ties to the lower index."""
+        ranks_N = torch.arange(len(self.flat_N), device=self.flat_N.device)
+        return torch.empty_like(self.order_N, dtype=torch.bool).scatter_(
+            0, self.order_N, ranks_N < num
+        )
+
+    def lowest_of(self, num: torch.Tensor) -> torch.Tensor:
+        """float64 scalar, the `num`-th score; nan for 0."""
+        if not len(self.values_N):
+            return torch.full_like(num, math.nan, dtype=torch.float64)
+        found = self.values_N.gather(0, (num - 1).clamp(min=0).reshape(1)).squeeze(0).double()
+        return torch.where(num > 0, found, math.nan)
+
+
+def _stacked(numbers: Sequence[torch.Tensor | int]) -> torch.Tensor:
+    like = next(number for number in numbers if isinstance(number, torch.Tensor))
+    return torch.stack(
+        [
+            number.double()
+            if isinstance(number, torch.Tensor)
+            else torch.full_like(like, number, dtype=torch.float64)
+            for number in numbers
+        ]
     )
-    keep_N = torch.zeros_like(nonfinite_N)
-    keep_N[order_N[:num]] = True
-    takes_part_N = sorted_N != EXCLUDED
-    num_scores, num_nonfinite = torch.stack([takes_part_N.sum(), nonfinite_N.sum()]).tolist()
-    lowest = min(num, num_scores)
-    tau = float(sorted_N[lowest - 1]) if lowest else math.nan
-    return KeepDecision(keep_N, tau, math.nan, num_scores, num, num_nonfinite)
-
-
-def _nonfinite(scores: torch.Tensor) -> torch.Tensor:
-    return torch.isnan(scores) | (scores == math.inf)
 
 
 def _decide(flat_N: torch.Tensor, alpha: float) -> KeepDecision:
-    """The keep rule over all scores in the order of their global index."""
-    nonfinite_N = _nonfinite(flat_N)
-    flat_N = torch.where(nonfinite_N, math.inf, flat_N)
-    takes_part_N = flat_N != EXCLUDED
-
-    num_nonfinite, num_scores = torch.stack([nonfinite_N.sum(), takes_part_N.sum()]).tolist()
-    k = num_to_keep(num_scores, alpha)
-    if k == 0:
-        nothing = torch.zeros_like(flat_N, dtype=torch.bool)
-        return KeepDecision(nothing, math.nan, math.nan, 0, 0, 0)
-
-    if k == num_scores:
-        keep_N = takes_part_N
-        tau = flat_N[takes_part_N].min()
-    else:
-        # EXCLUDED entries sort below every score, so the k-th largest of all is the threshold.
-        tau = flat_N.kthvalue(flat_N.numel() - k + 1).values
-        above_N, tie_N = flat_N > tau, flat_N == tau
-        keep_N = above_N | (tie_N & (tie_N.cumsum(0) <= k - above_N.sum()))
-    excess = torch.where(takes_part_N, flat_N - tau, 0.0).clamp_(min=0.0).sum(dtype=torch.float64)
-    cvar = tau.double() + excess / ((1.0 - alpha) * num_scores)
-    tau_value, cvar_value = torch.stack([tau.double(), cvar]).tolist()
-    return KeepDecision(keep_N, tau_value, cvar_value, num_scores, k, num_nonfinite)
+    """The keep rule over all scores in the order of their global index, without a wait."""
+    scores = _Sorted.of(flat_N)
+    count = scores.num_scores.double()
+    # num_to_keep on the device, in the same arithmetic.
+    k = torch.floor((1.0 - alpha) * count + 1e-9).clamp(min=1.0).minimum(count).long()
+    keep_N = scores.first(k)
+    tau = scores.lowest_of(k)
+    above_N = torch.where(scores.flat_N != EXCLUDED, scores.flat_N - tau.float(), 0.0)
+    excess = above_N.clamp_(min=0.0).sum(dtype=torch.float64)
+    cvar = tau + excess / ((1.0 - alpha) * count)
+    return KeepDecision(keep_N, _stacked((tau, cvar, scores.num_scores, k, scores.num_nonfinite)))

@@ -43,17 +43,17 @@ def all_reduce_(
 
 
 def sum_later(
-    count: torch.Tensor, group: dist.ProcessGroup | None, *, known: int | None = None
-) -> Callable[[], int]:
+    count: torch.Tensor, group: dist.ProcessGroup | None, *, known: torch.Tensor | None = None
+) -> Callable[[], torch.Tensor]:
     """Begin to add up a number over `group` (None: this rank alone) and go on.
 
     Args:
-        count: int64 scalar, this rank's; the host does not wait for it.
+        count: int64 scalar, this rank's.
         group: the ranks.
-        known: the sum, where all ranks know it already; nothing is added up then.
+        known: the sum, where all ranks have it already; nothing is added up then.
 
     Returns:
-        A function that waits for the sum; call it once.
+        A function that gives the sum, a scalar on the same device; call it once.
     """
     if known is not None:
         return lambda: known
@@ -61,10 +61,10 @@ def sum_later(
     if group is not None and group.size() > 1:
         work = dist.all_reduce(total, group=group, async_op=True)
 
-    def wait() -> int:
+    def wait() -> torch.Tensor:
         if work is not None:
             work.wait()
-        return int(total.item())
+        return total.squeeze(0)
 
     return wait
 

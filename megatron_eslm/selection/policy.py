@@ -14,7 +14,7 @@ import torch
 from megatron_eslm.data.batch import Batch, Rows
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.head.statistics import HeadStatistics
-from megatron_eslm.ops.keep_rule import KeepDecision, keep_riskiest, num_to_keep
+from megatron_eslm.ops.keep_rule import EXCLUDED, KeepDecision, keep_riskiest, num_to_keep
 from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.registry import POLICIES
 from megatron_eslm.selection.scored import ScoredBatch
@@ -121,8 +121,7 @@ class SelectionPolicy:
 
     def rows(self, num_rows: int) -> Rows:
         """The rows of a micro-batch of this rank, among those of all ranks."""
-        first = self.peers.rank * num_rows
-        return Rows(torch.arange(first, first + num_rows), num_rows * self.peers.size)
+        return Rows(self.peers.rank * num_rows, num_rows, num_rows * self.peers.size)
 
     def reference_losses(self, batch: Batch) -> torch.Tensor:
         """float32 [M, T]: stored ones of the batch, or the reference model's; else [M, 0]."""
@@ -131,8 +130,16 @@ class SelectionPolicy:
         assert self.reference is not None, "neither stored losses nor a reference model"
         return self.reference(batch)
 
+    def sequence_scores(self, scored: ScoredBatch) -> torch.Tensor:
+        """`score_sequences`; EXCLUDED for rows without any valid token, and for no others."""
+        return _among(scored.valid_MP.any(1), self.score_sequences(scored))
+
+    def token_scores(self, scored: ScoredBatch, takes_part_MT: torch.Tensor) -> torch.Tensor:
+        """`score_tokens`; EXCLUDED for tokens that take no part, and for no others."""
+        return _among(takes_part_MT, self.score_tokens(scored))
+
     def score_sequences(self, scored: ScoredBatch) -> torch.Tensor:
-        """float32 [M]; EXCLUDED for rows without any valid token."""
+        """float32 [M]; what stands where a row has no valid token is ignored."""
         raise NotImplementedError(f"{self.name} has no scores of sequences")
 
     def score_tokens(self, scored: ScoredBatch) -> torch.Tensor:
@@ -149,6 +156,11 @@ class SelectionPolicy:
             return keep_riskiest(scores, self.state.alpha, None)
         with self.peers.phases(phase, waits=True):
             return keep_riskiest(scores, self.state.alpha, self.peers.group)
+
+
+def _among(takes_part: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Scores of those that take part; minus infinity, were it one of them, becomes finite."""
+    return torch.where(takes_part, scores.clamp(min=torch.finfo(torch.float32).min), EXCLUDED)
 
 
 P = TypeVar("P", bound=type[SelectionPolicy])

@@ -60,22 +60,22 @@ class SelectionRecord:
 
     instance_scores_M: torch.Tensor | None = None
     instance_kept_M: torch.Tensor | None = None
-    tau_instance: float | None = None
+    tau_instance: float | torch.Tensor | None = None
     token_scores_MT: torch.Tensor | None = None
     token_kept_MT: torch.Tensor | None = None
-    tau_token: float | None = None
-    cvar: float | None = None
+    tau_token: float | torch.Tensor | None = None
+    cvar: float | torch.Tensor | None = None
     num_rows: int = 0
     num_rows_kept: int = 0
     num_tokens: int = 0
     """Valid tokens that were read."""
-    num_tokens_in_kept_rows: int = 0
+    num_tokens_in_kept_rows: int | torch.Tensor = 0
     """Valid tokens of kept rows."""
     num_tokens_scored: int = 0
     """Tokens whose logits the head computed."""
     num_tokens_kept: int = 0
     """Tokens in the loss."""
-    num_nonfinite: int = 0
+    num_nonfinite: int | torch.Tensor = 0
     """Scores that are not finite, over the ranks that were thresholded together."""
     nonfinite_rows_M: torch.Tensor | None = None
     """bool; local rows that hold one."""
@@ -114,6 +114,29 @@ class Recorder:
         return self.records[-1]
 
     def take(self) -> list[SelectionRecord]:
-        """The records of all micro-steps since it was last called, in their order."""
+        """The records of all micro-steps since it was last called, in their order.
+
+        Their numbers are on the host then: all are copied from the device at once.
+        """
         records, self.records = self.records, []
+        _read_numbers(records)
         return records
+
+
+_COUNTS = ("num_tokens_in_kept_rows", "num_nonfinite")
+_NUMBERS = ("tau_instance", "tau_token", "cvar", *_COUNTS)
+"""Fields that are tensors on the device until the step is done."""
+
+
+def _read_numbers(records: list[SelectionRecord]) -> None:
+    found = [
+        (record, name, value)
+        for record in records
+        for name in _NUMBERS
+        if isinstance(value := getattr(record, name), torch.Tensor)
+    ]
+    if not found:
+        return
+    values = torch.stack([value.double() for _, _, value in found]).tolist()
+    for (record, name, _), value in zip(found, values, strict=True):
+        setattr(record, name, int(value) if name in _COUNTS else value)

@@ -70,15 +70,14 @@ def select_candidates(
     engine.prepare_scores()
     policy.state.micro_step = 0
     record, own = SelectionRecord(), list[int]()
-    valid = torch.zeros((), dtype=torch.int64, device=engine.device)
     # A: micro-batches of this data-parallel rank, which its pipeline's stages score in turn.
     scores_AM = torch.zeros(read.micro_steps, rows, device=engine.device)
     for number, numbers in enumerate(rows_of_rank(range(num_candidates), rows, mesh)):
         batch = next(batches)
         if number % mesh.pp_size == mesh.pp_rank:
-            candidates = Rows(torch.tensor(numbers), num_candidates)
+            candidates = Rows(numbers[0], rows, num_candidates)
             scores_AM[number] = engine.candidate_scores(batch, candidates)
-            valid += batch.valid_MT.sum()
+            record.num_tokens += batch.num_valid()
             own += numbers
     with engine.phases("proxy gather", waits=mesh.world_size > 1):
         all_reduce_(scores_AM, mesh.pp_group)  # zeros where another stage scored
@@ -88,7 +87,7 @@ def select_candidates(
             # One rank's numbers for all, so that none can decide otherwise by a rounding.
             dist.broadcast(scores_C, dist.get_global_rank(mesh.tp_group, 0), group=mesh.tp_group)
         scores_C = scores_C.cpu()  # what is decided now needs the device no more
-    record.num_rows, record.num_tokens = len(own), int(valid)
+    record.num_rows = len(own)
     kept = keep_number(scores_C, shape.sequences * mesh.dp_size)
     scores_M = scores_C[own]
     record.instance_scores_M = scores_M

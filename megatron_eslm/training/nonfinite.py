@@ -31,7 +31,7 @@ class NonfiniteGuard:
     def note(self, record: SelectionRecord, samples_M: Sequence[int]) -> None:
         """Remember which of this rank's samples (global numbers) were not finite."""
         rows_M = record.nonfinite_rows_M
-        if rows_M is not None and bool(rows_M.any()):
+        if record.num_nonfinite and rows_M is not None:
             self._samples += [samples_M[row] for row in rows_M.nonzero().squeeze(1).tolist()]
 
     def after_step(self, state: TrainState, *, applied: bool) -> None:

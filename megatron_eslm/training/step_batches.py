@@ -41,7 +41,7 @@ class Step:
     @property
     def nonfinite_candidates(self) -> int:
         """Scores of candidates that were not finite, over all ranks."""
-        return 0 if self.selection is None else self.selection.record.num_nonfinite
+        return 0 if self.selection is None else int(self.selection.record.num_nonfinite)
 
     def records(self, of_micro_steps: list[SelectionRecord]) -> Records:
         """All records of the step, once it is done."""
@@ -116,5 +116,9 @@ class StepBatches:
             if key in arrays
         }
         return Batch.of(
-            tensors["tokens"], tensors["valid"], tensors.get("labels"), tensors.get("reference")
+            tensors["tokens"],
+            tensors["valid"],
+            tensors.get("labels"),
+            tensors.get("reference"),
+            arrays["valid"].sum(1),
         )

@@ -52,7 +52,7 @@ def test_help_lists_all_of_them(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("preprocesz", "error: There is no command 'preproces'. Did you mean preprocess?\n"),
+        ("preprocesz", "error: There is no command 'preprocesz'. Did you mean preprocess?\n"),
         ("Plan", "error: There is no command 'Plan'. Did you mean plan?\n"),
         ("--zzz", "error: There is no command '--zzz'. See megatron-eslm --help.\n"),
         ("", "error: There is no command ''. See megatron-eslm --help.\n"),

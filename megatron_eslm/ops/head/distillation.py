@@ -65,7 +65,11 @@ def selective_distillation(
         type; products accumulate in float32 over chunks.
     """
     loss_N, lse_N = statistics.loss_N, statistics.log_sum_exp_N
-    kl_weight_S = torch.as_tensor(kl_weight, dtype=torch.float32, device=loss_N.device)
+    kl_weight_S = (
+        kl_weight.float()
+        if isinstance(kl_weight, torch.Tensor)
+        else torch.full((), kl_weight, device=loss_N.device)
+    )
     return _SelectiveDistillation.apply(
         hidden_SD,
         weight_VD,

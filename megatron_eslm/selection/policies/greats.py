@@ -79,7 +79,7 @@ class Greats(SelectionPolicy):
 
     def choose(self, products: GradientProducts, learning_rate: float, batch: Batch) -> None:
         """Decide on the rows of the micro-step that comes next."""
-        takes_part = batch.valid_MT.any(dim=1).tolist()
+        takes_part = (batch.num_valid_M > 0).tolist()
         self._choice = choose_greedily(products, learning_rate, takes_part, self.state.alpha)
 
     def score_sequences(self, scored: ScoredBatch) -> torch.Tensor:
@@ -94,11 +94,11 @@ class Greats(SelectionPolicy):
         keep = torch.zeros_like(scores, dtype=torch.bool)
         keep[choice.order] = True
         finite = [choice.gains[m] for m in choice.order if math.isfinite(choice.gains[m])]
-        return KeepDecision(
-            keep=keep,
-            tau=min(finite, default=math.nan),
-            cvar=math.nan,
-            num_scores=sum(gain != EXCLUDED for gain in choice.gains),
-            num_kept=len(choice.order),
-            num_nonfinite=sum(math.isnan(gain) for gain in choice.gains),
+        numbers = (
+            min(finite, default=math.nan),
+            math.nan,
+            sum(gain != EXCLUDED for gain in choice.gains),
+            len(choice.order),
+            sum(math.isnan(gain) for gain in choice.gains),
         )
+        return KeepDecision(keep, torch.tensor(numbers, dtype=torch.float64, device=scores.device))

@@ -6,7 +6,7 @@ import torch
 
 from megatron_eslm.data.batch import Rows
 from megatron_eslm.ops.keep_rule import EXCLUDED
-from megatron_eslm.parallel.seeding import generator
+from megatron_eslm.parallel.seeding import derive_seed, uniform
 from megatron_eslm.selection.policy import SelectionPolicy, register
 from megatron_eslm.selection.scored import ScoredBatch
 
@@ -23,14 +23,16 @@ class RandomControl(SelectionPolicy):
     sequence_source = token_source = "policy"
     reads = frozenset({"eslm_level"})
 
-    def _uniform(self, level: str, rows: Rows, *positions: int) -> torch.Tensor:
-        rng = generator(self.seed, "random", level, self.state.iteration, self.state.micro_step)
-        return torch.rand((rows.total, *positions), generator=rng)[rows.numbers_M]
+    def _uniform(self, level: str, rows: Rows, positions: int, like: torch.Tensor) -> torch.Tensor:
+        """float32 [M, positions], numbered through all rows that are scored together."""
+        state = self.state
+        seed = derive_seed(self.seed, "random", level, state.iteration, state.micro_step)
+        first, count = rows.first * positions, rows.num_rows * positions
+        return uniform(seed, first, count, like.device).view(rows.num_rows, positions)
 
     def score_sequences(self, scored: ScoredBatch) -> torch.Tensor:
-        scores_M = self._uniform("instance", scored.rows).to(scored.valid_MP.device)
+        scores_M = self._uniform("instance", scored.rows, 1, scored.valid_MP).squeeze(1)
         return torch.where(scored.valid_MP.any(dim=1), scores_M, EXCLUDED)
 
     def score_tokens(self, scored: ScoredBatch) -> torch.Tensor:
-        scores_MP = self._uniform("token", scored.rows, scored.valid_MP.shape[1])
-        return scores_MP.to(scored.valid_MP.device)
+        return self._uniform("token", scored.rows, scored.valid_MP.shape[1], scored.valid_MP)
