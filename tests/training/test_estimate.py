@@ -126,6 +126,7 @@ def test_the_work_of_a_step_is_what_a_step_does(data: list[str], start: Path, wo
                         done.append(work)
                         return ordinary.executed(work)
 
+                    model = staticmethod(ordinary.model)
                     paper = staticmethod(ordinary.paper)
 
                 trainer.flops = Seen()

@@ -15,11 +15,11 @@ from megatron_eslm.checkpoint.tensor_index import LossScale, Scalars
 from megatron_eslm.errors import ConfigError
 
 
-def engine(optimizer: Any, *, bare: bool = False) -> Any:
+def engine(optimizer: Any, *, plain: bool = False) -> Any:
     """As much of an Engine as OptimizerState looks at."""
     mesh = SimpleNamespace(dp_rank=0, dp_size=1, dp_group=None)
     ds = SimpleNamespace(optimizer=optimizer, device=torch.device("cpu"))
-    return SimpleNamespace(mesh=mesh, ds=ds, bare=bare)
+    return SimpleNamespace(mesh=mesh, ds=ds, plain_optimizer=plain)
 
 
 def adamw(parameter: torch.Tensor) -> torch.optim.AdamW:
@@ -29,7 +29,7 @@ def adamw(parameter: torch.Tensor) -> torch.optim.AdamW:
 def test_state_before_the_first_step_is_what_adam_would_start_from() -> None:
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3)) for _ in range(2))
     optimizers = adamw(ours), adamw(theirs)
-    state = OptimizerState(engine(optimizers[0], bare=True))
+    state = OptimizerState(engine(optimizers[0], plain=True))
     assert state.scalars() == Scalars(0, None)
     for kind in ("exp_avg", "exp_avg_sq"):
         begin, end, part = state.part(ours, kind)
@@ -46,7 +46,7 @@ def test_state_before_the_first_step_is_what_adam_would_start_from() -> None:
 def test_writing_a_part_writes_the_optimizer() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2, 3))
     optimizer = adamw(parameter)
-    state = OptimizerState(engine(optimizer, bare=True))
+    state = OptimizerState(engine(optimizer, plain=True))
     for value, kind in enumerate(("weight", "exp_avg", "exp_avg_sq"), start=1):
         state.part(parameter, kind)[2].fill_(value)
     state.set_scalars(Scalars(41, None))
