@@ -1,7 +1,8 @@
 """Pages of the site that are made from other files when it is built (mkdocs hooks).
 
-index.md is README.md, contributing.md is CONTRIBUTING.md, and flags.md is written from the option
-dataclasses that also make the command line, so no page can fall behind its source.
+index.md is README.md, contributing.md and changelog.md are the files of these names in the root, and
+flags.md is written from the option dataclasses that also make the command line. So no page can fall
+behind its source.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in docs/."""
     readme = (ROOT / "README.md").read_text()
     contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
     for name, text in {
         "index.md": _from_the_root(readme),
         "contributing.md": _from_the_root(contributing),
+        "changelog.md": _from_the_root(changelog),
         "flags.md": flags_page(),
     }.items():
         files.append(File.generated(config, name, content=text))
@@ -41,7 +44,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def _from_the_root(text: str) -> str:
     """The same page with links relative to docs/ instead of the repository."""
-    text = text.replace("](CONTRIBUTING.md", "](contributing.md")
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        text = text.replace(f"]({name}", f"]({name.lower()}")
     return re.sub(r"\]\(docs/", "](", text)
 
 
