@@ -1,8 +1,8 @@
 """Pages of the site that are made from other files when it is built (mkdocs hooks).
 
-index.md is README.md, contributing.md and changelog.md are the files of these names in the root, and
-flags.md is written from the option dataclasses that also make the command line. So no page can fall
-behind its source.
+index.md is README.md, contributing.md and changelog.md are the files of these names in the root.
+flags.md is written from the option dataclasses that also make the command line, so it is always
+current.
 """
 
 from __future__ import annotations
