@@ -18,14 +18,7 @@ from megatron_eslm.selection.state import Peers, SelectionState
 from .selection.scoring import scored
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted(
-    [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        ROOT / "CHANGELOG.md",
-        *ROOT.glob("docs/**/*.md"),
-    ]
-)
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 EXTENDING = ROOT / "docs" / "extending.md"
 
 
