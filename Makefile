@@ -10,7 +10,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 DEMO := demo
 DEMO_FLAGS ?= --eval-interval 25 --log-interval 25
 
-.PHONY: help install demo test test-all parity chaos bench check clean
+.PHONY: help install demo test test-all parity chaos bench check docs clean
 
 help:
 	@echo "make demo      train the same small GPT with clm, eslm and random selection, compare, export"
@@ -18,8 +18,9 @@ help:
 	@echo "make parity    train one model in every layout and print how the runs differ"
 	@echo "make chaos     kill runs and damage files, and print what became of each"
 	@echo "make bench     measure speed and memory against plain training and a peer"
-	@echo "make check     formatter, linter, types, spelling, direction of imports"
-	@echo "make clean     remove $(VENV) and $(DEMO)"
+	@echo "make check     formatter, linter, types, spelling, direction of imports, links of the documentation"
+	@echo "make docs      build the documentation into site/"
+	@echo "make clean     remove $(VENV), $(DEMO) and site/"
 
 install: $(VENV)/installed
 
@@ -78,7 +79,7 @@ parity: install
 chaos: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
 
-check: install
+check: install docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -86,5 +87,12 @@ check: install
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck examples/*.sh examples/*.sbatch examples/reproduce/*.sh
 
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) site
