@@ -209,7 +209,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"wall_clock_breakdown": "x"}, 'wall_clock_breakdown "x": input should be a valid boolean'),
     ({"steps_per_print": "x"}, 'steps_per_print "x": input should be a valid integer'),
     ({"steps_per_print": "auto"}, 'steps_per_print "auto": input should be a valid integer'),
-    ({"comet": {"enabled": True}}, "comet is enabled and the package comet_ml is not installed"),
+    ({"comet": {"enabled": True}}, "comet is enabled, but the package comet_ml is not installed"),
     # Sections that do not go together, in DeepSpeed's own words.
     (
         {"bf16": {"enabled": True, "bf16_optimizer_states": True}},

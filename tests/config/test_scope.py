@@ -94,7 +94,8 @@ def test_batches_of_a_ramp_that_are_trained_on_whole_are_said(
         scope(f"{ramp} --eslm-scope local")
         assert not caplog.messages
         assert scope(ramp) == "step"
-    assert "batches of up to 8 sequences are trained on whole" in caplog.text  # 4 micro-steps of 2
+    # 4 micro-steps of 2.
+    assert "batches of up to 8 sequences are trained on in full" in caplog.text
 
 
 def test_rows_are_dropped_where_micro_steps_are_too_few() -> None:

@@ -374,7 +374,7 @@ def test_what_it_cannot_do_is_refused(data: list[str]) -> None:
             ("--eslm-adaptive",),
         ],
     )
-    whole = "--selection greats takes inner products of whole gradients on each rank and "
+    whole = "--selection greats computes inner products of full gradients on each rank, but "
     assert got[0].startswith(f"{whole}{tp} is 2. Set it to 1")
     assert got[1].startswith(f"{whole}{pp} is 2. Set it to 1")
     assert got[2] == f"{whole}--zero-stage is 2; use --zero-stage 0 or 1."
