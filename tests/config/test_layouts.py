@@ -67,11 +67,11 @@ def test_one_row_for_every_run() -> None:
     [
         (
             f"--zero-stage 2 {PP} 2",
-            f"--zero-stage 2 needs {PP} 1 and this run has 2; use --zero-stage 1 with a pipeline.",
+            f"--zero-stage 2 needs {PP} 1, but this run has 2; use --zero-stage 1 with a pipeline.",
         ),
         (
             f"--zero-stage 3 {PP} 3",
-            f"--zero-stage 3 needs {PP} 1 and this run has 3; use --zero-stage 1 with a pipeline.",
+            f"--zero-stage 3 needs {PP} 1, but this run has 3; use --zero-stage 1 with a pipeline.",
         ),
         (
             "--zero-stage 0 --cpu-offload",
@@ -119,7 +119,7 @@ def test_one_row_for_every_run() -> None:
         ),
         (
             f"{PP} 3 --pipeline-split 3,3",
-            f"--pipeline-split 3,3 names 2 stages and {PP} is 3; give one number a stage, or "
+            f"--pipeline-split 3,3 names 2 stages, but {PP} is 3; give one number per stage, or "
             "leave out --pipeline-split.",
         ),
         (
@@ -172,7 +172,7 @@ def test_fp16_in_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
     assert layout("--fp16").engine.fp16
     assert refused("--fp16", PP, "2") == (
-        f"--fp16 needs {PP} 1 and this run has 2; use --bf16 with a pipeline."
+        f"--fp16 needs {PP} 1, but this run has 2; use --bf16 with a pipeline."
     )
 
 

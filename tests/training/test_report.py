@@ -213,7 +213,7 @@ def test_an_existing_metrics_file_is_not_written_over(data: list[str], tmp_path:
     texts = run_ranks(2, fn)
     assert texts[0] == texts[1]
     taken, under = texts[0]
-    assert f"--metrics-file {file} exists and this run does not continue one (--load)" in taken
+    assert f"--metrics-file {file} exists, but this run does not continue another (--load)" in taken
     assert "Name another file or remove it" in taken
     assert "--metrics-file" in under and "plain/m.jsonl:" in under
     assert file.read_text() == "{}\n"
