@@ -1,4 +1,4 @@
-"""A plan as text and as plain values."""
+"""Report plans as text and as plain values."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def plan_values(plan: Plan, clm: Plan) -> dict[str, Any]:
 
 
 def plans_values(plans: Sequence[Plan], request: Request, machine: Machine) -> list[dict[str, Any]]:
-    """Those of several, each beside plain training in its own layout."""
+    """`plan_values` of several plans, each compared with plain training in its own layout."""
     clm = request.with_selection("clm")
     return [plan_values(plan, plan_layout(clm, plan.layout, machine)) for plan in plans]
 
 
 def layouts_text(values: Sequence[dict[str, Any]]) -> str:
-    """A line for each plan."""
+    """Render one line per plan."""
     head = f"{'TP':>3s} {'PP':>3s} {'DP':>5s} {'rows':>4s} {'ZeRO':>4s} {'ckpt':>4s} {'GiB':>6s} "
     head += f"{'s a step':>9s} {'tokens/s':>11s} {'MFU':>6s} {'kept':>6s} {'/ clm':>6s}"
     lines = [head]
@@ -77,7 +77,7 @@ def layouts_text(values: Sequence[dict[str, Any]]) -> str:
 
 
 def plan_report(plan: Plan, values: dict[str, Any], request: Request) -> str:
-    """Everything about one plan."""
+    """Render all details of one plan."""
     cost, setting = plan.cost, plan.cost.setting
     memory, shape, run = setting.memory, setting.shape, setting.run
     steps = setting.micro_steps
@@ -122,7 +122,7 @@ def _parts_lines(parts: dict[str, float], total: float) -> list[str]:
 
 
 def _exchange_lines(plan: Plan) -> list[str]:
-    """Of the stage that sends most."""
+    """Exchanges of the stage that sends most."""
     steps = plan.cost.setting.micro_steps
     stage = max(
         plan.cost.exchanges, key=lambda some: sum(e.times(steps) * e.sent_bytes for e in some)
@@ -186,7 +186,7 @@ def _imbalance(plan: Plan, values: dict[str, Any]) -> str:
 
 
 def report(plans: Sequence[Plan], request: Request, machine: Machine, *, top: int = 5) -> str:
-    """The best layouts, the best one in detail, and what all of it assumes."""
+    """Render the best layouts, the best one in detail, and the assumptions."""
     values = plans_values(plans[:top], request, machine)
     size = request.size
     also = "" if request.selection == "clm" else f", alpha {request.alpha:g}"

@@ -88,7 +88,7 @@ def test_other_selections(capsys: pytest.CaptureFixture, selection: str) -> None
     [
         ("--gpu b300", "error: --gpu b300 is not one of"),
         ("--model-size 13B --gpus 1", "error: --model-size 13B does not fit"),
-        ("--gpus 53", "error: --global-batch-size 160 cannot be shared out"),
+        ("--gpus 53", "error: --global-batch-size 160 cannot be divided over"),
         ("--top 0", "error: --top 0 must be 1 or more"),
         ("--efficiency -1", "error: --efficiency -1 must be"),
     ],

@@ -381,7 +381,9 @@ def test_what_it_cannot_do_is_refused(data: list[str]) -> None:
     assert got[3] == f"{whole}--zero-stage is 3; use --zero-stage 0 or 1."
     assert "--micro-batch-size is 1, which leaves no choice" in got[4]
     wanted = r"needs 32 validation sequences .* evaluation takes \d+ .* and leaves \d+\. Raise "
-    assert re.search(wanted + r"the split's share in --split 99,1, or lower --eval-iters 2\.", got[5])
+    assert re.search(
+        wanted + r"the split's share in --split 99,1, or lower --eval-iters 2\.", got[5]
+    )
     assert "the validation split has 0 tokens" in got[6] and "--split 100,0" in got[6]
     assert "--eslm-adaptive" in got[7] and "--selection greats" in got[7]
 
