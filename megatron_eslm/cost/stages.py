@@ -151,7 +151,7 @@ def plan_text(plan: StagePlan) -> str:
     """Render the plan as a table, one line per stage."""
     total, most = sum(plan.flops), max(plan.flops)
     lines = [
-        f"{'stage':<6s} {'blocks':<12s} {'FLOPs a step':>12s} {'share':>6s} {'parameters':>14s}"
+        f"{'stage':<6s} {'blocks':<12s} {'FLOPs / step':>12s} {'share':>6s} {'parameters':>14s}"
     ]
     for stage, (flops, params) in enumerate(zip(plan.flops, plan.num_params, strict=True)):
         blocks = plan.blocks(stage)

@@ -229,7 +229,7 @@ def _costs(groups: Sequence[Group]) -> Table:
         ("iterations", last("iteration"), count),
         ("tokens read", last("tokens"), count),
         *((q.title, last(q.name), q.form) for q in QUANTITIES[1:]),
-        ("seconds a step", mean("step_seconds"), "{:.4g}".format),
+        ("seconds per step", mean("step_seconds"), "{:.4g}".format),
         ("sequences kept", mean("kept_instances"), "{:.4f}".format),
         ("tokens kept", mean("kept_tokens"), "{:.4f}".format),
         ("skipped steps", last("nonfinite_steps"), count),

@@ -29,7 +29,7 @@ class SelectionOptions:
     selection: Literal["clm", "eslm", "random", "rho1", "greats", "uncertainty"] = "eslm"
     """Policy. clm: train on everything. eslm: train on the riskiest sequences and tokens
     (Algorithm 1 of the paper). random: train on the same share drawn at random (the control).
-    rho1: train on the tokens of all sequences whose loss exceeds a reference model's loss most.
+    rho1: train on the tokens whose loss exceeds a reference model's loss most, in all sequences.
     greats: train on the sequences whose gradients align most with validation gradients and least
     with each other; each rank selects among its own sequences, whatever --eslm-scope says.
     uncertainty (post-training): train on the tokens of highest loss, and regularize all others
@@ -50,7 +50,7 @@ class SelectionOptions:
     """Select sequences (instance), tokens, or both (Appendix E.3)."""
 
     eslm_scope: Scope | None = None
-    """Set over which thresholds are computed. step: score all sequences of an optimizer step
+    """Scope of the thresholds. step: score all sequences of an optimizer step
     first, then train on full micro-batches of the riskiest. global: select within each
     micro-batch of all data-parallel ranks, in one pass. local: the same per rank. Token thresholds
     span each micro-batch of all ranks (of one rank with local). Default: step if the batch has

@@ -160,7 +160,7 @@ def dry_run_text(
         ),
         f"FLOPs executed       {executed:.3e} ({executed / t.train_iters:.3e} a step)",
         f"FLOPs by the paper   {by_paper:.3e} ({by_paper / t.train_iters:.3e} a step)",
-        f"memory a rank        {memory.total / gib:.2f} GiB = weights {memory.weights / gib:.2f} + "
+        f"memory per rank      {memory.total / gib:.2f} GiB = weights {memory.weights / gib:.2f} + "
         f"gradients {memory.gradients / gib:.2f} + optimizer {memory.optimizer / gib:.2f} + "
         f"activations {memory.activations / gib:.2f} + head {memory.head / gib:.2f}"
         + "".join(
@@ -181,5 +181,5 @@ def dry_run_text(
             f"{domain.documents['train']:,} documents, {domain.tokens['train']:,} tokens, "
             f"{domain.epochs:.3f} epochs"
         )
-    lines.append(f"validation           {mixture.valid_samples:,} sequences an evaluation")
+    lines.append(f"validation           {mixture.valid_samples:,} sequences per evaluation")
     return "\n".join(lines)
