@@ -243,7 +243,7 @@ def test_a_resumed_run_appends_also_after_a_torn_line(tmp_path: Path) -> None:
     assert torn == '{"iteration": 3, "lo'
     line = json.loads(last)
     assert line["loss"] is None and math.isnan(line["valid_loss"])
-    with pytest.raises(ConfigError, match="does not continue one"):
+    with pytest.raises(ConfigError, match="does not continue another"):
         MetricsFile(str(file), {}, resumed=False)
 
 
