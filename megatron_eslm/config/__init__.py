@@ -1,1 +1,1 @@
-"""Flags, YAML and DeepSpeed's JSON become one resolved run."""
+"""Parse flags, YAML and DeepSpeed's JSON into one resolved run."""

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: what a user's file says, and the full one derived from the flags."""
+"""The DeepSpeed JSON: read the user's file and complete it from the flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_eslm.launch.bootstrap import quiet_imports
 
 Json = dict[str, Any]
 
-# Where a flag and a key of DeepSpeed's JSON say the same thing.
+# Flags and the keys of DeepSpeed's JSON with the same meaning.
 _SAME = {
     "micro_batch_size": ("train_micro_batch_size_per_gpu",),
     "global_batch_size": ("train_batch_size",),
@@ -28,8 +28,8 @@ def read_json(path: str) -> Json:
     """Parse and check a DeepSpeed JSON file.
 
     Raises:
-        ConfigError: it is missing, not JSON, or says what DeepSpeed would not take or what has no
-            meaning here.
+        ConfigError: the file is missing or not JSON, or has keys or values that DeepSpeed refuses
+            or that have no meaning here.
     """
     try:
         content = json_file.read_json(path)
@@ -52,7 +52,7 @@ def _without_comments(content: Json) -> Json:
 
 
 def _schema() -> Any:
-    # DeepSpeed takes seconds to import, which runs without such a file need not wait for here.
+    # Importing DeepSpeed takes seconds, and runs without a file do not need it here.
     quiet_imports()
     from megatron_eslm.config import deepspeed_schema
 
@@ -67,7 +67,7 @@ def _get(content: Json, keys: tuple[str, ...]) -> Any:
 
 
 def values_from(content: Json) -> dict[str, Any]:
-    """The flags that a DeepSpeed JSON sets, by field name ("auto" leaves one open)."""
+    """Values of flags that a DeepSpeed JSON sets, by field name ("auto" sets none)."""
     found = {name: _get(content, keys) for name, keys in _SAME.items()}
     if (device := _get(content, ("zero_optimization", "offload_optimizer", "device"))) is not None:
         found["cpu_offload"] = device == "cpu"
@@ -75,12 +75,12 @@ def values_from(content: Json) -> dict[str, Any]:
 
 
 def accumulation_steps(content: Json) -> int | None:
-    """gradient_accumulation_steps where the file sets it; there is no flag for it."""
+    """gradient_accumulation_steps, or None if the file does not set it; there is no such flag."""
     return _get(content, ("gradient_accumulation_steps",))
 
 
 def check_agreement(path: str, content: Json, name: str, flag: str, value: Any) -> None:
-    """ConfigError if the file and a flag that was given set `name` differently."""
+    """Raise ConfigError if the file and a given flag set `name` to different values."""
     other = values_from(content).get(name)
     if other is not None and other != value:
         key = (
@@ -108,15 +108,15 @@ def complete(
     cpu_offload: bool,
     pipeline_stages: int,
 ) -> Json:
-    """The JSON that the engine gets: the user's, with all that the flags decide filled in.
+    """Build the engine's JSON: the user's file, with everything the flags decide filled in.
 
     Args:
-        content: what the user's file says; empty without one.
-        path: the file.
-        pipeline_stages: 1 for none.
+        content: the user's file; empty without one.
+        path: path of the file; None without one.
+        pipeline_stages: 1 without a pipeline.
 
     Raises:
-        ConfigError: the whole does not go together.
+        ConfigError: the file's values conflict with the flags or with each other.
     """
     full = copy.deepcopy(_without_comments(content))
     steps = accumulation_steps(full)
@@ -144,17 +144,17 @@ def complete(
     full.setdefault("bf16", {})["enabled"] = bf16
     full.setdefault("fp16", {})["enabled"] = fp16
     if bf16:
-        # A step whose gradients are not finite is skipped, in every stage.
+        # Skip steps with non-finite gradients in every ZeRO stage.
         full["bf16"].setdefault("check_grad_overflow", True)
         # Each 16-bit gradient is added to its float32 sum and freed as soon as it is there.
         full["bf16"].setdefault("immediate_grad_update", True)
     if (bf16 or fp16) and zero_stage > 0:
-        # 40 micro-steps added up in 8 bits of mantissa lose the small ones.
+        # Summing 40 micro-steps with an 8-bit mantissa loses small gradients.
         full.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     if pipeline_stages > 1:
-        # By default tensor-parallel ranks would each send a part of the activations, cut as in the
-        # first micro-step. The number of rows changes with alpha, and with sequence parallelism
-        # each rank's activations are its own.
+        # By default each tensor-parallel rank sends a slice of the activations, sized in the first
+        # micro-step. But the number of rows changes with alpha, and with sequence parallelism the
+        # ranks' activations differ.
         full["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if path is not None:
         if zero_stage >= 2 and full.get("gradient_predivide_factor", 1) != 1:
@@ -168,13 +168,13 @@ def complete(
 
 @contextmanager
 def blamed_on(path: str | None) -> Iterator[None]:
-    """Around the making of the engine: what DeepSpeed refuses there is owed to the user's file.
+    """Turn DeepSpeed's exceptions while it builds the engine into errors about the user's file.
 
     Args:
-        path: the file; without one, exceptions pass.
+        path: the file; None lets exceptions pass.
 
     Raises:
-        ConfigError: instead of any exception but a RuntimeError, which is about memory, kernels or
+        ConfigError: instead of any exception except RuntimeError, which concerns memory, kernels or
             other ranks.
     """
     try:
@@ -194,6 +194,6 @@ def blamed_on(path: str | None) -> Iterator[None]:
 def _refused(path: str, error: Exception) -> ConfigError:
     said = " ".join(str(error).split()) or type(error).__name__
     return ConfigError(
-        f"DeepSpeed does not make an engine with {_where(path)}: {said}. Take out what it names, "
-        "or start from a file in ds_configs/."
+        f"DeepSpeed does not make an engine with {_where(path)}: {said}. Remove what it names, or "
+        "start from a file in ds_configs/."
     )

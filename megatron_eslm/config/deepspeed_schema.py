@@ -1,6 +1,6 @@
-"""What a DeepSpeed JSON may say: DeepSpeed's own models of its sections, and what is not for here.
+"""Schema of a DeepSpeed JSON: DeepSpeed's own models of its sections, and keys refused here.
 
-Imports DeepSpeed: `launch.bootstrap.quiet_imports` comes first.
+Imports DeepSpeed: call `launch.bootstrap.quiet_imports` first.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _CHECKPOINT = "has no effect: checkpoints are not DeepSpeed's"
 _COMPETES = "would compete with --lr, --adam-beta1, --lr-warmup-iters and the like"
 _EXPERTS = "is for models with experts"
 _TYPES = "follows from --bf16 and --fp16"
-_QUANTIZED = "is not supported: gradients and weights travel as they are"
+_QUANTIZED = "is not supported: gradients and weights are communicated unquantized"
 _OFFLOAD = 'has a new form: "offload_optimizer": {"device": "cpu"}'
-_NVME = 'keeps state where checkpoints do not reach it; use {"device": "cpu"}'
+_NVME = 'keeps state that checkpoints cannot save; use {"device": "cpu"}'
 
 NOT_HERE = {
     "optimizer": _COMPETES,
@@ -43,7 +43,7 @@ NOT_HERE = {
     "compile": "has no effect; use --compile",
     "torch_autocast": "would compete with --bf16 and --fp16",
     "bfloat16": 'has a new name: "bf16"',
-    "sequence_parallel_size": "is not supported; --sequence-parallel is another kind",
+    "sequence_parallel_size": "is not supported; --sequence-parallel is Megatron's kind",
     "data_parallel_size": "follows from the number of processes",
     "seq_parallel_communication_data_type": "has no effect",
     "data_efficiency": _LOADER,
@@ -62,14 +62,14 @@ NOT_HERE = {
     "graph_harvesting": _GONE,
     "progressive_layer_drop": _GONE,
     "autotuning": "has no effect; tools/plan_run.py compares layouts",
-    "hybrid_engine": "is for generation in between",
+    "hybrid_engine": "is for generation during training",
     "weight_quantization": "is for inference",
     "expert_parallel": _EXPERTS,
     "use_data_before_expert_parallelism": _EXPERTS,
     "aio": "is for offload to NVMe, which is not supported",
     "vocabulary_size": "has no effect",
     "disable_allgather": "has no effect",
-    "managed_gradient_accumulation": "would end steps elsewhere than the training loop does",
+    "managed_gradient_accumulation": "would conflict with the training loop, which ends steps",
     "gradient_allreduce_op": "would change the loss, which is a mean over all ranks",
     "data_types.param_dtype": _TYPES,
     "data_types.buffer_dtype": _TYPES,
@@ -98,7 +98,7 @@ NOT_HERE = {
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": _CHECKPOINT,
     "zero_optimization.save_muon_momentum_buffer_in_memory": "is for another optimizer",
 }
-"""What DeepSpeed knows, or did, and a run here must not set; and why."""
+"""Keys that DeepSpeed knows, or once knew, and that a run here must not set -> the reason."""
 
 _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "gradient_allreduce_op": ("mean",),
@@ -108,10 +108,10 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "zero_optimization.compute_grad_norm": (True,),
     "zero_optimization.load_from_fp32_weights": (True,),
 }
-"""Values of these keys that are let through; of other keys in a section, false and null are."""
+"""Harmless values of refused keys, which pass. For other keys in a section: false and null."""
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
-"""What monitors need."""
+"""Packages that monitors need."""
 
 
 class _BF16(DeepSpeedBF16Config):
@@ -150,7 +150,7 @@ class _Timers(_Part):
 
 
 class _File(_Part):
-    """The whole. What has no model in DeepSpeed is spelled out."""
+    """The full file. Sections without a model in DeepSpeed are spelled out."""
 
     train_batch_size: Size | None = None
     train_micro_batch_size_per_gpu: Size | None = None
@@ -187,18 +187,18 @@ _FROM_FLAGS = (
     "gradient_accumulation_steps",
     "gradient_clipping",
 )
-"""Keys outside of sections that may be "auto"; within sections, DeepSpeed leaves such ones out."""
+"""Top-level keys that may be "auto"; within sections, DeepSpeed itself drops "auto" values."""
 
 
 def check_file(content: dict[str, Any], where: str) -> None:
-    """Check what a user's file says, before anything is built.
+    """Check a user's file before anything is built.
 
     Args:
         content: the JSON object without its comments.
         where: flag and file, for messages.
 
     Raises:
-        ConfigError: a key that is unknown, has no meaning here, or a value that is none.
+        ConfigError: a key is unknown or has no meaning here, or a value is invalid.
     """
     for key, value in _keys(content):
         nothing = _ASKS_NOTHING.get(key, (None, False) if "." in key else ())
@@ -211,22 +211,22 @@ def check_file(content: dict[str, Any], where: str) -> None:
         file = _File.model_validate(said)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{where}: {_reasons(error)}") from error
-    except (TypeError, ValueError, AssertionError) as error:  # of a check of DeepSpeed's own
+    except (TypeError, ValueError, AssertionError) as error:  # raised by DeepSpeed's own checks
         raise ConfigError(f"{where}: {error}.") from error
     for name, package in _PACKAGES.items():
         monitor = getattr(file, name)
         if monitor is not None and monitor.enabled and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"{where}: {name} is enabled and the package {package} is not installed. Install "
+                f"{where}: {name} is enabled, but the package {package} is not installed. Install "
                 "it, or set enabled to false."
             )
 
 
 def check_whole(full: dict[str, Any], where: str) -> None:
-    """Let DeepSpeed read the JSON that the engine will get, as of one process.
+    """Let DeepSpeed parse the engine's full JSON, as for a single process.
 
     Raises:
-        ConfigError: its sections do not go together.
+        ConfigError: its sections conflict.
     """
 
     class OneRank:
@@ -239,7 +239,7 @@ def check_whole(full: dict[str, Any], where: str) -> None:
     )
     try:
         DeepSpeedConfig(one, mpu=OneRank())
-    except Exception as error:  # assertions and exceptions of every type, all about the file
+    except Exception as error:  # exceptions of any type, all about the file
         said = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{where} is refused by DeepSpeed: {said}") from error
 
@@ -272,7 +272,7 @@ def _reasons(error: pydantic.ValidationError, most: int = 3) -> str:
 
 
 def _known(section: list[str]) -> list[str]:
-    """Keys that there are in a section."""
+    """Known keys of a section."""
     model: Any = _File
     for part in section:
         fields = {f.alias or name: f for name, f in model.model_fields.items()}

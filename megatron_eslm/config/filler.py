@@ -1,4 +1,4 @@
-"""What was not given: from a checkpoint, DeepSpeed's JSON, the preset, a default, or asked for."""
+"""Fill in missing flags: from a checkpoint, DeepSpeed's JSON, the preset or a default."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from megatron_eslm.model.shape import PRESETS, ModelShape, Preset
 
 
 class MissingFlags(ConfigError):
-    """Flags without which nothing can be built, and that follow from nothing else."""
+    """Required flags are not set and follow from nothing else."""
 
 
 class Filler:
-    """Fills what was not given: from the DeepSpeed JSON, then the preset, then a default."""
+    """Fills missing flags: from the DeepSpeed JSON, then the preset, then a default."""
 
     def __init__(self, given: frozenset[str], json: dict[str, Any], preset: Preset | None) -> None:
         self.given, self.preset = given, preset
         self.json = deepspeed_json.values_from(json)
 
     def __call__(self, options: Any, name: str, default: Any = None) -> Any:
-        """The value of a flag; None where it follows from nothing."""
+        """The value of a flag; None if it follows from nothing."""
         of_options = getattr(options, name)
         if name in self.given:
             return of_options
@@ -33,13 +33,13 @@ class Filler:
         return next((value for value in others if value is not None), None)
 
     def require(self, wanted: Iterable[tuple[Any, str]]) -> None:
-        """All of these flags have values.
+        """Check that all of these flags have values.
 
         Args:
             wanted: options and the names of their fields.
 
         Raises:
-            MissingFlags: names all that have none.
+            MissingFlags: some have none; the message names all of them.
         """
         missing = [flag_of(name) for options, name in wanted if self(options, name) is None]
         if not missing:
@@ -60,16 +60,16 @@ SHAPE = {
     "num_attention_heads": "num_attention_heads",
     "seq_length": "max_position_embeddings",
 }
-"""Flags of the model's shape, and what a checkpoint calls them."""
+"""Flags of the model's shape -> their names in a checkpoint."""
 
 
 def with_shape(
     model: ModelOptions, stored: ModelShape, given: frozenset[str]
 ) -> tuple[ModelOptions, frozenset[str]]:
-    """Flags of the model with what was not given from a checkpoint; --model-size gives SHAPE.
+    """Fill missing model flags from a checkpoint; with --model-size, the flags in SHAPE are not.
 
     Returns:
-        (the flags, names of those that the checkpoint gave).
+        (the flags, names of the flags taken from the checkpoint).
     """
     found: dict[str, Any] = {}
     if model.model_size is None:

@@ -1,7 +1,7 @@
 """Flags, their help and YAML keys, derived from option dataclasses.
 
-A field's name is its flag, its annotation the type, the string under it the help. There is no
-second list of options anywhere.
+A field's name gives the flag, its annotation the type, the string below it the help. No second list
+of options exists.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def field_help(cls: type) -> dict[str, str]:
 
 
 def _kind(annotation: Any) -> tuple[Any, tuple[Any, ...] | None, bool]:
-    """(type of one value, choices, whether it takes several) of an annotation."""
+    """Parse an annotation into (type of one value, choices, whether it takes several)."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         (inner,) = [a for a in args if a is not type(None)]
@@ -58,7 +58,7 @@ def _kind(annotation: Any) -> tuple[Any, tuple[Any, ...] | None, bool]:
 
 @dataclass(frozen=True)
 class Option:
-    """One option: what its flag takes and what a YAML file may say for it."""
+    """One option: the values that its flag and its YAML key take."""
 
     name: str
     kind: Any
@@ -72,25 +72,25 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """As on the command line."""
+        """The flag as on the command line."""
         return flag_of(self.name)
 
     def value(self, given: yaml_file.Value, where: str) -> Any:
-        """The field's value for what a YAML file says.
+        """Convert a YAML value to the field's value.
 
         Args:
             given: text, or a list of texts where the option takes several.
             where: file and key, for messages.
 
         Raises:
-            ConfigError: it is nothing that the flag would take.
+            ConfigError: the flag would not take the value.
         """
         texts = self._texts(given, where)
         values = tuple(self._one(text, where) for text in texts)
         return values if self.several else values[0]
 
     def words(self, given: yaml_file.Value, where: str) -> list[str]:
-        """The same on the command line, as it is written in the file; ConfigError as `value`."""
+        """Command-line words for a YAML value, spelled as in the file; ConfigError as `value`."""
         value = self.value(given, where)
         if self.kind is bool:
             return [self.flag if value else f"--no-{self.name.replace('_', '-')}"]
@@ -102,7 +102,7 @@ class Option:
         if len(texts) < len(items) or not items:
             raise ConfigError(f"{where} must be a value{' or a list of values' * self._listed}.")
         if isinstance(given, list) and not self._listed:
-            raise ConfigError(f"{where} takes one value and is a list of {len(texts)}.")
+            raise ConfigError(f"{where} takes one value, not a list of {len(texts)}.")
         for text in texts:
             if re.match(r"--|-[A-Za-z]", text):
                 raise ConfigError(
@@ -151,7 +151,7 @@ def options(groups: Mapping[str, type]) -> dict[str, Option]:
 
 
 Pages = Mapping[str, tuple[str, Callable[[], str]]]
-"""Flags that, like --help, print a page and end: flag -> (its help, what writes the page)."""
+"""Flags that print a page and exit, like --help: flag -> (its help, function that writes it)."""
 
 
 class _ShowPage(argparse.Action):
@@ -235,16 +235,17 @@ def _add_option(group: Any, option: Option, text: str, default: Any, *, config_f
 def by_field_name(
     said: yaml_file.Mapping, known: Collection[str], where: str, more: Collection[str] = ()
 ) -> dict[str, yaml_file.Value]:
-    """What a YAML mapping of flags says, by the names of the fields.
+    """Map a YAML mapping of flags to field names.
 
     Args:
-        said: keys may be written with - or _. What has no value (`key:`, `key: null`) is left out.
+        said: keys may be written with - or _. Keys without a value (`key:`, `key: null`) are
+            dropped.
         known: names of options.
         where: the file, for messages.
         more: further names that are allowed.
 
     Raises:
-        ConfigError: a key is no option, or there are two of one option.
+        ConfigError: a key is not an option, or an option occurs twice.
     """
     found: dict[str, yaml_file.Value] = {}
     lines: dict[str, int] = {}
@@ -289,7 +290,7 @@ def parse_groups(
     *,
     config_file: bool = True,
 ) -> dict[str, Any]:
-    """Parse `argv` into one option object per group. A flag of `pages` ends the process, as --help.
+    """Parse `argv` into one option object per group. Flags in `pages` exit the process, as --help.
 
     Args:
         groups, description, pages, config_file: as for `build_parser`.
@@ -299,7 +300,7 @@ def parse_groups(
         {group name: instance, ..., "given": names of the flags that were set}.
 
     Raises:
-        ConfigError: any flag or value that cannot be used.
+        ConfigError: a flag or value cannot be used.
     """
     parser = build_parser(groups, description, pages, config_file=config_file)
     values = vars(parser.parse_args(list(argv)))

@@ -1,6 +1,7 @@
-"""What combines: parallel sizes, ZeRO stages, CPU offload. One table, printed and enforced.
+"""Supported combinations of parallel sizes, ZeRO stages and CPU offload: one table.
 
-`--help-layouts` and docs/layouts.md print it; `resolve()` walks it before anything is built.
+`--help-layouts` and docs/layouts.md print the table; `resolve()` enforces it before anything is
+built.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megatron_eslm.selection.options import SelectionOptions
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutRequest:
-    """What a run asks for, as far as it decides whether and how it can be laid out."""
+    """The options of a run that decide whether its layout is supported."""
 
     tp: int
     """--tensor-model-parallel-size."""
@@ -30,7 +31,7 @@ class LayoutRequest:
     split: tuple[int, ...] | None
     """--pipeline-split."""
     micro_steps: int
-    """Micro-steps an optimizer step."""
+    """Micro-steps per optimizer step."""
     early_exit: int
     """Blocks before the early exit that scores sequences; 0 without one."""
     num_layers: int
@@ -38,11 +39,11 @@ class LayoutRequest:
     ffn_hidden_size: int
     seq_length: int
     needs_gradients: bool
-    """--selection."""
+    """Whether --selection uses gradients of single sequences."""
     compiles: bool
     """--compile."""
     drops_out: bool
-    """Whether there is dropout."""
+    """Whether dropout is on."""
     trains_adapters: bool
     """--lora-rank."""
     last_mlp_kept: bool
@@ -51,15 +52,15 @@ class LayoutRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """A row of the table: what trains together."""
+    """A row of the table: options that can be combined."""
 
     pipeline: bool
-    """Whether it is the row of runs with more than one stage."""
+    """Whether the row is for runs with more than one pipeline stage."""
     zero_stages: tuple[int, ...]
     offload_stages: tuple[int, ...]
-    """ZeRO stages that can keep their optimizer in CPU memory."""
+    """ZeRO stages that can keep optimizer state in CPU memory."""
     files: tuple[str, ...]
-    """In ds_configs/."""
+    """Matching files in ds_configs/."""
 
 
 COMBINATIONS = (
@@ -69,8 +70,8 @@ COMBINATIONS = (
         offload_stages=(1, 2, 3),
         files=("zero{0,1,2,3}.json", "zero{1,2,3}_offload.json"),
     ),
-    # DeepSpeed's pipeline engine keeps whole gradients until the last micro-step, which ZeRO 2 and
-    # 3 would have spread by then. With offload in bf16 the tied embedding's copies drift apart, as
+    # DeepSpeed's pipeline engine keeps full gradients until the last micro-step; ZeRO 2 and 3 would
+    # have sharded them by then. With offload in bf16 the copies of the tied embedding diverge, as
     # with fp16 (see _half).
     Combination(
         pipeline=True,
@@ -92,24 +93,24 @@ class Rule:
 
     flag: str
     holds_if: str
-    """For the table: what must be so where the flag is given."""
+    """Condition that the flag requires, for the table."""
     refusal: Callable[[LayoutRequest], str | None]
-    """Why a run cannot be, with flags, values and remedy; None where it can."""
+    """Why a run is refused, with flags, values and remedy; None if it is not."""
 
 
 def check_layout_rules(asked: LayoutRequest) -> None:
-    """ConfigError for the first thing in the table that a run does not keep to."""
+    """Raise ConfigError for the first row or rule that a run violates."""
     refusals = [_refused_by_combinations(asked), *(rule.refusal(asked) for rule in RULES)]
     for refusal in filter(None, refusals):
         raise ConfigError(refusal)
 
 
 def layout_warnings(asked: LayoutRequest) -> list[str]:
-    """What trains, but badly."""
+    """Warnings about layouts that train, but inefficiently."""
     if asked.micro_steps < asked.pp:
         idle = (asked.pp - 1) / (asked.micro_steps + asked.pp - 1)
         return [
-            f"--pipeline-model-parallel-size {asked.pp} with {asked.micro_steps} micro-steps an "
+            f"--pipeline-model-parallel-size {asked.pp} with {asked.micro_steps} micro-steps per "
             f"optimizer step leaves every stage idle for {idle:.0%} of the time. Raise "
             "--global-batch-size, or use fewer stages."
         ]
@@ -117,12 +118,12 @@ def layout_warnings(asked: LayoutRequest) -> list[str]:
 
 
 def early_exit_layers(selection: SelectionOptions) -> int:
-    """Blocks before the early exit; 0 where the policy scores sequences without one."""
+    """Blocks before the early exit; 0 if the policy has none."""
     return policy_traits(selection).early_exit_blocks
 
 
 def layout_table() -> str:
-    """The table as markdown that also reads well in a terminal."""
+    """Render the table as markdown that also reads well in a terminal."""
     rows = [
         (
             "2 or more" if row.pipeline else "1",
@@ -152,13 +153,13 @@ def _refused_by_combinations(asked: LayoutRequest) -> str | None:
     stage = asked.zero_stage
     if stage not in row.zero_stages:
         return (
-            f"--zero-stage {stage} needs --pipeline-model-parallel-size 1 and this run has "
+            f"--zero-stage {stage} needs --pipeline-model-parallel-size 1, but this run has "
             f"{asked.pp}; use --zero-stage {row.zero_stages[-1]} with a pipeline."
         )
     if not asked.cpu_offload or stage in row.offload_stages:
         return None
     return (
-        f"--cpu-offload keeps ZeRO's partitions in CPU memory and --zero-stage {stage} has none. "
+        f"--cpu-offload keeps ZeRO's partitions in CPU memory, but --zero-stage {stage} has none. "
         f"Use --zero-stage {_one_of(row.offload_stages)}."
     )
 
@@ -188,7 +189,7 @@ def _sequence(asked: LayoutRequest) -> str | None:
         return None
     if asked.tp == 1:
         return (
-            "--sequence-parallel spreads positions over tensor-parallel ranks and "
+            "--sequence-parallel shards positions over tensor-parallel ranks, but "
             "--tensor-model-parallel-size is 1. Raise it, or leave out --sequence-parallel."
         )
     if asked.seq_length % asked.tp:
@@ -203,8 +204,8 @@ def _sequence(asked: LayoutRequest) -> str | None:
 def _depth(asked: LayoutRequest) -> str | None:
     if asked.num_layers < asked.pp:
         return (
-            f"--pipeline-model-parallel-size {asked.pp} needs a block a stage and --num-layers is "
-            f"{asked.num_layers}; use at most {asked.num_layers} stages."
+            f"--pipeline-model-parallel-size {asked.pp} needs one block per stage, but "
+            f"--num-layers is {asked.num_layers}; use at most {asked.num_layers} stages."
         )
     first = asked.num_layers - asked.pp + 1
     if asked.pp > 1 and asked.early_exit > first:
@@ -217,22 +218,22 @@ def _depth(asked: LayoutRequest) -> str | None:
 
 
 def _half(asked: LayoutRequest) -> str | None:
-    # DeepSpeed's optimizers for half precision without ZeRO add up gradients in 16 bits, take a
-    # step before the first one, and count the gradients of what tensor-parallel ranks share once a
-    # rank.
+    # DeepSpeed's half-precision optimizers without ZeRO accumulate gradients in 16 bits, run one
+    # extra step before the first, and count gradients of parameters that tensor-parallel ranks
+    # replicate once per rank.
     if (asked.bf16 or asked.fp16) and asked.zero_stage == 0:
         return (
-            f"--{'bf16' if asked.bf16 else 'fp16'} needs ZeRO and --zero-stage is 0; use "
+            f"--{'bf16' if asked.bf16 else 'fp16'} needs ZeRO, but --zero-stage is 0; use "
             "--zero-stage 1, which on one rank costs nothing."
         )
     return None
 
 
 def _fp16(asked: LayoutRequest) -> str | None:
-    # Never tried: it needs a GPU, and loss scaling meets the sum of the tied gradients here.
+    # Untested: it needs a GPU, and loss scaling interacts with the sum of the tied gradients.
     if asked.fp16 and asked.pp > 1:
         return (
-            f"--fp16 needs --pipeline-model-parallel-size 1 and this run has {asked.pp}; use "
+            f"--fp16 needs --pipeline-model-parallel-size 1, but this run has {asked.pp}; use "
             "--bf16 with a pipeline."
         )
     return None
@@ -244,24 +245,24 @@ def _split(asked: LayoutRequest) -> str | None:
     given = f"--pipeline-split {','.join(map(str, asked.split))}"
     if len(asked.split) != asked.pp:
         return (
-            f"{given} names {len(asked.split)} stages and --pipeline-model-parallel-size is "
-            f"{asked.pp}; give one number a stage, or leave it to the plan."
+            f"{given} names {len(asked.split)} stages, but --pipeline-model-parallel-size is "
+            f"{asked.pp}; give one number per stage, or leave out --pipeline-split."
         )
     if sum(asked.split) != asked.num_layers:
         return (
-            f"{given} has {sum(asked.split)} blocks and --num-layers is {asked.num_layers}; make "
+            f"{given} has {sum(asked.split)} blocks, but --num-layers is {asked.num_layers}; make "
             "them equal."
         )
     if asked.early_exit > asked.split[0]:
         return (
-            f"{given} gives the first stage {asked.split[0]} blocks and --eslm-proxy-layers "
+            f"{given} gives the first stage {asked.split[0]} blocks, but --eslm-proxy-layers "
             f"{asked.early_exit} must lie in it. Give it more, or lower --eslm-proxy-layers."
         )
     return None
 
 
 def _greats(asked: LayoutRequest) -> str | None:
-    # Its gradient products need whole layers and whole sequences' activations on one rank.
+    # Gradient products need unsharded layers and the activations of full sequences on one rank.
     if not asked.needs_gradients:
         return None
     for flag, value in (
@@ -270,13 +271,13 @@ def _greats(asked: LayoutRequest) -> str | None:
     ):
         if value > 1:
             return (
-                f"--selection greats takes inner products of whole gradients on each rank and "
-                f"{flag} is {value}. Set it to 1: data parallelism with ZeRO 0 or 1 is what greats "
-                "trains with."
+                f"--selection greats computes inner products of full gradients on each rank, but "
+                f"{flag} is {value}. Set it to 1; greats supports data parallelism with ZeRO 0 or "
+                "1."
             )
     if asked.zero_stage > 1:
         return (
-            f"--selection greats takes inner products of whole gradients on each rank and "
+            f"--selection greats computes inner products of full gradients on each rank, but "
             f"--zero-stage is {asked.zero_stage}; use --zero-stage 0 or 1."
         )
     return None
@@ -285,15 +286,15 @@ def _greats(asked: LayoutRequest) -> str | None:
 def _compile(asked: LayoutRequest) -> str | None:
     if asked.compiles and asked.zero_stage == 3:
         return (
-            "--compile with --zero-stage 3: the engine gathers weights layer by layer, in hooks "
-            "that compiled blocks would not call. Use --zero-stage 2 or less, or leave "
-            "--compile out."
+            "--compile with --zero-stage 3: the engine gathers weights layer by layer in hooks, "
+            "which compiled blocks would not call. Use --zero-stage 2 or less, or leave out "
+            "--compile."
         )
     if asked.compiles and asked.drops_out:
         return (
-            "--compile with --hidden-dropout or --attention-dropout: masks are drawn by name, for "
-            "each row anew, which would be compiled again and again. Set both to 0, or leave "
-            "--compile out."
+            "--compile with --hidden-dropout or --attention-dropout: each row draws its own "
+            "dropout mask, which would recompile the blocks again and again. Set both to 0, or "
+            "leave out --compile."
         )
     return None
 
@@ -302,7 +303,7 @@ def _last_mlp(asked: LayoutRequest) -> str | None:
     if not asked.last_mlp_kept:
         return None
     for reason, holds in {
-        "--sequence-parallel spreads that MLP's positions": asked.sequence_parallel,
+        "--sequence-parallel shards that MLP's positions": asked.sequence_parallel,
         "--zero-stage 3 gathers weights layer by layer": asked.zero_stage == 3,
         "--lora-rank trains adapters there": asked.trains_adapters,
     }.items():

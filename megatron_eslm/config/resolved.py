@@ -1,4 +1,4 @@
-"""Options of which nothing is open any more: what `resolve` makes of the parsed ones."""
+"""Resolved options: all values are set. `resolve` builds them from the parsed options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_eslm.model.options import ModelOptions
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedModel(ModelOptions):
-    """The model's options with a shape."""
+    """Model options with all of the shape set."""
 
     num_layers: int
     hidden_size: int
@@ -27,7 +27,7 @@ class ResolvedModel(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedTraining(TrainingOptions):
-    """Training options with sizes of batches and a number of steps."""
+    """Training options with batch sizes and number of steps set."""
 
     train_iters: int
     micro_batch_size: int
@@ -37,7 +37,7 @@ class ResolvedTraining(TrainingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedOptimizer(OptimizerOptions):
-    """Optimizer options with a schedule."""
+    """Optimizer options with the schedule set."""
 
     lr: float
     min_lr: float
@@ -47,7 +47,7 @@ class ResolvedOptimizer(OptimizerOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedEngine(EngineOptions):
-    """Engine options with a ZeRO stage."""
+    """Engine options with the ZeRO stage set."""
 
     zero_stage: int
 
@@ -56,12 +56,12 @@ R = TypeVar("R", ResolvedModel, ResolvedTraining, ResolvedOptimizer, ResolvedEng
 
 
 def resolved(cls: type[R], parsed: Any, **values: Any) -> R:
-    """Options of the resolved class: the parsed ones with these values.
+    """Build resolved options from parsed ones and these values.
 
     Args:
         cls: a subclass of the parsed options' class.
         parsed: the options.
-        values: of all fields that the class declares, none of them None.
+        values: values of all fields that `cls` declares; none may be None.
     """
     given = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(parsed)}
     return cls(**{**given, **values})

@@ -1,4 +1,4 @@
-"""All options of a run, what they resolve to, and the rules that cross components."""
+"""All options of a run: parsing, resolving, and rules across components."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ PAGES = {
 }
 
 AUTO_KEEP_LOGITS_BYTES = 2 * 2**30
-"""Logits of a micro-batch that `--head-logits auto` keeps at most."""
+"""Largest logits of a micro-batch that `--head-logits auto` keeps."""
 
 DEMO_ROWS = 20
 DEMO_PRESET = Preset(
@@ -89,12 +89,12 @@ DEMO_PRESET = Preset(
     lr_decay_iters=None,
     train_iters=300,
 )
-"""What runs where no --data-path is given: a model that two CPU cores train in minutes."""
+"""Preset used without --data-path: a model that two CPU cores train in minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a run was asked to do, with nothing left open. Never changed after resolve()."""
+    """The fully resolved options of a run. Immutable after resolve()."""
 
     model: ResolvedModel
     selection: SelectionOptions
@@ -110,43 +110,46 @@ class RunConfig:
     """Whether the demo corpus is the data."""
     dp_size: int
     gradient_accumulation_steps: int
-    """Micro-steps of a step that reads --global-batch-size; fewer while the batch ramps up."""
+    """Micro-steps per step that reads --global-batch-size; fewer while the batch ramps up."""
     deepspeed: dict[str, Any]
-    """What deepspeed.initialize gets."""
+    """The JSON passed to deepspeed.initialize."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Compute type."""
+        """Compute dtype."""
         if self.engine.bf16:
             return torch.bfloat16
         return torch.float16 if self.engine.fp16 else torch.float32
 
     @property
     def batch_schedule(self) -> BatchSchedule:
-        """How many sequences each step reads."""
+        """Number of sequences that each step reads."""
         return BatchSchedule(self.training.global_batch_size, self.training.rampup_batch_size)
 
     @property
     def step_shape(self) -> StepShape:
-        """Micro-batches of a rank in a step that reads --global-batch-size."""
+        """Micro-batches per rank in a step that reads --global-batch-size."""
         return StepShape(self.gradient_accumulation_steps, self.training.micro_batch_size)
 
     @property
     def step_shape_trained(self) -> StepShape:
-        """What of them is trained on at the run's alpha; in-model selection may drop rows of it."""
+        """The part of `step_shape` trained on at the run's alpha.
+
+        In-model selection drops rows of it later.
+        """
         if not policy_traits(self.selection).selects_per_step:
             return self.step_shape
         return self.step_shape.kept(self.selection.initial_alpha)
 
     def keeps_logits(self, shape: ModelShape) -> bool:
-        """Whether the head keeps its logits for the backward pass: `--head-logits`, resolved."""
+        """Whether the head keeps its logits for the backward pass (`--head-logits`, resolved)."""
         tokens = self.training.micro_batch_size * self.model.seq_length
         width = shape.padded_vocab_size // self.engine.tensor_model_parallel_size
         fits = tokens * width * self.dtype.itemsize <= AUTO_KEEP_LOGITS_BYTES
         return self.model.head_logits == "keep" or (self.model.head_logits == "auto" and fits)
 
     def shape(self, vocab_size: int) -> ModelShape:
-        """The model's shape once the tokenizer, and with it the vocabulary, is known."""
+        """The model's shape, given the tokenizer's vocabulary size."""
         m = self.model
         multiple = m.make_vocab_size_divisible_by * self.engine.tensor_model_parallel_size
         return ModelShape(
@@ -161,24 +164,24 @@ class RunConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for run.json and the metrics file."""
+        """Convert to plain values, for run.json and the metrics file."""
         return dataclasses.asdict(self)
 
 
 def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
-    """From the command line to what `resolve` takes, but for `world_size` and `stored`.
+    """Parse the command line into arguments of `resolve`, all but `world_size` and `stored`.
 
     Raises:
-        ConfigError: a flag or a value that cannot be used.
+        ConfigError: a flag or value cannot be used.
     """
     return parse_groups(GROUPS, argv, "Pretrain a GPT with selection in the training step.", PAGES)
 
 
 def parse_run(argv: Sequence[str], world_size: int) -> RunConfig:
-    """From the command line to a resolved run, without a look at data or checkpoints.
+    """Parse and resolve the command line without reading data or checkpoints.
 
     Raises:
-        ConfigError: whatever cannot be used, before anything is built.
+        ConfigError: a flag, value or combination cannot be used.
     """
     return resolve(world_size=world_size, **parse_flags(argv))
 
@@ -200,19 +203,19 @@ def resolve(
     stored: ModelShape | None = None,
     stored_scope: Scope | None = None,
 ) -> RunConfig:
-    """Fill what was left open and check every rule that crosses components.
+    """Fill in missing options and check all rules across components.
 
     Args:
         model, selection, objective, reference, data, training, optimizer, engine, checkpoint,
             report: as parsed.
         given: names of the flags that were set.
-        world_size: processes, unless --dry-run-world-size says how many.
-        stored: shape of the model in the checkpoint to load, where there is one.
-        stored_scope: --eslm-scope of the run that is continued, where one is.
+        world_size: number of processes; --dry-run-world-size overrides it.
+        stored: model shape in the checkpoint to load, if any.
+        stored_scope: --eslm-scope of the run to continue, if any.
 
     Raises:
-        MissingFlags: what nothing determines.
-        ConfigError: whatever cannot be used.
+        MissingFlags: required flags are not set and follow from nothing else.
+        ConfigError: a value or combination cannot be used.
     """
     world_size = report.dry_run_world_size or world_size
     if stored is not None:
@@ -355,7 +358,7 @@ def _check_model(model: ResolvedModel, selection: SelectionOptions) -> None:
     if depth and selection.eslm_proxy_stride > model.seq_length:
         raise ConfigError(
             f"--eslm-proxy-stride {selection.eslm_proxy_stride} is longer than --seq-length "
-            f"{model.seq_length}; it would score one position a sequence."
+            f"{model.seq_length}; it would score one position per sequence. Lower it."
         )
 
 
@@ -366,13 +369,13 @@ def _check_lora(
         return
     if checkpoint.load is None:
         raise ConfigError(
-            f"--lora-rank {model.lora_rank} trains adapters beside the weights of a model that "
-            "there is already, and --load names none. Give --load weights "
-            "(tools/convert_from_hf.py makes them of a Hugging Face GPT-2), or leave it out."
+            f"--lora-rank {model.lora_rank} trains adapters on top of existing weights, but --load "
+            "is not set. Give --load (tools/convert_from_hf.py converts a Hugging Face GPT-2), or "
+            "leave out --lora-rank."
         )
     if policy_traits(selection).needs_gradients:
         raise ConfigError(
-            f"--selection greats takes inner products of the gradients of all weights and "
+            f"--selection greats computes inner products of the gradients of all weights, but "
             f"--lora-rank {model.lora_rank} freezes them. Use another --selection, or leave out "
             "--lora-rank."
         )
@@ -385,20 +388,20 @@ def _check_reference(
     if needed and not reference.given:
         raise ConfigError(
             f"--selection {selection.selection} needs the losses of a reference model. Score the "
-            "text once with tools/score_reference.py and name the result with --reference-losses, "
-            "or give --reference a folder of checkpoints."
+            "text once with tools/score_reference.py and give its --name as --reference-losses, or "
+            "give --reference a folder of checkpoints."
         )
     if reference.given and not needed:
         flag = "--reference" if reference.reference is not None else "--reference-losses"
         raise ConfigError(
-            f"{flag} has no meaning with --selection {selection.selection}, which compares with no "
-            "reference model. Leave it out, or use --selection rho1."
+            f"{flag} has no meaning with --selection {selection.selection}, which uses no "
+            f"reference model. Leave out {flag}, or use --selection rho1."
         )
     if reference.reference_losses is not None and data.label_noise:
         raise ConfigError(
             f"--label-noise {data.label_noise:g} with --reference-losses "
-            f"{reference.reference_losses}: the stored losses are of the tokens that the text has, "
-            "not of permuted ones. Use --reference, which scores the targets as they are."
+            f"{reference.reference_losses}: the stored losses are those of the original targets, "
+            "not of the permuted ones. Use --reference, which scores the targets used in training."
         )
 
 
@@ -439,7 +442,7 @@ def _fill_training(
     accumulation_steps: int | None,
 ) -> ResolvedTraining:
     micro = fill(training, "micro_batch_size")
-    # The presets' 40 micro-steps are shared out over the ranks, as in the paper's runs.
+    # The presets' 40 micro-steps are divided among the ranks, as in the paper's runs.
     default = micro * (preset.gradient_accumulation_steps if preset else dp_size)
     if accumulation_steps is not None:
         default = micro * accumulation_steps * dp_size
@@ -471,8 +474,8 @@ def _fill_optimizer(
     )
     if warmup > training.train_iters:
         logger.warning(
-            "--train-iters %d ends before the warm-up of --lr-warmup-iters %d does: the learning "
-            "rate never reaches --lr %g.",
+            "--train-iters %d ends before the warm-up of --lr-warmup-iters %d: the learning rate "
+            "never reaches --lr %g.",
             training.train_iters,
             warmup,
             lr,

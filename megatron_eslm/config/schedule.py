@@ -1,4 +1,4 @@
-"""Warm-up and decay where only some of their flags are given: what nobody gave always fits."""
+"""Fill in warm-up and decay; defaults always fit the flags that are given."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.shape import Preset
 
 WARMUP_PART = 20
-"""The default warm-up takes one step in so many."""
+"""The default warm-up takes 1/WARMUP_PART of the steps."""
 
 
 def fill_schedule(
@@ -16,11 +16,11 @@ def fill_schedule(
 
     Args:
         train_iters: steps of the run, 1 or more.
-        warmup, decay: as given; None is open.
-        preset: whose values come first where they are open, and only if they fit.
+        warmup, decay: as given; None if not given.
+        preset: its values are preferred over defaults, if they fit.
 
     Raises:
-        ConfigError: both are given and the warm-up would not end before the decay does.
+        ConfigError: both are given and the warm-up does not end before the decay.
     """
     if warmup is not None and decay is not None:
         if warmup >= decay and warmup > 0:
@@ -32,7 +32,7 @@ def fill_schedule(
     if decay is None:
         decay = preset.lr_decay_iters if preset is not None else None
         decay = train_iters if decay is None else decay
-        if warmup:  # which may be given as long as the run, or longer than the preset's decay
+        if warmup:  # a given warm-up may be as long as the run, or longer than the preset's decay
             decay = max(decay, warmup + 1)
     if warmup is None:
         steps = min(train_iters, decay)

@@ -1,4 +1,4 @@
-"""What thresholds over sequences are taken over: `--eslm-scope`, resolved."""
+"""Resolve `--eslm-scope`: the set of sequences over which thresholds are computed."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def fill_scope(
     micro_steps: int,
     stored: Scope | None,
 ) -> SelectionOptions:
-    """Fill --eslm-scope where it was not given, and refuse one that cannot be or drops nothing.
+    """Fill in --eslm-scope if not given; refuse one that is unsupported or drops nothing.
 
     Args:
         selection: as parsed.
         dp_size: data-parallel ranks.
         pp_size: pipeline stages.
-        micro_batch_size: sequences of a micro-batch of one rank.
-        micro_steps: of a step that reads --global-batch-size.
-        stored: scope of the run that is continued, where one is.
+        micro_batch_size: sequences per micro-batch of one rank.
+        micro_steps: micro-steps per step that reads --global-batch-size.
+        stored: scope of the run to continue, if any.
 
     Raises:
         ConfigError: sequences cannot be selected within a micro-batch in a pipeline, or nothing
@@ -41,42 +41,43 @@ def fill_scope(
     given, alpha = selection.eslm_scope, selection.initial_alpha
     traits = policy_traits(selection)
     if not traits.selects_sequences or traits.needs_gradients or not alpha:
-        # Nothing that a scope decides; greats refuses what it cannot do in its own words.
+        # The scope has no effect here; greats has checks and messages of its own.
         return selection
     read = StepShape(micro_steps, micro_batch_size)
     kept = read.kept(alpha)
     dropped = 1 - kept.sequences / read.sequences
-    # By micro-steps alone, which are the same whatever ranks share them: by default every layout
+    # Depend on the micro-steps only, not on the number of ranks, so that by default every layout
     # trains the same model.
     near = abs(dropped - alpha) <= alpha / 3 + 1e-9
     whole = kept.micro_steps < micro_steps and near
     if pp_size > 1 and given is None and stored in ("global", "local"):
         logger.warning(
-            "--eslm-scope step, which is what a pipeline selects by; the run was begun with %s.",
+            "--eslm-scope step is used because pipelines support no other; the run was begun with "
+            "%s.",
             stored,
         )
         stored = None
     scope: Scope = given or stored or ("step" if whole or pp_size > 1 else "global")
     if pp_size > 1 and scope != "step":
         raise ConfigError(
-            f"--eslm-scope {scope} selects sequences in mid-model and a pipeline (here "
-            f"--pipeline-model-parallel-size {pp_size}) carries whole micro-batches. Use "
+            f"--eslm-scope {scope} selects sequences inside the model, but a pipeline (here "
+            f"--pipeline-model-parallel-size {pp_size}) carries full micro-batches. Use "
             "--eslm-scope step."
         )
     if scope == "step" and kept == read:
         instead = "" if pp_size > 1 else "; or use --eslm-scope global"
         more_alpha = f"raise --eslm-alpha above {0.5 / max(read):.3g}, " if max(read) > 1 else ""
         raise ConfigError(
-            f"--eslm-scope step drops whole micro-steps, or rows of each rank's micro-batches, and "
+            f"--eslm-scope step drops full micro-steps, or rows of each rank's micro-batches, but "
             f"--eslm-alpha {alpha:g} of {micro_steps} micro-step(s) of {micro_batch_size} row(s) "
-            f"rounds to none. To drop some {more_alpha}have {_least_that_drops(alpha)} micro-steps "
-            f"or more by a larger --global-batch-size, or rows by a larger --micro-batch-size"
-            f"{instead}."
+            f"rounds to none. To drop some, {more_alpha}have {_least_that_drops(alpha)} "
+            f"micro-steps or more (larger --global-batch-size) or more rows (larger "
+            f"--micro-batch-size){instead}."
         )
     if scope == "step" and not near:
         logger.warning(
             "--eslm-scope step drops %.1f %% of the sequences where --eslm-alpha is %g: %d "
-            "micro-steps of %d rows become %d of %d. More micro-steps come nearer.",
+            "micro-steps of %d rows become %d of %d. With more micro-steps the share comes nearer.",
             100 * dropped,
             alpha,
             *read,
@@ -84,10 +85,10 @@ def fill_scope(
         )
     if given is None and stored is None and scope == "global" and dp_size > 1:
         logger.warning(
-            "--eslm-scope global: the %d micro-steps of a step are too few to drop about "
-            "--eslm-alpha %g of them, so sequences are selected within each micro-batch, where "
-            "ranks wait for the one that keeps most. Have %d micro-steps or more by a smaller "
-            "--micro-batch-size or a larger --global-batch-size%s.",
+            "--eslm-scope global: %d micro-steps per step are too few to drop about --eslm-alpha "
+            "%g of them, so sequences are selected within each micro-batch, where ranks wait for "
+            "the one that keeps most. Have %d micro-steps or more (smaller --micro-batch-size or "
+            "larger --global-batch-size)%s.",
             micro_steps,
             alpha,
             _least_that_drops(alpha),
@@ -99,7 +100,7 @@ def fill_scope(
 def warn_of_ramp(
     selection: SelectionOptions, schedule: BatchSchedule, micro_batch_size: int, dp_size: int
 ) -> None:
-    """Say where a ramp begins with batches of which nothing is dropped ahead of a step."""
+    """Warn if the first batches of a ramp are too small to drop anything."""
     alpha = selection.initial_alpha
     if not (alpha and policy_traits(selection).selects_per_step):
         return
@@ -110,7 +111,7 @@ def warn_of_ramp(
             whole.append(size)
     if whole:
         logger.warning(
-            "--rampup-batch-size: batches of up to %d sequences are trained on whole; they have "
+            "--rampup-batch-size: batches of up to %d sequences are trained on in full; they have "
             "too few micro-steps to drop one at --eslm-alpha %g.",
             max(whole),
             alpha,
@@ -118,5 +119,5 @@ def warn_of_ramp(
 
 
 def _least_that_drops(alpha: float) -> int:
-    """The fewest micro-steps of which one is dropped: more than half of one is alpha of them."""
+    """The fewest micro-steps of which one is dropped: alpha of them is more than half of one."""
     return max(2, math.floor((0.5 + 1e-9) / alpha) + 1)

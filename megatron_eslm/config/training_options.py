@@ -28,51 +28,51 @@ class TrainingOptions:
     """Training."""
 
     train_iters: Annotated[int, ONE_OR_MORE] | None = None
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the run, including those before --load."""
 
     micro_batch_size: Annotated[int, ONE_OR_MORE] | None = None
-    """Sequences a rank reads a micro-step (M): what selection chooses among, together with the
-    other data-parallel ranks."""
+    """Sequences per rank and micro-step (M). In-model selection chooses among those of all
+    data-parallel ranks."""
 
     global_batch_size: Annotated[int, ONE_OR_MORE] | None = None
-    """Sequences read an optimizer step over all ranks and micro-steps; default: 40 micro-steps for
-    the presets, one otherwise."""
+    """Sequences per optimizer step, over all ranks and micro-steps. Default: 40 micro-steps for the
+    presets, one otherwise."""
 
     rampup_batch_size: tuple[Annotated[int, ONE_OR_MORE], ...] = ()
-    """START INCREMENT SAMPLES, as in Megatron-LM: the batch grows from START sequences to
-    --global-batch-size over the first SAMPLES samples. A step that begins after c of them reads
-    START + floor(c n / SAMPLES) INCREMENT sequences, n = (global batch size - START) / INCREMENT;
-    from c = SAMPLES on it reads --global-batch-size. Each batch must be a multiple of
-    --micro-batch-size times the data-parallel ranks. Skipped samples count."""
+    """START INCREMENT SAMPLES, as in Megatron-LM: grow the batch from START sequences to
+    --global-batch-size over the first SAMPLES samples. A step that begins after c samples reads
+    START + floor(c n / SAMPLES) INCREMENT sequences, with n = (global batch size - START) /
+    INCREMENT; from c = SAMPLES on it reads --global-batch-size. Each batch size must be a multiple
+    of --micro-batch-size times the data-parallel ranks. Skipped samples count."""
 
     skip_samples: tuple[str, ...] = ()
-    """Ranges A:B of the training order that are not trained on: samples A to B - 1, counted from
-    0, as warnings about scores that are not finite name them. Checkpoints carry them on; a range
-    that begins before the position of --load is refused."""
+    """Ranges A:B of the training order to skip: samples A to B - 1, counted from 0, as warnings
+    about non-finite scores print them. Stored in checkpoints; a range that begins before the
+    position of --load is refused."""
 
     seed: Annotated[int, Range(at_least=0, below=2**32)] = 1234
-    """Initial weights, data order, dropout and random selection."""
+    """Seed of initial weights, data order, dropout and random selection."""
 
     log_interval: Annotated[int, ONE_OR_MORE] = 10
     """Steps between progress lines."""
 
     eval_interval: Annotated[int, ONE_OR_MORE] | None = None
-    """Steps between evaluations; default 1000, or a tenth of --train-iters if that is less. The
+    """Steps between evaluations. Default: 1000, or a tenth of --train-iters if that is less. The
     last step is always evaluated."""
 
     eval_iters: Annotated[int, NOT_NEGATIVE] = 200
-    """Global micro-batches an evaluation reads at most; it never reads a token twice. 0 evaluates
-    nothing."""
+    """Global micro-batches per evaluation at most; no token is read twice. 0 turns evaluation
+    off."""
 
     exit_interval: Annotated[int, ONE_OR_MORE] | None = None
-    """Save and stop after the step whose number is a multiple of this."""
+    """Save and stop at the next step that is a multiple of this."""
 
     exit_duration_minutes: Annotated[float, Range(above=0, at_most=MOST_MINUTES)] | None = None
-    """Save and stop after the first step that ends so long after the program began."""
+    """Save and stop after the first step that ends more than this many minutes after the start."""
 
     exit_signal: str | None = None
-    """A signal that has the run save and stop after the step under way, as SIGTERM and SIGINT
-    always do: USR1, USR2, HUP or XCPU. The exit code, 128 + its number, tells it from them."""
+    """Signal on which to save and stop after the current step, as on SIGTERM and SIGINT: USR1,
+    USR2, HUP or XCPU. The exit code is 128 + the signal's number."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -86,14 +86,14 @@ class TrainingOptions:
 
     @property
     def stop_signals(self) -> tuple[signal.Signals, ...]:
-        """The signals that stop the run: SIGTERM, SIGINT and that of --exit-signal."""
+        """Signals that stop the run: SIGTERM, SIGINT and --exit-signal."""
         if self.exit_signal is None:
             return ALWAYS
         name = self.exit_signal.upper().removeprefix("SIG")
         if name not in EXIT_SIGNALS:
             raise ConfigError(
                 f"--exit-signal {self.exit_signal} is not one of {', '.join(EXIT_SIGNALS)}. "
-                "SIGTERM and SIGINT stop a run without it."
+                "SIGTERM and SIGINT always stop a run."
             )
         return (*ALWAYS, signal.Signals[f"SIG{name}"])
 
@@ -103,32 +103,32 @@ class OptimizerOptions:
     """Optimizer: AdamW, cosine decay with linear warm-up (Table 4 of the paper)."""
 
     lr: Annotated[float, NOT_NEGATIVE] | None = None
-    """Highest learning rate."""
+    """Peak learning rate."""
 
     min_lr: Annotated[float, NOT_NEGATIVE] | None = None
-    """Learning rate at the end of the decay; default: a tenth of --lr."""
+    """Learning rate at the end of the decay. Default: a tenth of --lr."""
 
     lr_warmup_iters: Annotated[int, NOT_NEGATIVE] | None = None
-    """Steps of linear warm-up; default: a twentieth of --train-iters, or of --lr-decay-iters where
+    """Steps of linear warm-up. Default: a twentieth of --train-iters, or of --lr-decay-iters if
     that is less."""
 
     lr_decay_iters: Annotated[int, NOT_NEGATIVE] | None = None
-    """Step at which --min-lr is reached; default: --train-iters, or the end of a longer warm-up."""
+    """Step at which --min-lr is reached. Default: --train-iters, or the end of a longer warm-up."""
 
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.1
-    """Decay of matrices; biases and norms are not decayed."""
+    """Weight decay of matrices; biases and norms are not decayed."""
 
     adam_beta1: Annotated[float, BELOW_ONE] = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
 
     adam_beta2: Annotated[float, BELOW_ONE] = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
 
     adam_eps: Annotated[float, POSITIVE] = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
 
     clip_grad: Annotated[float, NOT_NEGATIVE] = 1.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Clip the gradient to this norm; 0 does not clip."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -145,18 +145,18 @@ class EngineOptions:
     """Compute in float16 with loss scaling."""
 
     zero_stage: int | None = None
-    """ZeRO stage 0, 1, 2 or 3; default: that of --deepspeed_config, else 0 in float32 and 1 in
+    """ZeRO stage 0, 1, 2 or 3. Default: the stage in --deepspeed_config, else 0 in float32 and 1 in
     half precision (gradients then accumulate in float32)."""
 
     cpu_offload: bool = False
-    """Keep master weights and moments in CPU memory (ZeRO 1, 2, 3)."""
+    """Keep master weights and Adam moments in CPU memory (ZeRO 1, 2, 3)."""
 
     tensor_model_parallel_size: Annotated[int, ONE_OR_MORE] = 1
-    """Ranks that share each layer's columns."""
+    """Ranks across which each layer's matrices are sharded."""
 
     sequence_parallel: bool = False
-    """Tensor-parallel ranks also share the positions of norms, dropout and residual stream, which
-    saves their activations (needs --tensor-model-parallel-size above 1)."""
+    """Also shard positions of norms, dropout and residual stream over tensor-parallel ranks, which
+    saves activation memory (needs --tensor-model-parallel-size above 1)."""
 
     pipeline_model_parallel_size: Annotated[int, ONE_OR_MORE] = 1
     """Pipeline stages."""
@@ -170,20 +170,20 @@ class EngineOptions:
     CPU runs are deterministic anyway."""
 
     pipeline_split: Annotated[str, Commas()] | None = None
-    """Blocks of each pipeline stage, as in 4,4,3,1; default: the split whose most expensive stage
-    is cheapest (--dry-run prints it)."""
+    """Blocks per pipeline stage, as in 4,4,3,1. Default: the split that minimizes the cost of the
+    most expensive stage (--dry-run prints it)."""
 
     deepspeed_config: str | None = None
-    """DeepSpeed JSON to start from (ds_configs/ has one for each ZeRO stage). Flags fill what it
-    leaves open or sets to "auto"; where both set a value they must agree."""
+    """DeepSpeed JSON to start from (ds_configs/ has one for each ZeRO stage). Flags fill keys that
+    are missing or "auto"; where both set a value, they must agree."""
 
     distributed_timeout_minutes: Annotated[float, Range(above=0, at_most=MOST_MINUTES)] = 10.0
-    """How long no rank may go on before the job ends with a message that names the one to blame;
-    collectives wait twice that and a minute."""
+    """Abort the job if no rank makes progress for this many minutes; the message names the rank at
+    fault. Collectives time out after twice this plus one minute."""
 
     rendezvous_timeout_minutes: Annotated[float, Range(above=0, at_most=MOST_MINUTES)] = 5.0
-    """How long a rank waits in the start for the others, before the job ends with a message that
-    names the missing ones."""
+    """Abort the job if a rank waits longer than this for the others at startup; the message names
+    the missing ranks."""
 
     local_rank: int | None = None
     """Set by the deepspeed launcher."""
@@ -191,19 +191,19 @@ class EngineOptions:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.bf16 and self.fp16:
-            raise ConfigError("--bf16 and --fp16 exclude each other; give one of them.")
+            raise ConfigError("--bf16 and --fp16 exclude each other; give only one of them.")
         if self.zero_stage is not None and self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"--zero-stage {self.zero_stage} is not one of 0, 1, 2, 3.")
         _ = self.pipeline_blocks
 
     @property
     def collective_timeout_seconds(self) -> float:
-        """Longer than the watchdog's, which can tell for whom a collective waits."""
+        """Timeout of collectives: longer than the watchdog's, which can name the rank at fault."""
         return 2 * 60.0 * self.distributed_timeout_minutes + 60.0
 
     @property
     def pipeline_blocks(self) -> tuple[int, ...] | None:
-        """--pipeline-split as numbers; None where it is not given."""
+        """--pipeline-split as numbers; None if not given."""
         if self.pipeline_split is None:
             return None
         words = [word.strip() for word in self.pipeline_split.split(",")]
@@ -220,41 +220,41 @@ class CheckpointOptions:
     """Checkpoints."""
 
     save: str | None = None
-    """Folder for checkpoints; also written at the end and on SIGTERM or SIGINT."""
+    """Folder for checkpoints. One is also saved at the end and on SIGTERM or SIGINT."""
 
     load: str | None = None
-    """Folder of checkpoints to continue from (its newest complete one), or one checkpoint. May
-    equal --save: then an empty folder starts a new run, which suits jobs that are requeued. It
-    brings the flags of the model's shape along."""
+    """Checkpoint to continue from, or a folder of checkpoints (the newest complete one is loaded).
+    May equal --save: an empty folder then starts a new run, which suits requeued jobs. The
+    checkpoint also sets the flags of the model's shape."""
 
     save_interval: Annotated[int, ONE_OR_MORE] = 1000
     """Steps between checkpoints."""
 
     keep_last: Annotated[int, NOT_NEGATIVE] = 2
-    """Checkpoints to keep; older ones are removed once a newer one is complete. 0 keeps all."""
+    """Number of checkpoints to keep; older ones are removed once a newer one is complete. 0 keeps
+    all."""
 
     allow_data_change: bool = False
     """Continue although data, mixture, seed or batch size differ from the checkpoint's. Reading
-    goes on behind the samples that were consumed, whatever the batch size; where the order of
-    samples is another one, that number counts in the new order."""
+    resumes after the number of samples consumed so far, whatever the batch size. If the order of
+    samples changed, that number is a position in the new order."""
 
     reset_optimizer: bool = False
-    """Take weights and position from --load and begin with fresh Adam moments, step count and loss
-    scale; the learning rate stays on its schedule. A requeued job (--load equal to --save) does so
-    once: not from a checkpoint that a run with this flag has saved."""
+    """Load weights and position from --load, but reset Adam moments, step count and loss scale; the
+    learning rate stays on its schedule. A requeued job (--load equal to --save) resets only once:
+    not from a checkpoint saved by a run with this flag."""
 
     allow_method_change: bool = False
-    """Continue although what is trained on, or what is minimised, differs from the checkpoint's:
-    --selection, --eslm-score, --eslm-level or --distill."""
+    """Continue although the method differs from the checkpoint's: --selection, --eslm-score,
+    --eslm-level or --distill."""
 
     finetune: bool = False
-    """Start a new run from the weights of --load, a checkpoint of training or of weights alone:
-    iteration 0, a schedule and an optimizer of its own, the first sample. --save must be another
-    folder."""
+    """Start a new run from the weights of --load, which may be a full or a weights-only checkpoint:
+    step, data, schedule and optimizer start afresh. --save must be a different folder."""
 
     @property
     def continues_itself(self) -> bool:
-        """Whether the run loads from where it saves: the habit of jobs that are requeued."""
+        """Whether --load equals --save, as in jobs that are requeued."""
         if self.load is None or self.save is None:
             return False
         return Path(self.load).resolve() == Path(self.save).resolve()
@@ -263,8 +263,8 @@ class CheckpointOptions:
         check_fields(self)
         if self.reset_optimizer and self.load is None:
             raise ConfigError(
-                "--reset-optimizer needs a checkpoint whose weights go on: give --load, or leave "
-                "it out."
+                "--reset-optimizer needs a checkpoint to continue from. Give --load, or leave out "
+                "--reset-optimizer."
             )
         if self.finetune:
             self._check_finetune()
@@ -272,14 +272,14 @@ class CheckpointOptions:
     def _check_finetune(self) -> None:
         if self.load is None:
             raise ConfigError(
-                "--finetune starts from the weights of a checkpoint and --load names none. Give "
-                "--load, or leave it out."
+                "--finetune starts from the weights of a checkpoint, and --load is not set. Give "
+                "--load, or leave out --finetune."
             )
         if self.continues_itself:
             raise ConfigError(
                 f"--finetune starts a new run from --load {self.load}, and --save {self.save} is "
-                "where that run saves. Save to another folder; or leave out --finetune to continue "
-                "the run."
+                "the same folder. Save to another folder, or leave out --finetune to continue the "
+                "run."
             )
 
 
@@ -288,29 +288,30 @@ class ReportOptions:
     """Reports."""
 
     metrics_file: str | None = None
-    """Write a JSON object a line at every --log-interval and evaluation."""
+    """Write one JSON object per line at every --log-interval and evaluation to this file."""
 
     dump_selection: str | None = None
-    """Folder for one .npz a step: tokens, scores, what was kept."""
+    """Folder for one .npz per step with tokens, scores and keep decisions."""
 
     profile: str | None = None
-    """Folder for traces of a few steps by torch.profiler, one per rank, to open in Perfetto."""
+    """Folder for torch.profiler traces of a few steps, one per rank, to open in Perfetto."""
 
     profile_step_start: Annotated[int, ONE_OR_MORE] = 10
-    """First step of --profile."""
+    """First step to profile."""
 
     profile_step_end: Annotated[int, ONE_OR_MORE] = 12
-    """Last step of --profile."""
+    """Last step to profile."""
 
     dry_run: bool = False
-    """Print steps, tokens, epochs per domain, parameters, memory, FLOPs and a pipeline's plan, and
-    train nothing."""
+    """Print steps, tokens, epochs per domain, parameters, memory, FLOPs and the pipeline plan, and
+    exit without training."""
 
     dry_run_world_size: Annotated[int, ONE_OR_MORE] | None = None
-    """Processes that --dry-run describes, instead of those that were started."""
+    """Number of processes that --dry-run assumes. Default: those that were started."""
 
     peak_tflops: Annotated[float, POSITIVE] | None = None
-    """Peak of one device in the compute type, for MFU; known for common GPUs."""
+    """Peak TFLOP/s of one device in the compute dtype, for MFU. Default: known values for common
+    GPUs."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -321,6 +322,6 @@ class ReportOptions:
             )
         if self.dry_run_world_size is not None and not self.dry_run:
             raise ConfigError(
-                f"--dry-run-world-size {self.dry_run_world_size} says what --dry-run describes; "
+                f"--dry-run-world-size {self.dry_run_world_size} has no effect without --dry-run; "
                 "give that too, or leave it out."
             )

@@ -1,1 +1,1 @@
-"""What a run computes and holds: FLOPs, memory, and how blocks are spread over pipeline stages."""
+"""Cost of a run: FLOPs, memory, and the assignment of blocks to pipeline stages."""

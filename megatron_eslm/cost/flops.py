@@ -1,8 +1,8 @@
-"""FLOPs ledgers: the matrix products that were executed, and the paper's accounting.
+"""FLOPs accounting: the matmuls executed, and the paper's formula.
 
-A product of [a, b] and [b, c] counts 2abc. Attention counts its full T x T square, as torch's
-FlopCounterMode does, and its backward pass 2.5 times the forward one (the flash kernels compute the
-scores again).
+A matmul of [a, b] and [b, c] counts 2abc. Attention counts its full T x T square, as torch's
+FlopCounterMode does, and its backward pass 2.5 times the forward pass (flash kernels recompute the
+scores).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from megatron_eslm.model.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one step processed, over all data-parallel ranks."""
+    """Positions processed by one step, over all data-parallel ranks."""
 
     tokens: int
     """Positions read (rows x T)."""
     tokens_deep: int
-    """Positions that went through the blocks behind the selector (kept rows x T)."""
+    """Positions that passed through the blocks after the selector (kept rows x T)."""
     tokens_scored: int
     """Positions whose logits the head computed."""
     tokens_trained: int
@@ -36,16 +36,16 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCost:
-    """What a teacher adds to a step."""
+    """Cost of a teacher."""
 
     shape: ModelShape
     runs: Callable[[], bool]
-    """Whether it does so in the step under way; SALT's ends one day."""
+    """Whether the teacher runs in the current step (SALT stops after --salt-iters)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlopsModel:
-    """FLOPs of a step of one model and policy."""
+    """FLOPs per step for one model and policy."""
 
     shape: ModelShape
     seq_length: int
@@ -55,33 +55,32 @@ class FlopsModel:
     """Whether an early exit scores sequences with the head."""
     proxy_stride: int = 1
     ahead: bool = False
-    """Whether sequences are selected ahead of the step: the early exit's blocks then run once more,
-    forward, over all that is read."""
+    """Whether sequences are selected before the step. The early exit's blocks then run one extra
+    forward pass over everything read."""
     logits_recomputed: bool = False
     blocks_recomputed: bool = False
-    """Whether the backward pass computes the blocks' activations again."""
+    """Whether the backward pass recomputes the blocks' activations."""
     alignment_rows: tuple[int, int] | None = None
-    """Candidates and validation rows of the pass by which GREATS chooses, before each micro-step
-    of a rank that drops any (training.gradient_alignment)."""
+    """Candidates and validation rows of GREATS' selection pass (training.gradient_alignment), which
+    runs before each of a rank's micro-steps if it drops any."""
 
     teacher: TeacherCost | None = None
     reference: ModelShape | None = None
-    """Of the reference model that scores what is read, where one runs beside training."""
+    """Shape of the reference model that scores tokens during training, if any."""
     refers: Callable[[], bool] | None = None
-    """Whether it runs in the step under way: nothing is compared while alpha is 0. None: always."""
+    """Whether the reference model runs in the current step; not while alpha is 0. None: always."""
     last_mlp_kept: bool = False
     """Whether the backward pass of the last block's MLP is over the tokens in the loss only."""
     lora_rank: int = 0
-    """Of adapters, where nothing else trains: frozen layers have no product for a gradient of their
-    weights."""
+    """Rank of adapters, if only adapters train: frozen layers compute no weight gradients."""
 
     def block(self, work: Work, number: int) -> float:
-        """Matrix products of one block, forward and backward.
+        """FLOPs of one block, forward and backward.
 
-        Blocks before a selector in mid-model run backward over all rows (with zero gradients for
-        dropped ones), blocks behind it see kept rows only. Where rows are selected ahead, all do.
-        With adapters nothing before those of the first block trains, so that nothing goes back to
-        its input.
+        Blocks before an in-model selector run backward over all rows (with zero gradients for
+        dropped ones); blocks after it see kept rows only. If rows are selected before the step, all
+        blocks see kept rows only. With adapters nothing before the first block's adapters trains,
+        so no gradient of that block's input is computed.
         """
         linear, attention = block_forward(self.shape, self.seq_length)
         again = 1 if self.blocks_recomputed else 0
@@ -96,14 +95,14 @@ class FlopsModel:
                 products -= 2 * (3 * d * d + self.lora_rank * d)
         total = tokens * (products + (3.5 + again) * attention)
         if self.last_mlp_kept and number == self.shape.num_layers - 1:
-            mlp = 4 * self.shape.hidden_size * self.shape.ffn_hidden_size  # forward, a token
+            mlp = 4 * self.shape.hidden_size * self.shape.ffn_hidden_size  # forward, per token
             total -= 2 * mlp * (work.tokens_deep - work.tokens_trained)
         return total
 
     def scoring(self, work: Work) -> float:
-        """Matrix products by which the early exit scores what is read: forward only.
+        """FLOPs of the early exit's scoring, forward only.
 
-        Its head; and its blocks, where they run for it alone.
+        Counts its head, and its blocks if they run for scoring alone.
         """
         if not self._scores(work):
             return 0.0
@@ -115,24 +114,23 @@ class FlopsModel:
         return work.tokens * (head + (blocks if self.ahead else 0.0))
 
     def _scores(self, work: Work) -> bool:
-        """Whether anything is scored: where the step drops no sequence, nothing is."""
+        """Whether the early exit runs: not in steps that drop no sequence."""
         return self.proxy and work.tokens_deep < work.tokens
 
     def head(self, work: Work) -> float:
-        """Matrix products of the final head, whose backward pass sees kept tokens only, and of the
-        frozen models beside it.
-        """
+        """FLOPs of the final head, with backward over kept tokens only, and of frozen models."""
         products = 3 if self.logits_recomputed else 2
         if self._is_taught and self.logits_recomputed:
-            products += 1  # the divergence needs the logits in the forward pass, too
+            products += 1  # the divergence recomputes the logits in the forward pass, too
         if self.lora_rank:
             products -= 1  # a frozen head has no gradient
         own = head_forward(self.shape) * (work.tokens_scored + products * work.tokens_trained)
         return own + self.teaching(work) + self.referring(work)
 
     def teaching(self, work: Work) -> float:
-        """Matrix products of the teacher: kept sequences through its blocks, forward; tokens in the
-        loss through its head, whose logits the backward pass computes again.
+        """FLOPs of the teacher: forward over kept sequences, and logits of tokens in the loss.
+
+        The logits count twice, since the backward pass recomputes them.
         """
         if not self._is_taught:
             return 0.0
@@ -145,7 +143,7 @@ class FlopsModel:
         )
 
     def referring(self, work: Work) -> float:
-        """Matrix products of the reference model: a forward pass over what the head scores."""
+        """FLOPs of the reference model: a forward pass over kept sequences and scored tokens."""
         if not self._refers:
             return 0.0
         assert self.reference is not None
@@ -165,11 +163,11 @@ class FlopsModel:
         return self.teacher is not None and self.teacher.runs()
 
     def alignment(self, work: Work) -> float:
-        """Matrix products of the pass by which GREATS chooses.
+        """FLOPs of GREATS' selection pass.
 
-        Forward and, for activations alone, backward over candidates and validation rows; one
-        gradient of the linear layers over validation rows and its product with candidates; and for
-        each pair of candidates the products of positions of both factors.
+        Counts a forward pass and an activation-only backward pass over candidates and validation
+        rows, the weight gradient of the linear layers over validation rows and its product with the
+        candidates, and the products between positions for each pair of candidates.
         """
         if not self._aligns(work):
             return 0.0
@@ -183,7 +181,7 @@ class FlopsModel:
         return self._num_alignments(work) * (passes + self._pairs())
 
     def _aligns(self, work: Work) -> bool:
-        # Where the keep rule keeps every row there is nothing to choose, and the pass is left out.
+        # If the keep rule keeps every row, the pass is skipped.
         return self.alignment_rows is not None and work.tokens_deep < work.tokens
 
     def _num_alignments(self, work: Work) -> float:
@@ -191,7 +189,7 @@ class FlopsModel:
         return work.tokens / (self.seq_length * self.alignment_rows[0])
 
     def _pairs(self) -> float:
-        """Products of positions for every pair of candidates of one micro-step."""
+        """FLOPs of products between positions, over all pairs of candidates of a micro-step."""
         assert self.alignment_rows is not None
         s, candidates = self.shape, self.alignment_rows[0]
         d, f = s.hidden_size, s.ffn_hidden_size
@@ -202,7 +200,7 @@ class FlopsModel:
         return pairs * 2 * self.seq_length**2 * (blocks + embedding)
 
     def executed(self, work: Work) -> float:
-        """Matrix products that ran, forward and backward. The embedding, a lookup, has none."""
+        """FLOPs of all executed matmuls, forward and backward. The embedding is a lookup: none."""
         blocks = sum(self.block(work, number) for number in range(self.shape.num_layers))
         return self.scoring(work) + blocks + self.head(work) + self.alignment(work)
 
@@ -220,13 +218,13 @@ class FlopsModel:
     def paper(self, work: Work) -> float:
         """Section 3, "FLOPs accounting", of the ESLM paper.
 
-        6N + 12 L H Q T a token of the kept sequences; the proxy 2 N_proxy + 6 L' H Q T + 2 D V a
-        token read; 4 D V + 32 D^2 + 8 D saved a masked token. N counts every parameter once,
-        N_proxy embeddings, norms and the first L' blocks. The paper runs the proxy apart from the
-        training pass, so its L' blocks count twice here as they do there. A teacher, of which it
-        says nothing, counts as its forward pass: 2 N a token of the kept sequences. So does the
-        reference model of Rho-1, whose forward pass Appendix D.4 adds. Of adapters it knows
-        nothing: they change no number here.
+        6N + 12 L H Q T per token of kept sequences; for the proxy 2 N_proxy + 6 L' H Q T + 2 D V
+        per token read; minus 4 D V + 32 D^2 + 8 D per masked token. N counts every parameter once,
+        N_proxy embeddings, norms and the first L' blocks. The paper runs the proxy separately from
+        the training pass, so its L' blocks count twice, here as there. The paper does not cover
+        teachers: one counts as its forward pass, 2 N per token of kept sequences. So does Rho-1's
+        reference model, whose forward pass Appendix D.4 adds. Adapters are not covered either and
+        change nothing here.
         """
         s = self.shape
         d, v, hqt = s.hidden_size, s.padded_vocab_size, s.hidden_size * self.seq_length
@@ -236,8 +234,8 @@ class FlopsModel:
             n_proxy = s.num_params_embedding + self.selector_depth * s.num_params_block + 2 * d
             total += work.tokens * (2.0 * n_proxy + 6 * self.selector_depth * hqt + 2 * d * v)
         if self._aligns(work):
-            # Appendix D.4: forward on candidates and validation rows, backward to activations,
-            # and the ghost products.
+            # Appendix D.4: forward on candidates and validation rows, backward to activations, and
+            # ghost products.
             assert self.alignment_rows is not None
             tokens = self.seq_length * sum(self.alignment_rows)
             one = tokens * (4.0 * s.num_params + 12 * s.num_layers * hqt) + self._pairs()
@@ -268,7 +266,7 @@ _DENSE_PEAK_TFLOPS = (
 
 
 def device_peak_flops(device_name: str, override_tflops: float | None) -> float | None:
-    """Dense half-precision peak in FLOP/s; None where it is not known (CPUs, float32 runs)."""
+    """Dense half-precision peak in FLOP/s; None if unknown (CPUs, other devices)."""
     if override_tflops is not None:
         return override_tflops * 1e12
     for pattern, tflops in _DENSE_PEAK_TFLOPS:

@@ -1,4 +1,4 @@
-"""Whether the last MLP's backward pass runs over kept tokens: `--last-mlp-backward`, resolved."""
+"""Resolve `--last-mlp-backward`: whether the last MLP runs backward over kept tokens only."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.selection.build import policy_traits
 
 KEPT_MLP_PAYS_FROM = {"cuda": 190, "cpu": 25}
-"""From which product of width and alpha on it pays. It saves 32 alpha D^2 operations a token, at
-300 TFLOP/s (a core: 0.1), and reads and writes 10 D values of the rows that it picks, at 2 TB/s in
-16 bits (a core: 10 GB/s in 32)."""
+"""Smallest hidden size x alpha for which skipping dropped tokens pays. It saves 32 alpha D^2
+operations per token, at 300 TFLOP/s (0.1 per CPU core), but reads and writes 10 D values per
+selected row, at 2 TB/s in 16 bits (10 GB/s per CPU core in 32 bits)."""
 
 
 def last_mlp_kept(run: RunConfig, shape: ModelShape, device_type: str | None = None) -> bool:
-    """What --last-mlp-backward comes to.
+    """Resolve --last-mlp-backward.
 
     Args:
-        run: whose layout the table of config/layouts.py has checked.
-        shape: of the model.
-        device_type: what it would run on; None is this machine's.
+        run: the run; its layout was checked by config/layouts.py.
+        shape: the model's shape.
+        device_type: device to run on; None: this machine's.
 
     Raises:
-        ConfigError: it is asked for where no token is dropped.
+        ConfigError: `kept` is requested although no token is dropped.
     """
     asked, engine = run.model.last_mlp_backward, run.engine
     traits = policy_traits(run.selection)
@@ -33,7 +33,7 @@ def last_mlp_kept(run: RunConfig, shape: ModelShape, device_type: str | None = N
         if not drops:
             raise ConfigError(
                 f"--last-mlp-backward kept with --selection {run.selection.selection}: all tokens "
-                "that get there are in its loss. Leave it out."
+                "that reach the last MLP are in the loss. Leave out --last-mlp-backward."
             )
         return True
     whole = engine.zero_stage != 3 and not engine.sequence_parallel and run.model.lora is None

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run will read, hold and compute, before any of it happens."""
+"""Estimate the device memory of a run, for `--dry-run` and the planner."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class MemoryEstimate:
     """Bytes on one rank."""
 
     stage: int
-    """The pipeline stage that the rank is in."""
+    """The rank's pipeline stage."""
     weights: float
     gradients: float
     optimizer: float
     activations: float
     head: float
     alignment: float = 0.0
-    """What the pass by which GREATS chooses holds beyond activations and head: neither is there at
-    the same time."""
+    """Memory of GREATS' selection pass beyond activations and head, which do not exist at the same
+    time."""
     teacher: float = 0.0
     reference: float = 0.0
     buckets: float = 0.0
@@ -46,16 +46,16 @@ class MemoryEstimate:
 def estimate_memory(
     run: RunConfig, shape: ModelShape, plan: StagePlan, flops: FlopsModel
 ) -> MemoryEstimate:
-    """Device memory of a rank of the stage that needs most, from what each part stores.
+    """Estimate device memory per rank, for the stage that needs most.
 
-    Neither the allocator's overhead nor buffers of collectives are in it. Activations are those of
-    a rank that keeps all of its rows, as one of several data-parallel ranks may.
+    Excludes the allocator's overhead and buffers of collectives. Activations assume a rank that
+    keeps all of its rows, as one of several data-parallel ranks may.
 
     Args:
         run: the run.
-        shape: of the model.
-        plan: its stages.
-        flops: says which frozen models and passes there are besides.
+        shape: the model's shape.
+        plan: the pipeline stages.
+        flops: gives frozen models and extra passes.
     """
     ranks = [_estimate_stage(run, shape, plan, stage) for stage in range(plan.num_stages)]
     last = ranks[-1]
@@ -83,7 +83,7 @@ def _estimate_stage(
         n += trained
     copies = copied_params(shape, plan, stage, run.model.lora_rank, tp)
     zero, dp = run.engine.zero_stage, run.dp_size
-    # DeepSpeed's pipeline in bf16 spreads the optimizer even in stage 0.
+    # DeepSpeed's pipeline in bf16 shards the optimizer even in ZeRO stage 0.
     spreads = zero >= 1 or (plan.num_stages > 1 and run.engine.bf16)
     master = 4 if element == 2 or spreads else 0
     optimizer = trained * (8 + master) / (dp if spreads else 1)
@@ -109,7 +109,7 @@ def _bucket_bytes(run: RunConfig) -> float:
 
 
 def block_activations(run: RunConfig, shape: ModelShape) -> float:
-    """Bytes that a block keeps for its backward pass over one micro-batch of one rank."""
+    """Bytes that a block keeps for its backward pass, per micro-batch of one rank."""
     model = run.model
     return _tokens(run) * _activations_of_token(
         run, shape, hidden_dropout=model.hidden_dropout, attention_dropout=model.attention_dropout
@@ -123,11 +123,11 @@ def _activations_of_token(
     hidden_dropout: float = 0.0,
     attention_dropout: float = 0.0,
 ) -> float:
-    """Bytes that a block keeps for its backward pass, a position.
+    """Bytes that a block keeps for its backward pass, per position.
 
-    Inputs and outputs of both norms, which all tensor-parallel ranks hold unless sequence parallel;
-    qkv, attention output and the MLP's two wide tensors, of which each rank holds its columns;
-    what is between the factors of adapters; dropout masks; in float32 the norms' statistics and the
+    Counts inputs and outputs of both norms, replicated on tensor-parallel ranks unless sequence
+    parallel; qkv, attention output and the MLP's two wide tensors, sharded by columns; activations
+    between the factors of adapters; dropout masks; and in float32 the norms' statistics and the
     attention's log-sum-exp.
     """
     tp = run.engine.tensor_model_parallel_size
@@ -139,7 +139,7 @@ def _activations_of_token(
     if hidden_dropout:
         values += 2 * d
     if attention_dropout:
-        # Without the fused kernel: the weights, their mask, and both together.
+        # Without the fused kernel: the weights, their mask, and the product of both.
         values += 3 * heads / tp * length
     else:
         float32 += heads / tp
@@ -150,27 +150,27 @@ def _stage_activations(run: RunConfig, shape: ModelShape, plan: StagePlan, stage
     tp_residual = run.engine.tensor_model_parallel_size if run.engine.sequence_parallel else 1
     hidden = _tokens(run) * shape.hidden_size * run.dtype.itemsize / tp_residual
     block = block_activations(run, shape)
-    # 1F1B: a stage has begun as many micro-steps as stages come behind it before the first one
-    # returns. What it received and what it hands on are kept as long.
+    # 1F1B: before its first backward pass, a stage starts one micro-step for itself and one per
+    # stage after it. Its received and sent activations are kept as long.
     in_flight = min(plan.num_stages - stage, run.gradient_accumulation_steps)
     ends = (stage > 0) + (stage < plan.num_stages - 1)
     blocks, interval = plan.num_blocks[stage], run.model.activation_checkpoint_interval
     if interval == 0:
         return in_flight * (blocks * block + ends * hidden)
-    # No group of recomputed blocks reaches over the selector.
+    # Groups of recomputed blocks do not cross the selector.
     before = plan.early_exit if stage == 0 else 0
     groups = math.ceil(before / interval) + math.ceil((blocks - before) / interval)
     return in_flight * (groups + ends) * hidden + min(interval, blocks) * block
 
 
 def _head_bytes(run: RunConfig, shape: ModelShape, *, early_exit: bool, last: bool) -> float:
-    """What the head holds where it is, or the early exit's where only that is."""
+    """Bytes of the head on the last stage, or of the early exit's head on other stages."""
     tokens, element = _tokens(run), run.dtype.itemsize
     vocab = shape.padded_vocab_size / run.engine.tensor_model_parallel_size
     if last:
         logits = tokens * vocab * element if run.keeps_logits(shape) else 0.0
         hidden = 3 * tokens * shape.hidden_size * element  # normed, its gradient, and before
-        # Added up in float32 only where its tokens do not fit into one block.
+        # The gradient accumulates in float32 only if the tokens do not fit into one block.
         in_one = tokens * LEAST_COLUMNS * torch.float32.itemsize <= CHUNK_BYTES
         in_one = in_one and run.objective.distill is None
         gradient = (element if in_one else torch.float32.itemsize) * vocab * shape.hidden_size
@@ -184,7 +184,7 @@ def _head_bytes(run: RunConfig, shape: ModelShape, *, early_exit: bool, last: bo
 
 
 def _frozen_bytes(run: RunConfig, shape: ModelShape, element: int) -> float:
-    """Weights, and what one block of a forward pass without gradient holds at a time."""
+    """Bytes of weights, plus activations of one block in a forward pass without gradient."""
     tp, tokens = run.engine.tensor_model_parallel_size, _tokens(run)
     weights = stage_params(shape, shape.num_layers, first=True, last=True, tp=tp)
     hidden = 3 * shape.hidden_size + 2 * shape.ffn_hidden_size / tp
@@ -193,15 +193,15 @@ def _frozen_bytes(run: RunConfig, shape: ModelShape, element: int) -> float:
 
 
 def alignment_bytes(run: RunConfig, shape: ModelShape, rows: tuple[int, int]) -> float:
-    """What is there where the pass by which GREATS chooses turns back at the head.
+    """Bytes at the peak of GREATS' selection pass, at the head.
 
-    Activations of all blocks, without dropout and whatever checkpoints training has; the head's
-    input before and after the norm and its gradient; the candidates' gradients at the logits;
-    the validation rows' gradient of the head in float32; chunks.
+    Counts activations of all blocks (without dropout or activation checkpointing); the head's
+    input before and after the norm and its gradient; the candidates' gradients at the logits; the
+    validation rows' gradient of the head in float32; chunks.
 
     Args:
         run: the run.
-        shape: of the model.
+        shape: the model's shape.
         rows: candidates and validation rows of one rank.
     """
     length, vocab, element = run.model.seq_length, shape.padded_vocab_size, run.dtype.itemsize
@@ -212,10 +212,10 @@ def alignment_bytes(run: RunConfig, shape: ModelShape, rows: tuple[int, int]) ->
 
 
 def _chunks(num_logits: float) -> float:
-    """Two of the transient float32 blocks in which logits are looked at."""
+    """Bytes of two transient float32 blocks of logits."""
     return 2 * min(float(CHUNK_BYTES), torch.float32.itemsize * num_logits)
 
 
 def _tokens(run: RunConfig) -> int:
-    """Positions of one micro-batch of one rank."""
+    """Positions per micro-batch of one rank."""
     return run.training.micro_batch_size * run.model.seq_length

@@ -1,4 +1,4 @@
-"""The FLOPs ledgers of a run, and the work of its steps."""
+"""Build the FLOPs model of a run, and the work of its steps."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def build_flops(
     *,
     device_type: str | None = None,
 ) -> FlopsModel:
-    """The FLOPs ledgers of this run.
+    """Build the FLOPs model of a run.
 
     Args:
         run: the run.
-        shape: of the model.
-        state: of selection; it says what runs in the current step.
-        teacher: shape of the teacher, if there is one.
-        reference: shape of the model that runs beside training to compare with, if there is one.
-        device_type: what it would run on; None is this machine's.
+        shape: the model's shape.
+        state: state of selection; it determines what runs in the current step.
+        teacher: shape of the teacher, if any.
+        reference: shape of the reference model that runs during training, if any.
+        device_type: device to run on; None: this machine's.
     """
     last = run.objective.salt_iters if run.objective.distill == "salt" else run.training.train_iters
     traits = policy_traits(run.selection)
@@ -53,12 +53,12 @@ def build_flops(
 
 
 def step_work(run: RunConfig, alpha: float | None = None, batch_size: int | None = None) -> Work:
-    """Work of one step as the keep rule will have it, with nothing masked.
+    """Work of one step under the keep rule, with nothing masked.
 
     Args:
         run: the run.
-        alpha: of the step; that which the run begins or warms up to where it is left out.
-        batch_size: sequences of the step over all ranks; --global-batch-size where it is left out.
+        alpha: alpha of the step. Default: the run's initial alpha (after any warm-up).
+        batch_size: sequences per step over all ranks. Default: --global-batch-size.
     """
     t, s = run.training, run.selection
     micro_steps = run.gradient_accumulation_steps
@@ -87,7 +87,7 @@ def step_work(run: RunConfig, alpha: float | None = None, batch_size: int | None
 
 
 def alignment_rows(run: RunConfig) -> tuple[int, int] | None:
-    """(candidates, validation rows) of a rank's micro-step; None where nothing is aligned."""
+    """(candidates, validation rows) per micro-step of a rank; None unless gradients select."""
     if not policy_traits(run.selection).needs_gradients:
         return None
     candidates = run.training.micro_batch_size

@@ -1,8 +1,7 @@
-"""Which blocks each pipeline stage gets: the split whose most expensive stage is cheapest.
+"""Assign blocks to pipeline stages: minimize the cost of the most expensive stage.
 
-All stages work at once on different micro-batches, so a step takes as long as its most expensive
-stage. Stages are weighed by the matrix products that they run (cost/flops.py); the last one has
-the head.
+All stages work at the same time on different micro-batches, so a step takes as long as its most
+expensive stage. The cost of a stage is its FLOPs (cost/flops.py); the last stage has the head.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from megatron_eslm.model.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """The stages of a pipeline in order; a model without one is a single stage."""
+    """The stages of a pipeline in order; without a pipeline there is a single stage."""
 
     num_blocks: tuple[int, ...]
     flops: tuple[float, ...]
-    """Matrix products of an optimizer step that each stage runs, over all its ranks."""
+    """FLOPs of each stage per optimizer step, over all its ranks."""
     num_params: tuple[int, ...]
-    """Parameters that each stage holds, over its tensor-parallel ranks; the first and the last
-    stage both have the word embedding."""
+    """Parameters of each stage, over its tensor-parallel ranks; the first and the last stage both
+    have the word embedding."""
     early_exit: int = 0
-    """Blocks before the early exit, of which the other stages have copies; 0 without one."""
+    """Blocks before the early exit; all other stages have copies of them. 0 without one."""
 
     @property
     def num_stages(self) -> int:
@@ -35,19 +34,19 @@ class StagePlan:
         return len(self.num_blocks)
 
     def blocks(self, stage: int) -> range:
-        """Numbers of a stage's blocks."""
+        """Block numbers of a stage."""
         first = sum(self.num_blocks[:stage])
         return range(first, first + self.num_blocks[stage])
 
 
 def plan_stages(run: RunConfig, shape: ModelShape, flops: FlopsModel, work: Work) -> StagePlan:
-    """The stages of a run: --pipeline-split, or the balanced split.
+    """Plan the stages of a run: --pipeline-split, or the balanced split.
 
     Args:
-        run: gives the number of stages and the split that was asked for.
-        shape: of the model.
-        flops: what each part costs.
-        work: of one step; how much of it is dropped decides the balance.
+        run: gives the number of stages and --pipeline-split.
+        shape: the model's shape.
+        flops: cost of each part.
+        work: work of one step; the dropped share affects the balance.
     """
     stages = run.engine.pipeline_model_parallel_size
     blocks = [flops.block(work, number) for number in range(shape.num_layers)]
@@ -57,7 +56,7 @@ def plan_stages(run: RunConfig, shape: ModelShape, flops: FlopsModel, work: Work
         blocks, stages, last=head, at_least=early_exit
     )
     bounds = [0, *accumulate(split)]
-    # All stages share in scoring.
+    # All stages share the scoring.
     costs = [sum(blocks[a:b]) + flops.scoring(work) / stages for a, b in pairwise(bounds)]
     costs[-1] += head
     params = [
@@ -72,16 +71,16 @@ def plan_stages(run: RunConfig, shape: ModelShape, flops: FlopsModel, work: Work
 def balanced_split(
     blocks: list[float], stages: int, *, last: float, at_least: int = 0
 ) -> tuple[int, ...]:
-    """Number of blocks of each stage, so that the most expensive stage is as cheap as can be.
+    """Number of blocks per stage that minimizes the cost of the most expensive stage.
 
-    Of the splits that reach this, the one with the smallest sum of squares. Exact, by dynamic
-    programming over (stage, blocks dealt out); each stage has a block or more.
+    Among the minimizing splits, picks the one with the smallest sum of squared costs. Exact, by
+    dynamic programming over (stage, blocks assigned); each stage has at least one block.
 
     Args:
         blocks: cost of each block, in order.
         stages: 1 to len(blocks).
-        last: what the last stage costs besides its blocks.
-        at_least: blocks that the first stage must have.
+        last: cost of the last stage besides its blocks.
+        at_least: minimum number of blocks in the first stage.
     """
     total = [0.0, *accumulate(blocks)]
 
@@ -93,8 +92,8 @@ def balanced_split(
             return range(1 if end >= max(1, at_least) else 0)
         return range(stage, end)
 
-    # The two goals one after the other: with both at once, a beginning with a smaller maximum would
-    # hide one with a smaller sum of squares, whose maximum a later stage exceeds anyway.
+    # Optimize the two goals in turn. With both at once, a prefix with a smaller maximum would hide
+    # one with a smaller sum of squares whose maximum a later stage exceeds anyway.
     inf = float("inf")
     largest = [[inf] * len(total) for _ in range(stages)]
     squares = [[inf] * len(total) for _ in range(stages)]
@@ -123,13 +122,13 @@ def balanced_split(
 def copied_params(
     shape: ModelShape, plan: StagePlan, stage: int, rank: int = 0, tp: int = 1
 ) -> int:
-    """Of other stages' parameters, those that a rank has copies of for the early exit.
+    """Number of other stages' parameters that a rank copies for the early exit.
 
     Args:
-        shape: of the model.
-        plan: its stages.
-        stage: of the rank.
-        rank: of adapters; 0 without any.
+        shape: the model's shape.
+        plan: the pipeline stages.
+        stage: the rank's stage.
+        rank: rank of adapters; 0 without adapters.
         tp: tensor-parallel ranks.
     """
     if not plan.early_exit or plan.num_stages == 1:
@@ -142,17 +141,17 @@ def copied_params(
 
 
 def exit_params(shape: ModelShape, plan: StagePlan, rank: int = 0, tp: int = 1) -> int:
-    """Parameters by which the early exit scores, on one of `tp` tensor-parallel ranks."""
+    """Number of parameters of the early exit, per tensor-parallel rank."""
     exit_blocks = plan.early_exit
     own = stage_params(shape, exit_blocks, first=True, last=True, tp=tp)
     return own + adapter_params(shape, exit_blocks, rank, tp)
 
 
 def plan_text(plan: StagePlan) -> str:
-    """The plan as a table, one line a stage."""
+    """Render the plan as a table, one line per stage."""
     total, most = sum(plan.flops), max(plan.flops)
     lines = [
-        f"{'stage':<6s} {'blocks':<12s} {'FLOPs a step':>12s} {'share':>6s} {'parameters':>14s}"
+        f"{'stage':<6s} {'blocks':<12s} {'FLOPs / step':>12s} {'share':>6s} {'parameters':>14s}"
     ]
     for stage, (flops, params) in enumerate(zip(plan.flops, plan.num_params, strict=True)):
         blocks = plan.blocks(stage)

@@ -1,4 +1,4 @@
-"""Where the text comes from and how it is cut into sequences."""
+"""Flags of the data and the tokenizer."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class DataOptions:
 
     data_path: tuple[str, ...] = ()
     """Prefix of a Megatron .bin/.idx pair, or `weight1 prefix1 weight2 prefix2 ...` to mix domains
-    by token weight. Without it the demo corpus is used."""
+    by token weight. Default: the demo corpus."""
 
     split: Annotated[str, Commas()] = "98,1,1"
     """Shares of the documents for training, validation and test, as Megatron reads them."""
 
     data_cache_path: str | None = None
-    """Folder for the sample indices; default: `cache/` beside the first prefix."""
+    """Folder for the sample indices. Default: `cache/` beside the first prefix."""
 
     tokenizer_type: TokenizerType | None = None
-    """Tokenizer of the data; default: the one stored beside the data by tools/preprocess_data.py.
-    Given, it must be that one."""
+    """Tokenizer of the data. Default: the one that tools/preprocess_data.py stored beside the data;
+    any other is refused."""
 
     vocab_file: str | None = None
     """GPT2BPETokenizer: vocabulary (vocab.json)."""
@@ -38,10 +38,10 @@ class DataOptions:
 
     tokenizer_model: str | None = None
     """SentencePieceTokenizer: the .model file. HuggingFaceTokenizer: a tokenizer.json, a folder
-    that holds one, or the name of a model on the Hugging Face hub."""
+    that contains one, or the name of a model on the Hugging Face hub."""
 
     eod_mask_loss: bool = False
-    """Leave out of scores and loss what follows an end-of-document token directly."""
+    """Exclude the token directly after an end-of-document token from scores and loss."""
 
     label_noise: Annotated[
         float,
@@ -51,15 +51,15 @@ class DataOptions:
             why="it is the share of targets that are permuted; the paper's experiment uses 0.05",
         ),
     ] = 0.0
-    """Share of the next-token targets of each training sequence to permute among themselves; inputs
-    and validation stay clean. For experiments on robustness."""
+    """Share of each training sequence's next-token targets to permute among themselves, for
+    experiments on robustness. Inputs and validation stay clean."""
 
     num_workers: Annotated[int, NOT_NEGATIVE] = 2
-    """Loader processes on each rank; 0 loads in the training process."""
+    """Loader processes per rank; 0 loads in the training process."""
 
     max_epochs: Annotated[float, POSITIVE] = 1.0
-    """How often any domain may be read. Training that would read one more often is refused before
-    it starts; raise this to consent to the repetition."""
+    """Epochs that any domain may be read for. A run that would read one longer is refused before
+    it starts; raise this to allow the repetition."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,1 +1,1 @@
-"""DeepSpeed around the model: one optimizer step, with and without a pipeline."""
+"""DeepSpeed engines around the model: one optimizer step, with and without a pipeline."""

@@ -1,4 +1,4 @@
-"""`--compile`: the blocks through torch.compile."""
+"""`--compile`: compile the blocks with torch.compile."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megatron_eslm.ops.head.dispatch import c_compiler
 
 
 def compile_blocks(model: GPT) -> None:
-    """Compile each block where it stands; parameters keep their names.
+    """Compile each block in place; parameters keep their names.
 
-    The number of rows that a rank keeps changes from step to step under global thresholds. torch
-    compiles for the first number that it sees, once more for any number, and for 0 and 1 if they
-    occur; all blocks share that code. Evaluation and a last MLP whose backward pass is over kept
-    tokens have code of their own. The head is not compiled: it is one operation of ours.
+    Under global thresholds the number of rows that a rank keeps changes from step to step. torch
+    compiles for the first number it sees, once more for any number, and for 0 and 1 if they occur;
+    all blocks share that code. Evaluation, and a last MLP with a backward pass over kept tokens,
+    compile separately. The head is not compiled: it is a custom operation.
     """
     for module in model.modules():
         if isinstance(module, Block):
@@ -28,21 +28,20 @@ def compile_blocks(model: GPT) -> None:
 
 
 def check_compiler() -> None:
-    """ConfigError where torch.compile would fail in the first step for want of a compiler."""
+    """Raise ConfigError if torch.compile would fail in the first step for lack of a compiler."""
     if torch.cuda.is_available():
         if importlib.util.find_spec("triton") is None:
             raise ConfigError(
-                "--compile needs Triton, which torch's CUDA builds bring along and this "
-                "environment lacks. Install it, or train without --compile."
+                "--compile needs Triton, which comes with torch's CUDA builds but is not "
+                "installed here. Install it, or train without --compile."
             )
         if c_compiler() is None:
             raise ConfigError(
-                "--compile needs a C compiler, with which Triton builds its launchers, and there "
-                "is none on PATH (gcc, clang; or name one in CC). Install one, or train without "
-                "--compile."
+                "--compile needs a C compiler for Triton's launchers, but none is on PATH (gcc or "
+                "clang) or named in CC. Install one, or train without --compile."
             )
     elif shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ConfigError(
-            "--compile needs a C++ compiler and there is no g++ on PATH. Install it, name another "
+            "--compile needs a C++ compiler, but there is no g++ on PATH. Install it, name another "
             "one in CXX, or train without --compile."
         )

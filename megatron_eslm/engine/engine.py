@@ -27,20 +27,20 @@ logger = logging.getLogger(__name__)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, biases and norms do not; what is frozen is in no group."""
+    """Group trainable parameters: matrices with weight decay, biases and norms without."""
     named = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in named if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
-    # Adapters are all matrices, and DeepSpeed takes no empty group.
+    # Adapters are all matrices, and DeepSpeed refuses empty groups.
     return [group for group in groups if group["params"]]
 
 
 def build_optimizer(
     model: nn.Module, options: ResolvedOptimizer, *, cpu_offload: bool
 ) -> torch.optim.Optimizer:
-    """AdamW: torch's fused one, or DeepSpeed's for states in CPU memory (compiled on first use)."""
+    """Build AdamW: torch's fused one, or DeepSpeed's CPU Adam (compiled on first use)."""
     settings: dict[str, Any] = {
         "lr": options.lr,
         "betas": (options.adam_beta1, options.adam_beta2),
@@ -54,24 +54,24 @@ def build_optimizer(
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
         except Exception as error:
             raise ConfigError(
-                "--cpu-offload needs DeepSpeed's CPU Adam, which is compiled on first use, and "
-                f"that failed: {error}. Install a C++ compiler and ninja (`python -m "
-                "megatron_eslm.doctor` shows what is there), or train without --cpu-offload."
+                "--cpu-offload needs DeepSpeed's CPU Adam, which is compiled on first use. "
+                f"Compiling it failed: {error}. Install a C++ compiler and ninja (`python -m "
+                "megatron_eslm.doctor` shows what is installed), or train without --cpu-offload."
             ) from error
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 class Engine:
-    """Thin wrapper over DeepSpeedEngine; `engine.pipeline` has the one over its pipeline engine.
+    """Thin wrapper over DeepSpeedEngine; `engine.pipeline` wraps its pipeline engine.
 
     Attributes:
         ds: DeepSpeed's engine.
         model: this rank's GPT, or stage of it, with the canonical parameter names.
-        bare: float32 without ZeRO, where DeepSpeed's optimizer is a plain torch one: neither
-            gradient norm nor skipping of steps, and clipping that fails where a step is skipped.
-            All three are done here.
+        plain_optimizer: float32 without ZeRO, where DeepSpeed uses a plain torch optimizer. It
+            neither computes the gradient norm nor skips steps, and its clipping fails when a step
+            is skipped. This class does all three instead.
         before_micro_step: called with each micro-batch before its training pass, with all weights
-            whole; for policies that look at gradients first.
+            gathered; for policies that need gradients first.
     """
 
     before_micro_step: Callable[[Batch], None] | None = None
@@ -83,13 +83,13 @@ class Engine:
         self.run, self.model, self.mesh, self.phases = run, model, mesh, phases
         self.plain_optimizer = run.engine.zero_stage == 0 and run.dtype == torch.float32
         module = self._module()
-        # A pipeline brings a grid of its own.
+        # DeepSpeed's pipeline builds its own grid.
         mpu = ModelParallelUnit(mesh) if mesh.pp_size == 1 else None
         optimizer = build_optimizer(model, run.optimizer, cpu_offload=run.engine.cpu_offload)
         config = (
             {**run.deepspeed, "gradient_clipping": 0.0} if self.plain_optimizer else run.deepspeed
         )
-        # Some of its optimizers print how much memory each step of their making takes.
+        # Some of DeepSpeed's optimizers print memory use while they are built.
         with contextlib.redirect_stdout(io.StringIO()), blamed_on(run.engine.deepspeed_config):
             self.ds, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
@@ -98,12 +98,12 @@ class Engine:
             add_gradients_without_copies(self.ds.optimizer)
 
     def _module(self) -> nn.Module:
-        """What DeepSpeed wraps."""
+        """The module that DeepSpeed wraps."""
         return self.model
 
     @property
     def device(self) -> torch.device:
-        """Where batches go."""
+        """Device of the batches."""
         return self.ds.device
 
     @property
@@ -112,45 +112,45 @@ class Engine:
         return self.ds.monitor
 
     def set_shape(self, shape: StepShape) -> None:
-        """How many micro-steps of how many rows the next steps take. Alike on all ranks."""
+        """Set micro-steps and rows per micro-step of the next steps, the same on all ranks."""
         ds = self.ds
         if shape.micro_steps == ds.gradient_accumulation_steps():
             return
-        # DeepSpeed counts in micro-batches of one size and needs only their number.
+        # DeepSpeed assumes micro-batches of fixed size and needs only their number.
         rows = ds.train_micro_batch_size_per_gpu() * self.mesh.dp_size
         global_batch_size = shape.micro_steps * rows
         ds.set_train_batch_size(global_batch_size)
-        # It tells the last micro-step of a step by the number of all micro-steps so far.
+        # DeepSpeed finds the last micro-step of a step from the number of micro-steps so far.
         ds.micro_steps = 0
         ds.tput_timer.batch_size = global_batch_size
 
     def prepare_scores(self) -> None:
-        """Bring to all stages what `candidate_scores` needs of others. Collective."""
+        """Send each stage the other stages' weights that `candidate_scores` needs. Collective."""
 
     @torch.no_grad()
     def candidate_scores(self, batch: Batch, rows: Rows) -> torch.Tensor:
-        """EarlyExit.candidate_scores with all weights whole; tensor-parallel ranks together.
+        """Call EarlyExit.candidate_scores with gathered weights. Tensor-parallel collective.
 
         Args:
             batch: candidates, on the engine's device.
-            rows: which these are of the step's.
+            rows: numbers of these rows among the step's rows.
         """
         with self.phases("proxy pass"):
             return self.model(*batch, candidates=rows)
 
     def step(self, batches: Iterable[Batch], lr: float) -> tuple[float, bool]:
-        """One optimizer step over the micro-batches of this data-parallel rank.
+        """Run one optimizer step over the micro-batches of this data-parallel rank.
 
-        What was selected is in the model's recorder afterwards.
+        The model's recorder then holds the records of selection.
 
         Args:
-            batches: as `set_shape` says (gradient_accumulation_steps before it is called), on the
+            batches: as many as `set_shape` set (before that: gradient_accumulation_steps), on the
                 engine's device; a pipeline's middle stages read none.
             lr: learning rate of this step.
 
         Returns:
             (norm of the gradient before clipping, whether the step was applied). A step with
-            gradients that are not finite is not applied on any rank and leaves all state alone.
+            non-finite gradients is not applied on any rank and changes no state.
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
@@ -162,7 +162,7 @@ class Engine:
                 self.before_micro_step(batch)
             with self.phases("forward"):
                 loss = self.ds(*batch)
-            # Gradients are reduced over data-parallel ranks in here.
+            # backward() reduces gradients over data-parallel ranks.
             with self.phases("backward", waits=self.mesh.dp_size > 1):
                 self.ds.backward(loss)
             if not self.ds.is_gradient_accumulation_boundary():
@@ -179,7 +179,7 @@ class Engine:
         return norm, bool(self.ds.was_step_applied())
 
     def _clip(self) -> float:
-        """Clip the gradients of a bare optimizer, or drop them if they are not finite."""
+        """Clip the gradients of a plain optimizer, or drop them if they are not finite."""
         with_gradient = [p for p in self.model.parameters() if p.grad is not None]
         norm = self._norm(with_gradient)
         if not math.isfinite(float(norm)):
@@ -190,7 +190,7 @@ class Engine:
         return float(norm)
 
     def _norm(self, parameters: list[nn.Parameter]) -> torch.Tensor:
-        """Norm of the whole gradient: each parameter counts once, wherever it is held twice."""
+        """Norm of the full gradient; replicated parameters count once."""
         mesh = self.mesh
         if mesh.tp_size == mesh.pp_size == 1:
             return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -203,17 +203,17 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], num_batches: int, num_rows: int) -> torch.Tensor:
-        """Losses of sequences, without selection.
+        """Compute losses per sequence, without selection.
 
         Args:
-            batches: `num_batches` of `num_rows` sequences, of this data-parallel rank; a
+            batches: `num_batches` batches of `num_rows` sequences, for this data-parallel rank; a
                 pipeline's middle stages read none.
             num_batches: 1 or more.
-            num_rows: the same in every batch.
+            num_rows: the same for every batch.
 
         Returns:
             float64 [num_batches * num_rows, 2], in order: the sum of the losses of a sequence's
-            valid tokens, and their number. On all stages of a pipeline.
+            valid tokens, and their number. Available on all stages of a pipeline.
         """
         self.ds.eval()
         sums = []
@@ -248,10 +248,10 @@ def add_gradients_without_copies(optimizer: Any) -> None:
 
 
 def is_counted_here(parameter: nn.Parameter, mesh: Mesh) -> bool:
-    """Whether this rank's copy of a parameter is the one that stands for it.
+    """Whether this rank's copy of a parameter counts in norms.
 
-    Shards stand for themselves; of what tensor-parallel ranks or two pipeline stages hold alike,
-    the first rank's copy does.
+    Shards always count; of parameters replicated on tensor-parallel ranks or on two pipeline
+    stages, only the first copy does.
     """
     if getattr(parameter, "ds_pipe_replicated", False):
         return False

@@ -1,8 +1,8 @@
 """Pipeline parallelism: our stages in DeepSpeed's PipelineModule, under its 1F1B schedule.
 
-Each stage is a GPT of its own blocks. Between stages travel hidden states; labels do not, since the
-first and the last stage read the same batches. Sequences are selected ahead of a step
-(training.candidates), never in mid-model.
+Each stage is a GPT with its own blocks. Stages pass hidden states; labels are not sent, since the
+first and the last stage read the same batches. Sequences are selected before a step
+(training.candidates), never inside the model.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from megatron_eslm.parallel.mesh import Mesh
 
 
 class _StageLayer(nn.Module):
-    """A stage as the one layer that DeepSpeed's PipelineModule holds on this rank.
+    """A stage as the single layer of DeepSpeed's PipelineModule on this rank.
 
-    The last one ends in the head, so that the loss is what this layer returns: with a loss function
-    behind the layers instead, DeepSpeed's BF16_Optimizer clears the head's gradients when the
-    backward pass comes from the loss to the layers.
+    On the last stage the layer includes the head and returns the loss. With a separate loss
+    function, DeepSpeed's BF16_Optimizer would clear the head's gradients when the backward pass
+    moves from the loss to the layers.
     """
 
     def __init__(self, stage: GPT) -> None:
         super().__init__()
         self.stage = stage
         self.batch: Batch | None = None
-        """On the last stage: where the labels of the micro-step under way are."""
+        """On the last stage: the batch with the labels of the current micro-step."""
 
     def forward(self, inputs: tuple[torch.Tensor, ...] | torch.Tensor) -> torch.Tensor:
         is_first = not isinstance(inputs, torch.Tensor)
@@ -52,12 +52,12 @@ class _StageLayer(nn.Module):
 
 
 class StagePipeline(PipelineModule):
-    """PipelineModule whose layers are stages: which blocks each has is decided before, by cost."""
+    """PipelineModule whose layers are stages; their blocks were assigned before, by cost."""
 
     def __init__(self, stage: GPT, mesh: Mesh) -> None:
         self._ends_group = mesh.ends_group
         layer = _StageLayer(stage)
-        # It prints its plan; ours, with costs, is in the log.
+        # Hide DeepSpeed's plan; the log has ours, with costs.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
                 layers=[layer] * mesh.pp_size,
@@ -72,19 +72,19 @@ class StagePipeline(PipelineModule):
         )
         if mesh.is_last_stage:
             for weight in self._tied:
-                # The first stage's copy is the one that counts, in norms and in checkpoints.
+                # Only the first stage's copy counts in norms and checkpoints.
                 weight.ds_pipe_replicated = True
 
     def _index_tied_modules(self) -> dict[str, Any]:
-        # Both copies start from the same values by name; there is nothing to send.
+        # Both copies are initialized by name with the same values; nothing needs to be sent.
         return {}
 
     def get_tied_weights_and_groups(self) -> list[tuple[torch.Tensor, dist.ProcessGroup]]:
-        """Weights whose gradients are summed over the stages that hold them."""
+        """Tied weights and the groups of stages over which their gradients are summed."""
         return [(weight, self._ends_group) for weight in self._tied if weight.requires_grad]
 
 
-# What a rank is doing during an instruction, and whether it then waits for another stage.
+# Phase of a rank during each instruction, and whether it waits for another stage in it.
 _PHASES: dict[type, tuple[str, bool]] = {
     schedule.LoadMicroBatch: ("data", False),
     schedule.ForwardPass: ("stage {stage} forward", False),
@@ -105,10 +105,10 @@ class PipelinedEngine(Engine):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._plain_norm: float | None = None
-        # Some of DeepSpeed's optimizers cast parameters only.
+        # Some of DeepSpeed's optimizers cast parameters but not buffers.
         self.model.copies.to(self.run.dtype)
         self._rows = self.ds.train_micro_batch_size_per_gpu()
-        # DeepSpeed's pipeline would write a loss of its own beside our metrics.
+        # DeepSpeed's pipeline would write its own loss beside our metrics.
         self._monitor, self.ds.monitor = self.ds.monitor, _NoMonitor()
         self.ds._INSTRUCTION_MAP = {
             kind: self._announced(kind, execute)
@@ -124,7 +124,7 @@ class PipelinedEngine(Engine):
         return self._monitor
 
     def _announced(self, kind: type, execute: Callable) -> Callable:
-        """An instruction with its phase, and with what a bare optimizer lacks."""
+        """Wrap an instruction: announce its phase, and clip if the optimizer is a plain one."""
         name, waits = _PHASES[kind]
         if kind is schedule.ReduceTiedGrads:
             execute = _reduce_tied_gradients
@@ -144,7 +144,7 @@ class PipelinedEngine(Engine):
         return announced
 
     def prepare_scores(self) -> None:
-        """Bring the early exit's weights to all stages."""
+        """Send the early exit's weights to all stages. Collective."""
         layers = self.model.early_exit.layers
         if layers is not None:
             with self.phases("early exit to all stages", waits=True):
@@ -155,7 +155,7 @@ class PipelinedEngine(Engine):
         self._set_rows(shape.rows)
 
     def _set_rows(self, rows: int) -> None:
-        """Stages make their buffers anew where they are to receive another number of rows."""
+        """Reset the stages' receive buffers if the number of rows changes."""
         if rows != self._rows:
             self.ds.reset_activation_shape()
             self._rows = rows
@@ -167,7 +167,7 @@ class PipelinedEngine(Engine):
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], num_batches: int, num_rows: int) -> torch.Tensor:
         self._set_rows(num_rows)
-        # DeepSpeed adds up the outputs of the last stage, and ours has another shape than a loss.
+        # DeepSpeed sums the outputs of the last stage, and ours do not have the shape of a loss.
         self.ds.total_loss = None
         sums = self.ds.eval_batch(
             _twice(batches), reduce_output=None, bcast_loss=False, num_micro_batches=num_batches
@@ -183,10 +183,10 @@ class PipelinedEngine(Engine):
 
 
 def _reduce_tied_gradients(engine: Any) -> None:
-    """Sum the gradients of weights that two stages hold, wherever the optimizer keeps them.
+    """Sum the gradients of weights held by two stages, wherever the optimizer keeps them.
 
-    DeepSpeed's own looks into `grad` although ZeRO may have added them up in float32 elsewhere; the
-    two copies would then drift apart.
+    DeepSpeed's own version reads `grad`, although ZeRO may have accumulated the gradients in
+    float32 elsewhere; the two copies would then diverge.
     """
     for weight, group in engine.module.get_tied_weights_and_groups():
         if engine.using_bf16_optimizer:
@@ -204,6 +204,6 @@ class _NoMonitor:
 
 
 def _twice(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch]]:
-    """Batches as the first stage's inputs and the last stage's labels."""
+    """Yield each batch twice: as the first stage's inputs and the last stage's labels."""
     for batch in batches:
         yield batch, batch

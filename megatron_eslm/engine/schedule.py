@@ -1,4 +1,4 @@
-"""Learning rate: linear warm-up, cosine decay, a function of the iteration alone."""
+"""Learning rate schedule: linear warm-up and cosine decay, a function of the iteration alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def learning_rate(options: ResolvedOptimizer, iteration: int) -> float:
     """Learning rate of optimizer step `iteration` (from 0).
 
     The first step gets lr / warmup, step `lr_warmup_iters - 1` gets lr, and from `lr_decay_iters`
-    on it is min_lr. Being a function of the iteration it needs no state in checkpoints.
+    on it is min_lr. A function of the iteration needs no state in checkpoints.
     """
     lr, min_lr = options.lr, options.min_lr
     warmup, decay = options.lr_warmup_iters, options.lr_decay_iters

@@ -1,9 +1,8 @@
-"""Dropout whose masks depend on seed, names and places, never on the layout.
+"""Dropout with masks that do not depend on the layout.
 
-A mask belongs to (seed, layer, step, micro-step, row of the global micro-batch): every data-,
-tensor- and pipeline-parallel layout draws the same one, and so does a backward pass that computes
-activations again. torch's own dropout takes its numbers from a stream that every layout consumes
-differently.
+A mask is a function of (seed, layer, step, micro-step, row of the global micro-batch). Every data-,
+tensor- and pipeline-parallel layout draws the same masks, and so does activation recomputation.
+torch's own dropout draws from a random stream that each layout consumes differently.
 
 Shape legend: T positions, L those of this rank (T unless sequence parallel), M rows, D hidden,
 H heads of this rank.
@@ -21,22 +20,22 @@ from megatron_eslm.parallel.seeding import derive_seed
 
 @dataclass(frozen=True)
 class DropoutKey:
-    """Which part of training a layer's input is; captured in the forward pass."""
+    """Identifies a layer's input within training; captured in the forward pass."""
 
     iteration: int
     micro_step: int
     rows: tuple[int, ...]
-    """Of the global micro-batch, one for each row of the input."""
+    """Row of the global micro-batch for each row of the input."""
 
 
 class NamedDropout:
-    """Inverted dropout with masks by name.
+    """Inverted dropout with masks seeded by name.
 
     Args:
-        probability: share that is dropped, in [0, 1).
-        seed: of the run.
-        name: of the layer.
-        mesh: for the slice of a mask that a tensor-parallel rank needs.
+        probability: share to drop, in [0, 1).
+        seed: the run's seed.
+        name: the layer's name.
+        mesh: determines the slice of a mask that a tensor-parallel rank needs.
         sequence_parallel: whether hidden states hold this rank's positions only.
     """
 
@@ -50,7 +49,7 @@ class NamedDropout:
         self._parts = mesh.tp_size if sequence_parallel else 1
 
     def hidden(self, x_LMD: torch.Tensor, places: DropoutKey | None) -> torch.Tensor:
-        """Dropout on hidden states [L, M, D]; None, as in evaluation, drops nothing."""
+        """Apply dropout to hidden states [L, M, D]; without a key, as in evaluation, do nothing."""
         if not self.probability or places is None:
             return x_LMD
         s, _, d = x_LMD.shape
@@ -59,11 +58,11 @@ class NamedDropout:
             return x_LMD
         mask_TMD = torch.stack(masks, dim=1)
         if self._parts > 1:
-            mask_TMD = mask_TMD.chunk(self._parts)[self._tp_rank].clone()  # lets go of the rest
+            mask_TMD = mask_TMD.chunk(self._parts)[self._tp_rank].clone()  # frees the full mask
         return x_LMD * mask_TMD
 
     def attention(self, weights_MHTT: torch.Tensor, places: DropoutKey) -> torch.Tensor:
-        """Dropout on attention weights [M, H, T, T]."""
+        """Apply dropout to attention weights [M, H, T, T]."""
         _, heads, t, _ = weights_MHTT.shape
         first = heads * self._tp_rank
         masks = [
@@ -78,7 +77,7 @@ class NamedDropout:
     def _draw(
         self, shape: tuple[int, int], like: torch.Tensor, places: DropoutKey, *names: int
     ) -> torch.Tensor:
-        """0 where dropped and 1 / (1 - p) elsewhere, in the type of `like`."""
+        """Draw a mask: 0 where dropped, 1 / (1 - p) elsewhere, in the dtype of `like`."""
         seed = derive_seed(
             self._seed, "dropout", self._name, places.iteration, places.micro_step, *names
         )

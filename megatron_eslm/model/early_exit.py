@@ -1,4 +1,4 @@
-"""The early exit: risk of sequences by the head behind the first blocks (Algorithm 1)."""
+"""The early exit: score sequences by applying the head after the first blocks (Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_eslm.selection.scored import ScoredBatch
 
 @dataclass(frozen=True, kw_only=True)
 class ExitLayers:
-    """What the early exit runs: the model's own layers, or copies that a pipeline stage holds."""
+    """Layers of the early exit: the model's own, or copies held by a pipeline stage."""
 
     embedding: Embedding
     blocks: Sequence[Block]
@@ -26,13 +26,13 @@ class ExitLayers:
 
 
 class EarlyExit:
-    """Scores rows by the head behind the first blocks; holds no parameters.
+    """Scores rows by applying the head after the first blocks; has no parameters.
 
     Args:
-        policy: that says what a row's score is.
-        layout: of the layers.
-        layers: None where the policy scores without looking at the model.
-        shard: of the vocabulary.
+        policy: computes the scores.
+        layout: layout of the layers.
+        layers: None if the policy scores without the model.
+        shard: vocabulary shard of this rank.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class EarlyExit:
 
     @torch.no_grad()
     def candidate_scores(self, batch: Batch, rows: Rows) -> torch.Tensor:
-        """The proxy pass from the tokens on, without dropout; float32 [M] as `scores`."""
+        """Run the proxy pass from the tokens on, without dropout; float32 [M] as `scores`."""
         if self.layers is None:
             return self.scores(batch.tokens_MU.new_empty(0), batch, rows)
         hidden_LMD = self.layers.embedding(batch.tokens_MU)
@@ -55,13 +55,13 @@ class EarlyExit:
 
     @torch.no_grad()
     def scores(self, hidden_LMD: torch.Tensor, batch: Batch, rows: Rows) -> torch.Tensor:
-        """float32 [M], higher is riskier; EXCLUDED for rows without any label.
+        """Score rows: float32 [M], higher is riskier; EXCLUDED for rows without any label.
 
         Args:
-            hidden_LMD: behind the early exit's blocks; L is T, or this rank's share of it under
+            hidden_LMD: output of the early exit's blocks; L is T, or this rank's share of it under
                 sequence parallelism.
-            batch: of the M rows.
-            rows: which these are of all that are scored together.
+            batch: the M rows.
+            rows: numbers of these rows among all rows that are scored together.
         """
         valid_MT, stride = batch.valid_MT, self.policy.traits.proxy_stride
         if self.layers is None:
@@ -83,8 +83,8 @@ class EarlyExit:
         risk_MP = self.policy.token_risk(statistics).view(hidden_PMD.shape[:2]).t()
         seen_MP = valid_MT[:, ::stride]
         if stride > 1:
-            # A row whose labels all fall between the scored positions is scored where they are not,
-            # so that it has a score and is not dropped for ever.
+            # If all labels of a row fall between the scored positions, score the row at all scored
+            # positions. Without a score it would be dropped every time.
             unseen_M1 = ~seen_MP.any(1, keepdim=True) & valid_MT.any(1, keepdim=True)
             seen_MP = seen_MP | unseen_M1
         labels_MP = batch.labels_MT[:, ::stride]
@@ -95,10 +95,10 @@ class EarlyExit:
 
 
 def as_copy(module: nn.Module) -> None:
-    """Make the parameters of a module non-persistent buffers, to be filled by `refresh_copies`.
+    """Turn a module's parameters into non-persistent buffers, to be filled by `refresh_copies`.
 
-    They then move and are cast with the model, and have no gradient, no optimizer state and no
-    place in checkpoints.
+    Buffers move and are cast with the model, but have no gradient and no optimizer state and are
+    not saved in checkpoints.
     """
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
@@ -108,10 +108,11 @@ def as_copy(module: nn.Module) -> None:
 
 @torch.no_grad()
 def refresh_copies(layers: ExitLayers, group: dist.ProcessGroup) -> None:
-    """Send the early exit's weights from the stages that train them to all. Collective.
+    """Broadcast the early exit's weights from the stages that train them to all. Collective.
 
     Args:
-        layers: of this stage. The first one trains embedding and blocks, the last one the norm.
+        layers: this stage's layers. The first stage trains embedding and blocks, the last one the
+            norm.
         group: the stages of a pipeline, in order.
     """
     work = []
@@ -120,7 +121,7 @@ def refresh_copies(layers: ExitLayers, group: dist.ProcessGroup) -> None:
         *((0, block) for block in layers.blocks),
         (group.size() - 1, layers.final_norm),
     ):
-        # One of the two has all of them, in the order in which the layers made them.
+        # A module has only parameters or only buffers, in the order of creation.
         for tensor in [*module.parameters(), *module.buffers()]:
             sender = dist.get_global_rank(group, source)
             work.append(dist.broadcast(tensor.detach(), sender, group=group, async_op=True))

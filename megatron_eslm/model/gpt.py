@@ -1,7 +1,7 @@
-"""The GPT: embedding, blocks with an instance selector among them, and the selective head.
+"""The GPT: embedding, blocks with an instance selector between them, and the selective head.
 
-One class is the whole model or one stage of a pipeline; a stage has the same parts under the same
-names, only fewer of them.
+One class represents the full model or one pipeline stage; a stage has a subset of the same parts,
+under the same names.
 """
 
 from __future__ import annotations
@@ -39,32 +39,31 @@ from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """What besides the shape decides how the model runs."""
+    """Settings besides the shape."""
 
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     dropout_seed: int = 0
     keep_logits: bool = True
-    """Keep the head's logits for the backward pass instead of computing them again."""
+    """Keep the head's logits for the backward pass instead of recomputing them."""
     head_kernel: HeadKernel = "auto"
-    """What computes the head's statistics and gradients."""
+    """Backend of the head's statistics and gradients."""
     sequence_parallel: bool = False
-    """Spread norms and residuals over the tensor-parallel ranks by position."""
+    """Shard norms and residuals over the tensor-parallel ranks by position."""
     activation_checkpoint_interval: int = 0
-    """Blocks of which only the first one's input is kept for the backward pass; 0 keeps all."""
+    """Blocks per recomputed group, of which only the first block's input is kept; 0 keeps all."""
     last_mlp_kept: bool = False
     """Run the backward pass of the last block's MLP over the tokens in the loss only."""
     lora: Lora | None = None
-    """Adapters on the blocks' linear layers, which then are all that trains."""
+    """Adapters on the blocks' linear layers; if set, nothing else trains."""
 
 
 class GPT(nn.Module):
-    """A GPT, or the stage of one that holds `blocks`.
+    """A GPT, or the pipeline stage that holds `blocks`.
 
-    The whole model, called with the tensors of a Batch (tokens and valid will do), returns what
-    SelectiveHead returns. A stage is `run()`: the first one takes a Batch, those behind it the
-    hidden states that the stage before hands on. `early_exit` is the proxy pass by which sequences
-    are selected ahead of a step.
+    Calling the full model with the tensors of a Batch (tokens and valid suffice) returns the result
+    of SelectiveHead. Stages use `run()`: the first takes a Batch, later ones the hidden states of
+    the stage before. `early_exit` runs the proxy pass that selects sequences before a step.
     Parameter names (`embedding.*`, `blocks.{i}.*`, `final_norm.*`) do not depend on policy or
     layout.
     """
@@ -129,8 +128,8 @@ class GPT(nn.Module):
             )
         exit_layers, self.copies = None, nn.ModuleList()
         if policy.traits.sequence_source == "head":
-            # All stages score, so that none waits for the first one: with their own layers, or
-            # copies of those of another stage.
+            # All stages score, so that none waits for the first. They use their own layers, or
+            # copies of another stage's layers.
             depth = policy.traits.early_exit_blocks
             exit_layers = ExitLayers(
                 embedding=self.embedding if self.is_first else embedding(positions=True),
@@ -150,23 +149,23 @@ class GPT(nn.Module):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the first stage, or the whole model."""
+        """Whether this is the first stage or the full model."""
         return self.block_range.start == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether this is the last stage, or the whole model."""
+        """Whether this is the last stage or the full model."""
         return self.block_range.stop == self.shape.num_layers
 
     def forward(self, *tensors: torch.Tensor, candidates: Rows | None = None) -> torch.Tensor:
         batch = Batch.of(*tensors)
         if candidates is not None:
-            # Through the module itself, so that ZeRO 3 brings the weights.
+            # Call through the module itself, so that ZeRO 3 gathers the weights.
             return self.early_exit.candidate_scores(batch, candidates)
         return self.loss(self.run(batch), batch)
 
     def run(self, inputs: Batch | torch.Tensor) -> Selected:
-        """This stage's layers but the head, for one micro-batch.
+        """Run this stage's layers, except the head, on one micro-batch.
 
         Args:
             inputs: the batch on the first stage, hidden states [L, M, D] on the others.
@@ -175,7 +174,7 @@ class GPT(nn.Module):
         if self.training:
             self.policy.state.micro_step = self.recorder.begin()
             if self.is_last and self.settings.last_mlp_kept:
-                # The head says later which they are.
+                # The head fills in the tokens later.
                 tokens = self.head.tokens = LossTokenIndex()
         if isinstance(inputs, torch.Tensor):
             num_rows = inputs.shape[1]
@@ -192,7 +191,7 @@ class GPT(nn.Module):
         return Selected(hidden_LKD, kept_K)
 
     def loss(self, selected: Selected, batch: Batch) -> torch.Tensor:
-        """The head, on the last stage."""
+        """Run the head, on the last stage."""
         return self.head(selected, batch)
 
     def _blocks(
@@ -206,7 +205,7 @@ class GPT(nn.Module):
         if not interval or not self.training:
             return self._run_blocks(hidden, numbers, places, tokens)
         for first in range(0, len(numbers), interval):
-            # Masks come by name, so no state of random streams has to be kept.
+            # Dropout masks are seeded by name, so no RNG state has to be kept.
             hidden = checkpoint(
                 self._run_blocks,
                 hidden,
@@ -231,7 +230,7 @@ class GPT(nn.Module):
         return hidden
 
     def _places(self, rows_K: torch.Tensor | range, num_rows: int) -> DropoutKey | None:
-        """For dropout: rows of this rank as rows of the global micro-batch, in this micro-step."""
+        """Key of dropout masks: this rank's rows as rows of the global micro-batch."""
         if not self._drops:
             return None
         first, state = self.policy.peers.rank * num_rows, self.policy.state
@@ -254,7 +253,7 @@ def _check(
     ):
         if value % tp:
             raise ConfigError(
-                f"{flag} {value} does not divide by --tensor-model-parallel-size {tp}."
+                f"{flag} {value} is not a multiple of --tensor-model-parallel-size {tp}."
             )
     if policy.traits.sequence_source == "head" and blocks.start == 0:
         depth = policy.traits.early_exit_blocks
@@ -283,7 +282,7 @@ def build_gpt(
     init_std: float = 0.02,
     blocks: range | None = None,
 ) -> GPT:
-    """A GPT, or one stage of it, in float32 on the CPU with its initial weights."""
+    """Build a GPT or one stage of it, in float32 on the CPU, with initial weights."""
     model = GPT(shape, mesh, policy, recorder, objective, settings, blocks)
     init_parameters(model, shape, mesh, seed=seed, std=init_std)
     return model
@@ -291,7 +290,7 @@ def build_gpt(
 
 @torch.no_grad()
 def load_weights(model: GPT, weights: dict[str, torch.Tensor]) -> None:
-    """Copy full parameters by name into a model with TP = 1, cast to its type.
+    """Copy full parameters by name into a model with TP = 1, cast to its dtype.
 
     Raises:
         ConfigError: a name is missing or left over, or a shape differs.
@@ -318,11 +317,11 @@ class _NoObjective(Objective):
 
 
 def bare_gpt(shape: ModelShape, mesh: Mesh) -> GPT:
-    """A whole GPT to look at texts with, in evaluation mode, without weights, policy or loss.
+    """Build a full GPT for inference: evaluation mode, no weights loaded, no policy, no loss.
 
     Args:
-        shape: of the model.
-        mesh: only its tensor-parallel group counts.
+        shape: the model's shape.
+        mesh: only its tensor-parallel group is used.
     """
     alone = dataclasses.replace(mesh, pp_size=1, pp_rank=0)
     options = SelectionOptions(selection="clm")
@@ -334,21 +333,21 @@ def bare_gpt(shape: ModelShape, mesh: Mesh) -> GPT:
 def reference_logits(
     weights: dict[str, torch.Tensor], shape: ModelShape, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Logits of our model in one process, in float32.
+    """Compute our model's logits in one process, in float32.
 
-    Needs a process group of one (`launch.bootstrap.single_process`).
+    Needs a process group of one rank (`launch.bootstrap.single_process`).
 
     Args:
         weights: parameters of GPT by name.
-        shape: its shape.
+        shape: the model's shape.
         tokens: int64 [B, T].
 
     Returns:
-        float32 [B, T, vocab_size], padding columns cut off.
+        float32 [B, T, vocab_size], without padding columns.
     """
     model = bare_gpt(shape, build_mesh())
     load_weights(model, weights)
-    # The embedding takes T+1 tokens and drops the last; any id does there.
+    # The embedding takes T+1 tokens and ignores the last, so any id serves there.
     padded = torch.cat([tokens, tokens[:, :1]], dim=1)
     hidden_TBD, *_ = model.run(Batch.of(padded, torch.ones_like(tokens, dtype=torch.bool)))
     logits = model.final_norm(hidden_TBD) @ model.embedding.word.weight[: shape.vocab_size].t()

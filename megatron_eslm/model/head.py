@@ -1,4 +1,4 @@
-"""The end of the model: final norm, tied head and loss of the tokens that are selected.
+"""The end of the model: final norm, tied head, and loss of the selected tokens.
 
 Shape legend: T positions, M rows of this rank, K kept rows, N = T*K tokens in (position, row)
 order, S tokens in the loss, D hidden.
@@ -24,10 +24,10 @@ from megatron_eslm.selection.state import Recorder
 
 
 class SelectiveHead(nn.Module):
-    """Selected (see instance_selector) and the batch that it is of -> loss.
+    """Computes the loss from the kept rows (`instance_selector.Selected`) and their batch.
 
-    In training the result is this rank's scaled term of the mean loss over kept tokens (float32
-    scalar); in evaluation float64 [M, 2], each row's sum of the losses of all its valid tokens and
+    In training, returns this rank's scaled term of the mean loss over kept tokens (float32 scalar).
+    In evaluation, returns float64 [M, 2]: per row, the sum of the losses of all valid tokens and
     their number.
     """
 
@@ -51,8 +51,8 @@ class SelectiveHead(nn.Module):
         self.shard = shard
         self.keep_logits = keep_logits
         self.tokens: LossTokenIndex | None = None
-        """Told which tokens are in the loss; of the micro-batch under way."""
-        # In a tuple, so that the shared modules are not registered under a second name.
+        """Receives the indices of tokens in the loss, for the current micro-batch."""
+        # A tuple keeps the shared modules from being registered under a second name.
         self._tied = (embedding, final_norm)
 
     def forward(self, selected: Selected, batch: Batch) -> torch.Tensor:
@@ -61,7 +61,7 @@ class SelectiveHead(nn.Module):
         embedding, final_norm = self._tied
         weight_VD = embedding.word.weight
         if not self.training:
-            # Over the tokens as they are, whatever --label-noise trains on.
+            # Evaluate on the original tokens, not on labels permuted by --label-noise.
             labels_N = batch.tokens_MU[kept_K, 1:].t().flatten()
             valid_N = batch.valid_MT[kept_K].t().flatten()
             return self._evaluate(hidden_TKD, weight_VD, labels_N, valid_N)
@@ -75,7 +75,7 @@ class SelectiveHead(nn.Module):
         if self.policy.drops_tokens:
             risk_KT = None
             if self.policy.traits.token_source == "head":
-                # Logits of all tokens, then the selection, then the backward pass of kept ones.
+                # Compute logits of all tokens, select, then run backward over kept tokens only.
                 with torch.no_grad():
                     statistics = self._statistics(final_norm(hidden_ND), weight_VD, labels_N)
                 risk_KT = self.policy.token_risk(statistics).view(hidden_TKD.shape[:2]).t()
@@ -96,7 +96,7 @@ class SelectiveHead(nn.Module):
         labels_S = labels_N[chosen_S]
         normed_SD = final_norm(hidden_ND if keeps_all else hidden_ND.index_select(0, chosen_S))
         if statistics is None:
-            # The selection needed no logits, so only those of tokens in the loss are computed.
+            # Selection needed no logits, so compute those of tokens in the loss only.
             statistics = self._statistics(normed_SD.detach(), weight_VD, labels_S)
         elif not keeps_all:
             scored_S = chosen_S
@@ -118,8 +118,8 @@ class SelectiveHead(nn.Module):
             )
         )
         self.selector.record(loss_S, chosen_S, kept.kept_N, kept_K, batch)
-        # Engines average gradients over data-parallel ranks; the average of these terms is the
-        # mean over the tokens of all ranks, however unequal their numbers are.
+        # Engines average gradients over data-parallel ranks. The average of these terms is the mean
+        # over the tokens of all ranks, even if ranks keep different numbers.
         with self.policy.peers.phases("count of kept tokens", waits=True):
             total = num_in_loss()
         loss = loss_S.sum() * (self.policy.peers.size / total.double().clamp(min=1.0)).float()

@@ -20,11 +20,11 @@ WORD_EMBEDDING = "embedding.word.weight"
 def init_parameters(
     module: nn.Module, shape: ModelShape, mesh: Mesh, *, seed: int, std: float
 ) -> None:
-    """Fill all parameters of `module` in place, as GPT-2 does.
+    """Initialize all parameters of `module` in place, as GPT-2 does.
 
     Weights are normal(0, std), projections into the residual stream normal(0, std / sqrt(2
-    layers)), norms one and zero, biases zero. Of an adapter A is normal(0, 1 / sqrt(its columns))
-    and B zero. A tensor-parallel shard is cut from the full draw.
+    layers)), norms one and zero, biases zero. In adapters, A is normal(0, 1 / sqrt(columns of A))
+    and B zero. A tensor-parallel shard is a slice of the full draw.
     """
     for name, parameter in module.named_parameters():
         if name.endswith((".bias", LORA_B)):
@@ -42,7 +42,7 @@ def init_parameters(
             if name.endswith(LORA_A):
                 scale = 1.0 / math.sqrt(full[1])
             if padded := name == WORD_EMBEDDING:
-                # How far the vocabulary is padded depends on the layout; padding is zero.
+                # The padded size of the vocabulary depends on the layout; padding is zero.
                 full[0] = shape.vocab_size
             draw = torch.empty(full).normal_(0.0, scale, generator=generator(seed, "init", name))
             if padded:

@@ -1,8 +1,8 @@
-"""Selection of sequences in mid-model: one pass instead of Algorithm 1's two.
+"""In-model selection of sequences: one pass instead of Algorithm 1's two.
 
-Within a step the weights are the same, so the early exit's blocks need not run twice: this layer
-stands after them, scores their output without gradient and lets the riskiest rows through. The
-gradients are exactly those of Algorithm 1 with the micro-batch as its batch.
+Within a step the weights do not change, so the early exit's blocks need not run twice. This layer
+follows them, scores their output without gradient and passes on the riskiest rows. The gradients
+are exactly those of Algorithm 1 with the micro-batch as its batch.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from megatron_eslm.selection.state import Recorder
 
 
 class Selected(NamedTuple):
-    """What goes on through the model."""
+    """The rows that continue through the model."""
 
     hidden_LKD: torch.Tensor
-    """Of the kept rows."""
+    """Hidden states of the kept rows."""
     kept_K: torch.Tensor
-    """int64, which of this rank's rows they are."""
+    """int64, indices of the kept rows among this rank's rows."""
 
 
 class InstanceSelector(nn.Module):
-    """(hidden [L,M,D], batch) -> Selected.
+    """Drops rows: (hidden [L, M, D], batch) -> Selected.
 
-    L is T, or this rank's share of it under sequence parallelism. K may be 0 on a rank. Evaluation
-    keeps all rows, and so do micro-steps in which nothing is to be dropped.
+    L is T, or this rank's share of it under sequence parallelism. K may be 0 on a rank. All rows
+    are kept in evaluation and in micro-steps that drop nothing.
     """
 
     def __init__(self, policy: SelectionPolicy, recorder: Recorder, early_exit: EarlyExit) -> None:

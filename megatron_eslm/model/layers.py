@@ -1,7 +1,7 @@
-"""The layers of a GPT-2 decoder, on megatron-core's tensor-parallel building blocks.
+"""The layers of a GPT-2 decoder, built from megatron-core's tensor-parallel layers.
 
-Shape legend: T positions, L those of this rank (T / TP under sequence parallelism, else T), M rows
-(sequences), D hidden. Activations are [L, M, D], Megatron's order, which sequence parallelism
+Shape legend: T positions, L positions of this rank (T / TP under sequence parallelism, else T), M
+rows (sequences), D hidden. Activations are [L, M, D], Megatron's order, which sequence parallelism
 needs.
 """
 
@@ -32,19 +32,19 @@ from megatron_eslm.parallel.mesh import Mesh
 
 
 def _no_init(weight: torch.Tensor) -> torch.Tensor:
-    return weight  # model.init gives every parameter its values, by name
+    return weight  # model.init initializes every parameter by name
 
 
 def _mark_sharded(weight: torch.Tensor, dim: int) -> None:
-    """Say along which dimension a weight is cut over tensor-parallel ranks.
+    """Record the dimension along which a weight is sharded over tensor-parallel ranks.
 
-    megatron-core says so itself only where it also draws the initial values.
+    megatron-core records it only if it also draws the initial values.
     """
     set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
 class Layout:
-    """How layers are spread over ranks, and the parts that are built accordingly."""
+    """Builds layers sharded over ranks, and moves activations between layouts."""
 
     def __init__(
         self, shape: ModelShape, mesh: Mesh, sequence_parallel: bool, lora: Lora | None = None
@@ -54,8 +54,8 @@ class Layout:
         self.lora = lora
         self.sequence_parallel = sequence_parallel and mesh.tp_size > 1
         if self.sequence_parallel and parallel_state._GLOBAL_MEMORY_BUFFER is None:
-            # megatron-core's linear layers gather into it; it comes with its global groups, which
-            # we do without.
+            # megatron-core's linear layers gather into this buffer. It is normally created with the
+            # global groups, which we do not use.
             parallel_state._set_global_memory_buffer()
         self.megatron = ModelParallelConfig(
             tensor_model_parallel_size=mesh.tp_size,
@@ -65,7 +65,7 @@ class Layout:
         )
 
     def column(self, d_in: int, d_out: int) -> ColumnParallelLinear:
-        """[L, M, d_in] -> [T, M, d_out / TP]."""
+        """Build a column-parallel layer: [L, M, d_in] -> [T, M, d_out / TP]."""
         settings: dict[str, Any] = {
             "config": self.megatron,
             "init_method": _no_init,
@@ -80,7 +80,10 @@ class Layout:
         return layer
 
     def row(self, d_in: int, d_out: int) -> RowParallelLinear:
-        """[T, M, d_in / TP] -> [L, M, d_out], without its bias: see `shared`."""
+        """Build a row-parallel layer, bias not added (see `shared`).
+
+        [T, M, d_in / TP] -> [L, M, d_out].
+        """
         settings: dict[str, Any] = {
             "config": self.megatron,
             "init_method": _no_init,
@@ -98,10 +101,10 @@ class Layout:
         return layer
 
     def shared(self, parameter: torch.Tensor) -> torch.Tensor:
-        """A parameter that every tensor-parallel rank holds whole, for use on [L, M, D].
+        """Wrap a parameter replicated on all tensor-parallel ranks, for use on [L, M, D].
 
-        Under sequence parallelism a rank sees some positions only, so its gradient is summed over
-        the ranks, where it arises: each engine and ZeRO stage then finds it complete.
+        Under sequence parallelism a rank sees only some positions, so the gradient is summed over
+        the ranks in the backward pass. Engines and ZeRO stages then see the full gradient.
         """
         if not self.sequence_parallel:
             return parameter
@@ -114,7 +117,7 @@ class Layout:
         return scatter_to_sequence_parallel_region(x_TMD, group=self.mesh.tp_group)
 
     def gather(self, x_LMD: torch.Tensor) -> torch.Tensor:
-        """[L, M, D] -> [T, M, D] on every rank, each of which then has the whole gradient."""
+        """[L, M, D] -> [T, M, D] on every rank; every rank must have the full gradient."""
         if not self.sequence_parallel:
             return x_LMD
         return gather_from_sequence_parallel_region(
@@ -164,10 +167,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention; heads are spread over the tensor-parallel ranks.
+    """Causal multi-head self-attention; heads are sharded over the tensor-parallel ranks.
 
     The fused projection's rows are ordered (head, {query, key, value}, channel), so that a column
-    shard holds whole heads.
+    shard holds complete heads.
     """
 
     def __init__(self, layout: Layout, dropout: NamedDropout) -> None:
@@ -183,13 +186,13 @@ class Attention(nn.Module):
     def forward(self, x_LMD: torch.Tensor, places: DropoutKey | None) -> torch.Tensor:
         qkv, _ = self.qkv(x_LMD)
         t, m, _ = qkv.shape
-        # [T, M, heads, 3, channels] -> three of [M, heads, T, channels]
+        # [T, M, heads, 3, channels] -> 3 x [M, heads, T, channels]
         q, k, v = qkv.view(t, m, self.num_heads_local, 3, self.head_dim).permute(3, 1, 2, 0, 4)
         if places is not None and self.dropout.probability:
             mixed = self._with_dropout(q, k, v, places)
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        # Not -1: a rank that keeps no row passes m = 0 through here.
+        # Not -1: m is 0 on a rank that keeps no row.
         mixed_TMD = mixed.permute(2, 0, 1, 3).reshape(t, m, self.num_heads_local * self.head_dim)
         out_LMD, bias = self.out(mixed_TMD)
         return out_LMD + self.layout.shared(bias)
@@ -197,7 +200,7 @@ class Attention(nn.Module):
     def _with_dropout(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: DropoutKey
     ) -> torch.Tensor:
-        # The fused kernels draw masks of their own; ours take the plain form.
+        # Fused kernels draw their own masks; ours need the unfused form.
         t = q.shape[2]
         future_TT = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
         scores = (q @ k.mT * self.head_dim**-0.5).masked_fill(future_TT, -torch.inf)
@@ -207,8 +210,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two projections with GELU (tanh form) between them.
 
-    Given the tokens that will be in the loss, its backward pass runs over these only
-    (ops.kept_tokens_mlp); neither with sequence parallelism nor with adapters.
+    If given the tokens in the loss, the backward pass runs over these only (ops.kept_tokens_mlp).
+    Not supported with sequence parallelism or adapters.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -256,7 +259,7 @@ class Block(nn.Module):
 
 
 class FinalNorm(nn.LayerNorm):
-    """The last layer norm; its input is gathered, or chosen tokens [N, D]."""
+    """The last layer norm; its input is gathered [T, M, D] or selected tokens [N, D]."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape.hidden_size, eps=shape.layernorm_epsilon)

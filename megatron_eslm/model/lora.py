@@ -1,12 +1,12 @@
 """Low-rank adapters of linear layers: y = W x + (alpha / rank) B A x with W frozen.
 
-Source: "LoRA: Low-Rank Adaptation of Large Language Models" (2106.09685). B starts at zero, so that
-the first step sees the model that was loaded. Over tensor-parallel ranks the adapter is cut as its
-layer is: B of a column-parallel one by rows, A of a row-parallel one by columns; the other factor
-every rank holds whole. What crosses ranks is as wide as the rank of the adapter.
+Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). B starts at zero,
+so the first step sees the loaded model. An adapter is sharded over tensor-parallel ranks like its
+layer: B of a column-parallel layer by rows, A of a row-parallel layer by columns; the other factor
+is replicated. Communicated tensors are only as wide as the adapter's rank.
 
-Shape legend: T positions, L those of this rank (T / TP under sequence parallelism, else T), M rows
-(sequences), R rank of the adapter.
+Shape legend: T positions, L positions of this rank (T / TP under sequence parallelism, else T), M
+rows (sequences), R rank of the adapter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import nn
 from megatron_eslm.model.options import Lora
 
 LORA_A, LORA_B = ".lora_a", ".lora_b"
-"""How the names of an adapter's factors end: [R, in] and [out, R]."""
+"""Suffixes of the names of an adapter's factors: [R, in] and [out, R]."""
 
 
 def is_adapter(name: str) -> bool:
@@ -37,13 +37,13 @@ def is_adapter(name: str) -> bool:
 
 
 def adapter_names(weight: str) -> tuple[str, str]:
-    """Names of both factors of the adapter of a weight."""
+    """Names of both adapter factors of a weight."""
     layer = weight.removesuffix(".weight")
     return layer + LORA_A, layer + LORA_B
 
 
 def freeze_all_but_adapters(model: nn.Module) -> None:
-    """Have only adapters train."""
+    """Train adapters only."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
 
@@ -60,7 +60,7 @@ class AdaptedColumnLinear(ColumnParallelLinear):
     def forward(self, x_LMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         out, bias = super().forward(x_LMD)
         if self.sequence_parallel:
-            # A rank sees some positions only, and the gradient of A is over all.
+            # A rank sees only some positions, but A's gradient sums over all.
             lora_a = copy_to_tensor_model_parallel_region(self.lora_a, group=self.tp_group)
             low_TMR = gather_from_sequence_parallel_region(
                 F.linear(x_LMD, lora_a), tensor_parallel_output_grad=True, group=self.tp_group

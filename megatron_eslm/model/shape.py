@@ -1,4 +1,4 @@
-"""The numbers that fix a GPT-2 model's parameters, and the paper's four sizes."""
+"""The shape of a GPT-2 model, and the paper's four sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.schema import STRICT, Size
 
 MOST_PADDING = 2**16
-"""Rows that the padding of a vocabulary may have beyond as many as there are ids."""
+"""Limit of vocabulary padding: at most this many rows more than there are ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class ModelShape:
     ffn_hidden_size: Size
     max_position_embeddings: Size
     vocab_size: Size
-    """Token ids that exist."""
+    """Number of real token ids."""
     padded_vocab_size: Size
-    """Rows of the embedding; the ones from `vocab_size` on take no probability."""
+    """Rows of the embedding; rows from `vocab_size` on get no probability."""
     layernorm_epsilon: Annotated[float, pydantic.Field(ge=0)] = 1e-5
 
     def __post_init__(self) -> None:
@@ -45,8 +45,8 @@ class ModelShape:
         if self.padded_vocab_size > 2 * self.vocab_size + MOST_PADDING:
             raise ConfigError(
                 f"The vocabulary of {self.vocab_size} ids would be padded to "
-                f"{self.padded_vocab_size} rows. Lower --make-vocab-size-divisible-by, of which "
-                "the rows are a multiple."
+                f"{self.padded_vocab_size} rows. Lower --make-vocab-size-divisible-by; the number "
+                "of rows is a multiple of it."
             )
 
     @property
@@ -75,18 +75,18 @@ class ModelShape:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for run.json."""
+        """Convert to plain numbers, for run.json."""
         return asdict(self)
 
 
 def pad_vocab_size(vocab_size: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that holds `vocab_size` ids (50257 -> 50304 for 128)."""
+    """Round `vocab_size` up to a multiple of `multiple` (50257 -> 50304 for 128)."""
     return -(-vocab_size // multiple) * multiple
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A model size with its recipe: what the flags default to when `--model-size` names it.
+    """A model size with its recipe: defaults of flags under `--model-size`.
 
     Sources: Table 5 (shapes) and Table 4 (batch, learning rates, warm-up, decay) of the ESLM paper.
     """

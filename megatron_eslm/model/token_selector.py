@@ -1,4 +1,4 @@
-"""Selection of tokens at the head, and the record of what became of a micro-batch.
+"""Selection of tokens at the head, and recording of each micro-batch.
 
 Shape legend: T positions, M rows of this rank, K kept rows, N = T*K tokens in (position, row)
 order, S tokens in the loss.
@@ -18,7 +18,7 @@ from megatron_eslm.selection.state import Recorder
 
 
 class SelectedTokens(NamedTuple):
-    """Which of N tokens are kept."""
+    """The kept ones of N tokens."""
 
     kept_N: torch.Tensor
     """bool."""
@@ -37,7 +37,7 @@ def num_valid_of(num_kept: int, batch: Batch) -> int | None:
 
 
 class TokenSelector:
-    """Decides which tokens of the kept rows enter the loss, and records it."""
+    """Selects the tokens of the kept rows that enter the loss, and records them."""
 
     def __init__(self, policy: SelectionPolicy, recorder: Recorder) -> None:
         self.policy = policy
@@ -50,8 +50,8 @@ class TokenSelector:
         """Apply the keep rule. Collective under a global scope.
 
         Args:
-            risk_KT: float32, the head's; None where the policy needs none.
-            kept_K: int64, which rows of the batch these are.
+            risk_KT: float32, risk from the head; None if the policy needs none.
+            kept_K: int64, the kept rows of the batch.
             batch: all M rows.
         """
         valid_MT = batch.valid_MT
@@ -92,12 +92,12 @@ class TokenSelector:
         kept_K: torch.Tensor,
         batch: Batch,
     ) -> None:
-        """Record counts, kept tokens and rows that are not finite.
+        """Record counts, kept tokens and non-finite rows.
 
         Args:
-            loss_S: of the tokens in the loss.
-            chosen_S: int64, which of the N tokens they are.
-            kept_N: bool, what `select` kept.
+            loss_S: losses of the tokens in the loss.
+            chosen_S: int64, indices of these tokens among the N.
+            kept_N: bool, the tokens that `select` kept.
             kept_K: int64, the kept rows.
             batch: all M rows.
         """

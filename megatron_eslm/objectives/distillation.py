@@ -1,4 +1,4 @@
-"""Knowledge distillation: dense, of the tokens that selection keeps, or for the first steps."""
+"""Knowledge distillation: on all tokens, on the kept tokens, or during the first steps only."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_eslm.objectives.teacher import Teacher, taught_losses
 class Distillation(Objective):
     """lambda KL(teacher || student) + (1 - lambda) (-log p(label)) (line 7 of Algorithm 3).
 
-    Which tokens: those that selection keeps. With `num_iterations`, from that step on the causal
-    language modelling loss and nothing else (SALT, Rawat et al. 2024).
+    Applies to the tokens that selection keeps. From step `num_iterations` on, if set, uses the
+    causal language modelling loss alone (SALT, Rawat et al. 2024).
     """
 
     def __init__(

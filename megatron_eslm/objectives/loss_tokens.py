@@ -1,4 +1,4 @@
-"""The tokens that enter the loss, as objectives see them."""
+"""Input of objectives: the tokens that enter the loss."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from megatron_eslm.ops.head.statistics import HeadStatistics, VocabShard
 
 @dataclass(frozen=True, kw_only=True)
 class LossTokens:
-    """The tokens that enter the loss on this rank, as objectives see them.
+    """The tokens that enter the loss on this rank.
 
-    S of N = T*K tokens in (position, kept row) order; K rows of the M that were read.
+    S of the N = T*K tokens in (position, kept row) order; K kept rows of the M that were read.
     """
 
     normed_SD: torch.Tensor
-    """[S, D] in the compute type, normalised, with gradient."""
+    """[S, D] hidden states after the final norm, in the compute dtype, with gradient."""
     weight_VD: torch.Tensor
     """This rank's rows of the student's head."""
     shard: VocabShard
     labels_S: torch.Tensor
     """int64 [S]."""
     statistics: HeadStatistics
-    """Of the tokens whose logits were computed."""
+    """Statistics of all tokens whose logits were computed."""
     scored_S: torch.Tensor | None
-    """int64 [S], which of those each token is; None where they are the same."""
+    """int64 [S], index of each token in `statistics`; None if these are the same tokens."""
     kept_S: torch.Tensor | None
-    """bool [S], what selection kept, for objectives that train on the others too; None: all."""
+    """bool [S], whether selection kept each token, for objectives that also train on dropped
+    tokens; None: all were kept."""
     chosen_S: torch.Tensor
-    """int64 [S], which of the N each token is."""
+    """int64 [S], index of each token among the N."""
     kept_K: torch.Tensor
-    """int64 [K], rows of the batch that N counts."""
+    """int64 [K], kept rows of the batch."""
     batch: Batch
     iteration: int
-    """Optimizer step under way, from 0."""
+    """Current optimizer step, from 0."""

@@ -1,4 +1,4 @@
-"""What is minimised besides the causal language modelling loss."""
+"""Flags of the objective: terms besides the causal language modelling loss."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class ObjectiveOptions:
     """Objective: knowledge distillation."""
 
     distill: Literal["dense", "eslm", "salt"] | None = None
-    """Learn from a teacher's distributions too: eslm on the tokens that --selection eslm keeps
-    (ESLM-KD, Algorithm 3), dense on all tokens (--selection clm), salt on all tokens for the first
-    --salt-iters steps and plainly from then on (--selection clm)."""
+    """Also learn from a teacher's distributions. eslm: on the tokens that --selection eslm keeps
+    (ESLM-KD, Algorithm 3). dense: on all tokens (--selection clm). salt: on all tokens for the
+    first --salt-iters steps, then without the teacher (--selection clm)."""
 
     distill_teacher: str | None = None
-    """The teacher, any size with the same tokenizer: a folder of checkpoints, one checkpoint, or a
-    Hugging Face GPT-2. With --selection uncertainty: what the model starts from, where --load does
-    not name that."""
+    """The teacher, of any size with the same tokenizer: a folder of checkpoints, one checkpoint, or
+    a Hugging Face GPT-2. With --selection uncertainty: the starting weights, if --load does not
+    name them."""
 
     distill_teacher_dtype: Literal["bf16", "float32"] = "bf16"
-    """Type in which the teacher computes; its logits are compared in float32 in any case."""
+    """Compute dtype of the teacher; its logits are always compared in float32."""
 
     distill_weight: Annotated[
         float,
@@ -32,14 +32,14 @@ class ObjectiveOptions:
             at_least=0, at_most=1, why="it is the teacher's share of the loss; the paper uses 0.5"
         ),
     ] = 0.5
-    """Share of the divergence from the teacher in the loss (lambda); the rest is the causal
+    """Weight of the divergence from the teacher in the loss (lambda); the rest is the causal
     language modelling loss."""
 
     distill_temperature: Annotated[float, Range(above=0, why="the paper uses 1")] = 1.0
-    """Temperature of both distributions (rho)."""
+    """Temperature of both distributions, teacher's and student's (rho)."""
 
     salt_iters: Annotated[int, ONE_OR_MORE] = 12_000
-    """Steps of --distill salt with the teacher."""
+    """Steps with the teacher under --distill salt."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -48,28 +48,28 @@ class ObjectiveOptions:
 def check_objective(
     options: ObjectiveOptions, selection: str, *, loads: bool, given: frozenset[str] = frozenset()
 ) -> None:
-    """What crosses the objective and the rest of a run.
+    """Check the objective against the rest of the run.
 
     Args:
-        options: of the objective.
+        options: options of the objective.
         selection: --selection.
         loads: whether --load is given.
         given: names of the flags that were set.
 
     Raises:
-        ConfigError: the two do not fit, or a flag would have no effect.
+        ConfigError: objective and selection do not fit together, or a flag would have no effect.
     """
     kind = options.distill
     fitting = {None: None, "dense": "clm", "salt": "clm", "eslm": "eslm"}[kind]
     if fitting is not None and selection != fitting:
         on = "the tokens that ESLM keeps" if fitting == "eslm" else "all tokens"
         raise ConfigError(
-            f"--distill {kind} trains on {on} and --selection is {selection}; use --selection "
+            f"--distill {kind} trains on {on}, but --selection is {selection}; use --selection "
             f"{fitting}{', or --distill eslm' if selection == 'eslm' else ''}."
         )
     if kind is not None and options.distill_teacher is None:
         raise ConfigError(
-            f"--distill {kind} needs a teacher and --distill-teacher is not set. Give a folder of "
+            f"--distill {kind} needs a teacher, but --distill-teacher is not set. Give a folder of "
             "checkpoints or of a Hugging Face GPT-2."
         )
     idle = given & {"distill_weight", "distill_temperature", "salt_iters"}
@@ -85,7 +85,7 @@ def check_objective(
         raise ConfigError(f"{flag} has no effect without {wanted}; give that, or leave it out.")
     if selection == "uncertainty" and not loads:
         raise ConfigError(
-            "--selection uncertainty trains a model further and holds it to what it was: it needs "
-            "--load with weights to start from (tools/convert_from_hf.py makes them of a Hugging "
-            "Face GPT-2). To train from scratch use another --selection."
+            "--selection uncertainty regularizes a trained model towards its starting weights and "
+            "needs --load with such weights (tools/convert_from_hf.py converts a Hugging Face "
+            "GPT-2). To train from scratch, use another --selection."
         )

@@ -1,7 +1,7 @@
-"""What objectives ask of a teacher.
+"""Interface of a teacher, as objectives use it.
 
-Shape legend: T positions, M rows, K kept rows, S chosen tokens, E hidden of the teacher, V rows of
-this rank's shard of the vocabulary.
+Shape legend: T positions, M rows, K kept rows, S tokens in the loss, E hidden size of the teacher,
+V rows of this rank's vocabulary shard.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from megatron_eslm.ops.head.distillation import selective_distillation
 
 
 class Teacher(Protocol):
-    """A frozen model over the student's vocabulary, cut over the same tensor-parallel ranks."""
+    """A frozen model over the student's vocabulary, sharded over the same tensor-parallel ranks."""
 
     @property
     def weight_VE(self) -> torch.Tensor:
-        """This rank's rows of its head."""
+        """This rank's rows of the teacher's head."""
 
     def hidden(self, tokens_MU: torch.Tensor) -> torch.Tensor:
         """[T, M, E] normalised hidden states for int64 [M, T+1], without gradient."""
@@ -28,9 +28,9 @@ class Teacher(Protocol):
 def taught_losses(
     tokens: LossTokens, teacher: Teacher, *, kl_weight: float | torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """float32 [S]: w KL(teacher || student) + (1 - w) (-log p(label)); see `ops`.
+    """float32 [S]: w KL(teacher || student) + (1 - w) (-log p(label)); see `ops.head.distillation`.
 
-    The teacher reads the kept rows; its head sees the chosen tokens only.
+    The teacher reads the kept rows; its head computes the tokens in the loss only.
     """
     hidden_TKE = teacher.hidden(tokens.batch.tokens_MU[tokens.kept_K])
     return selective_distillation(

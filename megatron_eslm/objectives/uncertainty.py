@@ -1,4 +1,4 @@
-"""Token-level uncertainty-aware post-training: learn the uncertain, keep the rest as it was."""
+"""Token-level uncertainty-aware post-training: learn uncertain tokens, regularize the rest."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megatron_eslm.objectives.teacher import Teacher, taught_losses
 
 
 class Uncertainty(Objective):
-    """-log p(label) of the kept tokens, KL(teacher || student) of all others.
+    """-log p(label) of kept tokens, KL(teacher || student) of all others.
 
     Source: "Token-Level Uncertainty-Aware Objective for Language Model Post-Training" (2503.16511):
     masked likelihood on the tokens of highest loss, self-distillation on the rest. Both sums are
-    divided by the number of all tokens together.
+    divided by the total number of tokens.
     """
 
     on_dropped_tokens: ClassVar[bool] = True

@@ -1,17 +1,17 @@
-"""Inner products of sequences' gradients without the gradients: ghost products.
+"""Ghost products: inner products of per-sequence gradients without the gradients themselves.
 
-The gradient of a linear layer's weight for sequence m is sum_t b_mt a_mt^T, of inputs a and
-gradients b at its output, so that
+The gradient of a linear layer's weight for sequence m is sum_t b_mt a_mt^T, with inputs a and
+output gradients b. Hence
 
     <g_m, g_n> = sum_{t,t'} (a_mt . a_nt') (b_mt . b_nt')
 
-takes products of positions only (Wang et al., 2024, GREATS). No sequence's own gradient of a matrix
-ever exists. The validation gradient G is one sum over its sequences, so it exists as any training
-gradient does, a layer at a time: <g_m, G> = sum_t b_mt . (G a_mt).
+needs only products between positions (Wang et al., 2024, GREATS); per-sequence gradients of a
+matrix are never materialized. The validation gradient G is one sum over its sequences and is
+materialized one layer at a time, like any training gradient: <g_m, G> = sum_t b_mt . (G a_mt).
 
-Shape legend: R sequences, the first M candidates and the others validation; N candidates of one
-chunk; T positions; D inputs, F outputs of a layer; V vocabulary. Compute type in; products are
-added up in float32.
+Shape legend: R sequences, the first M of them candidates, the rest validation; N candidates of one
+chunk; T positions; D inputs, F outputs of a layer; V vocabulary. Inputs are in the compute dtype;
+products accumulate in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_eslm.ops.head.statistics import CHUNK_BYTES, chunk_rows
 
 @dataclass
 class GradientProducts:
-    """Inner products of gradients, added up over layers."""
+    """Inner products of gradients, summed over layers."""
 
     pairs_MM: torch.Tensor
     """float32, <g_m, g_n> of candidates."""
@@ -40,7 +40,7 @@ class GradientProducts:
 
     @classmethod
     def zeros(cls, num_candidates: int, device: torch.device) -> GradientProducts:
-        """Of no layer at all."""
+        """Return zeros, to which layers' products are added."""
         pairs_MM = torch.zeros(num_candidates, num_candidates, device=device)
         return cls(pairs_MM, torch.zeros(num_candidates, device=device))
 
@@ -54,14 +54,14 @@ def linear_products(
     bias: bool,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> GradientProducts:
-    """Of the weight [F, D] of a linear layer and, with `bias`, of its bias [F].
+    """Compute products for a linear layer's weight [F, D] and, with `bias`, its bias [F].
 
     Args:
-        inputs_RTD: a, what the layer is applied to.
-        grads_RTF: b, gradients at its output.
+        inputs_RTD: a, the layer's inputs.
+        grads_RTF: b, gradients at the layer's output.
         num_candidates: M.
-        bias: whether there is one; it is a weight whose input is 1.
-        chunk_bytes: size of the transient float32 products of positions.
+        bias: whether the layer has a bias; it counts as a weight with input 1.
+        chunk_bytes: size of the transient float32 products between positions.
     """
     inputs_RTD, grads_RTF = _wide(inputs_RTD), _wide(grads_RTF)
     a_MTD, b_MTF = inputs_RTD[:num_candidates], grads_RTF[:num_candidates]
@@ -81,21 +81,21 @@ def linear_products(
 
 @torch.no_grad()
 def vector_products(grads_RD: torch.Tensor, num_candidates: int) -> GradientProducts:
-    """Of parameters that are few enough to have a gradient [D] for each sequence."""
+    """Compute products for parameters small enough to store a gradient [D] per sequence."""
     g_MD = grads_RD[:num_candidates].float()
     return GradientProducts(g_MD @ g_MD.t(), g_MD @ grads_RD[num_candidates:].float().sum(dim=0))
 
 
 @dataclass(frozen=True)
 class HeadGradients:
-    """What the backward pass of the sum of token losses through the head yields."""
+    """Gradients of the sum of token losses with respect to the head's input, logits and weight."""
 
     hidden_RTD: torch.Tensor
-    """Gradients at its input, in the compute type."""
+    """Gradients at the head's input, in the compute dtype."""
     logits_MTV: torch.Tensor
-    """Candidates' gradients at the logits, in the compute type."""
+    """Candidates' gradients at the logits, in the compute dtype."""
     validation_VD: torch.Tensor
-    """float32, the validation sequences' gradient of its weight."""
+    """float32, gradient of the head's weight, summed over the validation sequences."""
 
 
 @torch.no_grad()
@@ -109,17 +109,17 @@ def head_gradients(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> HeadGradients:
-    """Gradients of sum_{valid t} -log p(label_t) of each sequence.
+    """Compute gradients of sum_{valid t} -log p(label_t) for each sequence.
 
-    A sum, not a mean: gradients of means are too small for half precision.
+    Sums rather than means: gradients of means are too small for half precision.
 
     Args:
         normed_RTD: normalised hidden states.
-        weight_VD: the whole head; rows from `vocab_size` on are padding.
+        weight_VD: the unsharded head; rows from `vocab_size` on are padding.
         labels_RT: int64, next tokens.
-        valid_RT: bool, which of them count.
+        valid_RT: bool, whether each label counts.
         num_candidates: M.
-        vocab_size: token ids that exist.
+        vocab_size: number of real token ids.
         chunk_bytes: size of the transient float32 logits.
     """
     rows, positions, _ = normed_RTD.shape
@@ -152,17 +152,17 @@ def tied_embedding_products(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> GradientProducts:
-    """Of a word embedding that is also the head, whose gradient is the sum of both uses.
+    """Compute products for a word embedding tied to the head; its gradient sums both uses.
 
     g_m = sum_t onehot(token_mt) l_mt^T + z_mt n_mt^T, so pairs have four terms: lookup with lookup,
-    head with head, and the two of one with the other.
+    head with head, and two cross terms.
 
     Args:
         head: from `head_gradients`.
         normed_RTD: n, the head's input.
-        tokens_RT: int64, what was looked up.
+        tokens_RT: int64, the tokens looked up.
         lookup_grads_RTD: l, gradients at the lookup's output.
-        chunk_bytes: size of the transient float32 products of positions.
+        chunk_bytes: size of the transient float32 products between positions.
     """
     num_candidates = len(head.logits_MTV)
     z_MTV, ids_MT = _wide(head.logits_MTV), tokens_RT[:num_candidates]
@@ -173,7 +173,7 @@ def tied_embedding_products(
         same_TNT = (ids_MT[m][:, None, None] == ids_MT[some]).float()
         total_TNT = same_TNT.mul_(_similarity(l_MTD[m], l_MTD[some]))
         total_TNT += _similarity(z_MTV[m], z_MTV[some]).mul_(_similarity(n_MTD[m], n_MTD[some]))
-        here_TNT = z_MTV[m][:, ids_MT[some]]  # m's head, the others' lookups
+        here_TNT = z_MTV[m][:, ids_MT[some]]  # head of m with lookups of the others
         total_TNT += _similarity(n_MTD[m], l_MTD[some]).mul_(here_TNT)
         there_TNT = z_MTV[some][:, :, ids_MT[m]].permute(2, 0, 1)
         total_TNT += _similarity(l_MTD[m], n_MTD[some]).mul_(there_TNT)
@@ -192,7 +192,7 @@ def tied_embedding_products(
 def _pairwise(
     like_MTD: torch.Tensor, pair: Callable[[int, slice], torch.Tensor], chunk_bytes: int
 ) -> torch.Tensor:
-    """float32 [M, M] of pair(m, some) -> float32 [N], each pair once."""
+    """float32 [M, M], filled from pair(m, some) -> float32 [N], called once per pair."""
     num, positions, _ = like_MTD.shape
     pairs_MM = torch.zeros(num, num, device=like_MTD.device)
     step = max(1, chunk_bytes // (4 * positions**2))
@@ -214,5 +214,5 @@ def _contract(x_MTD: torch.Tensor, y_MTD: torch.Tensor) -> torch.Tensor:
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """Products of many float16 numbers leave its range."""
+    """Convert float16 to float32: sums of many float16 products overflow."""
     return x.float() if x.dtype == torch.float16 else x

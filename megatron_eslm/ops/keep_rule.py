@@ -1,8 +1,8 @@
 """The keep rule: value-at-risk over the scores of all data-parallel ranks.
 
-Source: eqs. (1) and (2) of the ESLM paper, in the empirical form of docs/design.md, section 4:
-of N scores the k = max(1, floor((1 - alpha) N + 1e-9)) largest are kept, ties at the threshold go
-to the lower global index, and tau is the smallest kept score.
+Source: eqs. (1) and (2) of the ESLM paper, in empirical form (docs/design.md): keep the
+k = max(1, floor((1 - alpha) N + 1e-9)) largest of N scores. Ties at the threshold go to the lower
+global index; tau is the smallest kept score.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch.distributed as dist
 from megatron_eslm.parallel.collectives import all_gather_same_shape
 
 EXCLUDED = -math.inf
-"""Score of what takes no part: padding, masked labels, rows that were dropped before."""
+"""Score of excluded entries: padding, masked labels, rows dropped earlier."""
 
 
 @dataclass(frozen=True)
 class KeepDecision:
-    """What the keep rule decided; counts and thresholds are those of the whole group."""
+    """Result of the keep rule; counts and thresholds cover the full group."""
 
     keep: torch.Tensor
     """bool, shape of the local scores."""
@@ -63,7 +63,7 @@ class KeepDecision:
 
 
 def num_to_keep(num_scores: int, alpha: float) -> int:
-    """k of the keep rule: 12 at alpha 0.1 gives 10, 8 gives 7, 4 gives 3; alpha 0 gives all."""
+    """k of the keep rule: at alpha 0.1, 12 give 10, 8 give 7, 4 give 3; alpha 0 keeps all."""
     return max(1, math.floor((1.0 - alpha) * num_scores + 1e-9)) if num_scores else 0
 
 
@@ -80,18 +80,18 @@ def indices_of(keep_N: torch.Tensor, known: int | None) -> torch.Tensor:
 
 
 class StepShape(NamedTuple):
-    """Micro-batches that every data-parallel rank works on in an optimizer step."""
+    """Micro-batches per data-parallel rank in an optimizer step."""
 
     micro_steps: int
     rows: int
-    """Of a micro-batch of one rank."""
+    """Rows per micro-batch of one rank."""
 
     def kept(self, alpha: float) -> StepShape:
-        """What is left of it where sequences are selected ahead of the step.
+        """The shape after sequences are selected per step.
 
-        (1 - alpha) of the micro-steps, to the nearest whole number; where that is all of them,
-        (1 - alpha) of the rows of each. Halves keep the larger number: 10 micro-steps at alpha 0.1
-        give 9, 5 of 4 rows stay as they are, 5 of 12 rows become 5 of 11.
+        Keeps (1 - alpha) of the micro-steps, rounded to the nearest integer; if that is all of
+        them, (1 - alpha) of the rows of each. Halves round up: at alpha 0.1, 10 micro-steps become
+        9, 5 of 4 rows stay unchanged, 5 of 12 rows become 5 of 11.
         """
         micro_steps = _nearest((1.0 - alpha) * self.micro_steps)
         if micro_steps < self.micro_steps:
@@ -100,7 +100,7 @@ class StepShape(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """Of one rank."""
+        """Sequences per rank."""
         return self.micro_steps * self.rows
 
 
@@ -114,10 +114,10 @@ def keep_riskiest(
     """Keep the riskiest 1 - alpha of the scores of all ranks of `group`.
 
     Args:
-        scores: float32, any shape, the same shape on every rank; EXCLUDED entries take no part.
-            The global index is (rank, position in the flattened tensor).
+        scores: float32, any shape, the same shape on every rank; EXCLUDED entries are ignored. The
+            global index is (rank, position in the flattened tensor).
         alpha: share to drop, in [0, 1).
-        group: ranks whose scores are thresholded together; None thresholds this rank alone.
+        group: ranks that share one threshold; None thresholds this rank alone.
 
     Returns:
         KeepDecision, with `keep` for this rank's scores. `scores` is not changed.
@@ -130,14 +130,14 @@ def keep_riskiest(
 
 
 def keep_number(scores_N: torch.Tensor, num: int) -> KeepDecision:
-    """Keep exactly `num` of the scores, the riskiest; EXCLUDED ones last, ties to the lower index.
+    """Keep exactly the `num` riskiest scores; EXCLUDED ones last, ties to the lower index.
 
     Args:
-        scores_N: float32, of everything that is thresholded together.
+        scores_N: float32, all scores that share one threshold.
         num: 1 to N.
 
     Returns:
-        KeepDecision, without a CVaR (nan).
+        KeepDecision with CVaR nan.
     """
     assert scores_N.dtype == torch.float32, scores_N.dtype
     assert 1 <= num <= len(scores_N), (num, len(scores_N))

@@ -1,9 +1,9 @@
-"""The MLP of the last block, whose backward pass runs over the tokens in the loss only.
+"""MLP of the last block, with a backward pass over the tokens in the loss only.
 
-What the last block's MLP adds to a token's hidden state reaches the loss through that token's
-logits alone. So where tokens are chosen by their logits, the MLP runs forward for all of them, and
-the gradient of those that were dropped is zero: its four backward products are taken over rows
-that are not. Exact; only the order of float32 sums differs.
+The output of the last block's MLP for a token reaches the loss only through that token's logits.
+If tokens are selected by their logits, the forward pass needs all tokens, but the gradients of
+dropped tokens are zero. The four backward products skip those rows. The result is exact; only the
+order of float32 sums differs.
 
 Shape legend: N tokens, S of them in the loss, D hidden, F the MLP's columns on this rank.
 """
@@ -22,13 +22,13 @@ from megatron_eslm.parallel.collectives import all_reduce_
 
 @dataclass
 class LossTokenIndex:
-    """Which tokens of a micro-batch are in the loss; filled in after the forward pass."""
+    """Indices of a micro-batch's tokens in the loss; filled in after the forward pass."""
 
     chosen_S: torch.Tensor | None = None
-    """int64 [S], into the N of the last block in (position, row) order; None is all of them."""
+    """int64 [S], indices into the last block's N tokens in (position, row) order; None: all."""
 
 
-# What is chosen is not known when a compiler traces this, and it would take "all" for a constant.
+# The selection is not known at trace time; a compiler would treat "all" as a constant.
 @torch.compiler.disable
 def kept_tokens_mlp(
     x_ND: torch.Tensor,
@@ -38,19 +38,19 @@ def kept_tokens_mlp(
     tokens: LossTokenIndex,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """GELU (tanh form) between two products, without the second bias.
+    """Two matmuls with GELU (tanh form) between them, without the second bias.
 
     Args:
         x_ND: [N, D], the same on every rank of the group.
         up_weight_FD: [F, D], this rank's rows.
         up_bias_F: [F].
         down_weight_DF: [D, F], this rank's columns.
-        tokens: read in the backward pass. Gradients of other tokens' outputs are not looked at:
-            they have to be zero.
-        group: tensor-parallel ranks over which the columns are spread.
+        tokens: read in the backward pass. Output gradients of other tokens are ignored and must be
+            zero.
+        group: tensor-parallel ranks over which the columns are sharded.
 
     Returns:
-        [N, D], summed over the group. Gradients are those of the plain form.
+        [N, D], summed over the group. Gradients equal those of a plain MLP.
     """
     return _KeptTokensMLP.apply(x_ND, up_weight_FD, up_bias_F, down_weight_DF, tokens, group)
 
@@ -66,7 +66,8 @@ class _KeptTokensMLP(torch.autograd.Function):
         tokens: LossTokenIndex,
         group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
-        # Bias after the product, as the layers have it, so that nothing that is chosen by differs.
+        # Add the bias after the matmul, as the regular layers do, so that selection sees identical
+        # values.
         wide_NF = (x_ND @ up_weight_FD.t()).add_(up_bias_F)
         active_NF = F.gelu(wide_NF, approximate="tanh")
         out_ND = active_NF @ down_weight_DF.t()

@@ -1,5 +1,5 @@
-"""What a layout would cost on machines that one does not have: time, memory and traffic of a step.
+"""Predict time, memory and traffic of a step in a layout, on machines that are not at hand.
 
-Everything here is a prediction; docs/scaling.md says from what, and benchmarks/plan_check.py how
-far off it is where it can be measured.
+docs/scaling.md describes the model behind the predictions; benchmarks/plan_check.py compares them
+with measurements.
 """

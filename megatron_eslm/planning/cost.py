@@ -1,8 +1,8 @@
-"""How long one optimizer step of one layout takes, and what it spends the time on.
+"""Predict the time of one optimizer step of a layout, and how it splits up.
 
-Times of a rank's parts in one micro-step are added up stage by stage (stage_clock.py), put through
-the pipeline's schedule, and what happens once a step is added: the proxy pass, in which all stages
-share, and the optimizer.
+Times of the parts of a micro-step are summed per stage (stage_clock.py) and run through the
+pipeline schedule. Then the parts that happen once per step are added: the proxy pass, which all
+stages share, and the optimizer.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from megatron_eslm.planning.stage_clock import (
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """One optimizer step of one layout on one machine."""
+    """Cost of one optimizer step of one layout on one machine."""
 
     setting: Setting
     machine: Machine
     stages: tuple[StageTime, ...]
     exchanges: tuple[tuple[Exchange, ...], ...]
-    """Of each stage."""
+    """Exchanges of each stage."""
     micro_steps_seconds: float
-    """All micro-steps, through the pipeline."""
+    """Time of all micro-steps through the pipeline."""
     once: dict[str, float]
-    """What happens once a step."""
+    """Seconds of the parts that happen once per step."""
     shared_cores_seconds: float
-    """Computing of all processes over the cores there are, and communication of one of them; 0
-    where each has its own."""
+    """If processes share cores: computing time of all processes divided by the cores, plus
+    communication time of one process; else 0."""
     computing_seconds: float
-    """Of all processes together."""
+    """Computing time, summed over all processes."""
 
     @property
     def seconds(self) -> float:
-        """Of the step."""
+        """Time of the step."""
         return max(self.micro_steps_seconds + sum(self.once.values()), self.shared_cores_seconds)
 
     @property
     def parts(self) -> dict[str, float]:
-        """Where the time goes: the busiest stage, what it waits for, what comes once."""
+        """Breakdown of the time: the busiest stage, its waits, and parts once per step."""
         slowest = max(self.stages, key=lambda stage: stage.busy)
         steps = self.setting.micro_steps
         parts: defaultdict[str, float] = defaultdict(float)
@@ -68,14 +68,14 @@ class StepCost:
 
     @property
     def bubble(self) -> float:
-        """Share of the micro-steps' time in which stages are idle or hand over, on average."""
+        """Average share of the micro-steps' time in which stages are idle or send and receive."""
         steps = self.setting.micro_steps
         busy = sum(stage.busy for stage in self.stages) * steps / len(self.stages)
         return 1 - busy / self.micro_steps_seconds
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over what all devices could have done at their peak."""
+        """Model FLOPs utilization: model FLOPs over the peak FLOPs of all devices."""
         run = self.setting.run
         engine = run.engine
         ranks = (
@@ -84,7 +84,7 @@ class StepCost:
         return self.setting.model_flops / (self.seconds * self.machine.peak_flops * ranks)
 
     def volumes(self) -> dict[str, float]:
-        """Bytes that one rank sends in a step, by kind; of the stage that sends most of it."""
+        """Bytes sent per rank and step, by kind; for each kind, of the stage that sends most."""
         steps = self.setting.micro_steps
         most: dict[str, float] = {}
         for stage in self.exchanges:
@@ -97,7 +97,7 @@ class StepCost:
 
     @property
     def selection_seconds(self) -> float:
-        """Of a step: the proxy pass, gathers of scores, keep rule, waiting for its numbers."""
+        """Time of selection per step: proxy pass, gathers of scores, keep rule, host waits."""
         steps = self.setting.micro_steps
         return self.once.get(PROXY_PASS, 0.0) + steps * sum(
             direction.get(name, 0.0)
@@ -112,8 +112,8 @@ def step_cost(setting: Setting, machine: Machine, *, balanced: bool = False) -> 
 
     Args:
         setting: the run.
-        machine: where it would run.
-        balanced: as if all ranks had the same number of rows and tokens.
+        machine: the machine to run on.
+        balanced: assume that all ranks have the same number of rows and tokens.
     """
     works = rank_work(setting)
     work = works.fair if balanced else works.largest
@@ -159,7 +159,7 @@ def step_cost(setting: Setting, machine: Machine, *, balanced: bool = False) -> 
 def _shared(
     setting: Setting, stages: tuple[StageTime, ...], once: list[dict[str, float]]
 ) -> tuple[float, float]:
-    """Seconds of (all processes' computing together, the communication of one of them)."""
+    """(computing seconds over all processes, communication seconds of one process)."""
     run = setting.run
     ranks = run.dp_size * run.engine.tensor_model_parallel_size
     computing, communicating = 0.0, 0.0
@@ -173,5 +173,5 @@ def _shared(
 
 
 def ideal_bubble(stages: int, micro_steps: int) -> float:
-    """Idle share of equal stages without hand-overs: (P - 1) of (n + P - 1)."""
+    """Idle share with equal stages and free communication: (P - 1) / (n + P - 1)."""
     return (stages - 1) / (micro_steps + stages - 1)

@@ -1,8 +1,8 @@
-"""What ranks send each other in a step: how much of what, in which group, and how long it takes.
+"""Communication in a step: volumes, groups and times of all collectives.
 
 Volumes follow the code: megatron-core's layers for tensor parallelism, DeepSpeed for gradients and
-for what passes between stages, ops/keep_rule.py and training/candidates.py for selection (but for
-the candidates' scores within the model, 4 bytes each, once a step).
+traffic between stages, ops/keep_rule.py and training/candidates.py for selection. Candidates'
+scores within a model-parallel group (4 bytes each, once per step) are left out.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ FLOAT32, INT64 = 4, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Ranks that talk to each other."""
+    """A group of ranks that communicate."""
 
     size: int
     per_node: int
-    """How many of them share a machine."""
+    """Ranks of the group per machine."""
 
     @property
     def num_nodes(self) -> int:
-        """Machines that they are on."""
+        """Number of machines that the group spans."""
         return math.ceil(self.size / self.per_node)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Where ranks are: tensor fastest, then data, then pipeline (parallel/mesh.py)."""
+    """Groups of a layout; ranks are ordered tensor, data, pipeline (parallel/mesh.py)."""
 
     tensor: Group
     data: Group
     neighbours: Group
-    """Two stages beside each other."""
+    """Two adjacent stages."""
     ends: Group
     """The first and the last stage."""
     stages: Group
-    """All of a pipeline."""
+    """All stages of a pipeline."""
 
     @classmethod
     def of(cls, run: RunConfig, gpus_per_node: int) -> Groups:
-        """Of a run on machines with `gpus_per_node` devices, filled one after the other."""
+        """Groups of a run on machines with `gpus_per_node` devices, filled one after another."""
         tp, pp = run.engine.tensor_model_parallel_size, run.engine.pipeline_model_parallel_size
         dp = run.dp_size
         one_node = tp * dp * pp <= gpus_per_node
@@ -72,33 +72,33 @@ class Groups:
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """One thing that ranks of a stage exchange."""
+    """A collective or send of the ranks of a stage."""
 
     kind: Kind
     what: str
     collective: Collective
     group: Group
     num_bytes: float
-    """Of the whole tensor: what an all-reduce sums, an all-gather results in, a
-    reduce-scatter starts from, a broadcast or a send sends."""
+    """Bytes of the full tensor: the operand of an all-reduce, reduce-scatter, broadcast or send;
+    the result of an all-gather."""
     count: float
-    """A micro-step's forward or backward pass, or an optimizer step, by phase."""
+    """Number per forward or backward pass of a micro-step, or per optimizer step, by phase."""
     phase: Phase
 
     @property
     def sent_bytes(self) -> float:
-        """That one rank sends each time (rings; Thakur et al. 2005)."""
+        """Bytes sent per rank each time, with ring algorithms (Thakur et al. 2005)."""
         n = self.group.size
         if self.collective in ("send", "broadcast"):
             return self.num_bytes
         return (n - 1) / n * self.num_bytes * (2 if self.collective == "all-reduce" else 1)
 
     def times(self, micro_steps: int) -> float:
-        """How often it takes place in an optimizer step."""
+        """Number of executions per optimizer step."""
         return self.count * (1 if self.phase == "step" else micro_steps)
 
     def seconds(self, machine: Machine) -> float:
-        """Of one time."""
+        """Time of one execution."""
         if self.group.size == 1:
             return 0.0
         return min(self._by(protocol, machine) for protocol in machine.protocols)
@@ -113,14 +113,14 @@ class Exchange:
         hops = (nodes - 1) * protocol.hop_inter + (ranks - nodes) * protocol.hop_intra
         ring = protocol.base + rounds * hops + self.sent_bytes / bandwidth
         if self.collective != "all-reduce":
-            return ring  # NCCL has trees for all-reduce alone
+            return ring  # NCCL uses trees for all-reduce only
         levels = (self.group.per_node - 1) * protocol.tree_hop_intra
         levels += math.log2(nodes) * protocol.tree_hop_inter
         return min(ring, protocol.base + 2 * levels + 2 * self.num_bytes / (0.9 * bandwidth))
 
 
 def link_bandwidth(machine: Machine, group: Group) -> float:
-    """Of one ring through a group: machines' network cards are shared by the groups they serve."""
+    """Bandwidth of one ring of a group; groups on a machine share its network cards."""
     bandwidth = machine.intra_bandwidth
     if group.num_nodes > 1:
         share = group.per_node / machine.gpus_per_node
@@ -130,7 +130,7 @@ def link_bandwidth(machine: Machine, group: Group) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Exchanges:
-    """Everything that the ranks of one stage exchange; see `of_stage`."""
+    """Lists the exchanges of the ranks of one stage; see `of_stage`."""
 
     run: RunConfig
     shape: ModelShape
@@ -139,11 +139,11 @@ class Exchanges:
     groups: Groups
 
     def of_stage(self, stage: int, work: Work) -> list[Exchange]:
-        """All of a stage, but for groups of one rank.
+        """All exchanges of a stage, without groups of one rank.
 
         Args:
-            stage: of the plan.
-            work: of one rank in one micro-step.
+            stage: number of the stage in the plan.
+            work: work of one rank in one micro-step.
         """
         found = [
             *self._tensor(stage, work),
@@ -184,21 +184,21 @@ class Exchanges:
             if not blocks:
                 continue
             size = tokens * d * element
-            # Recomputed blocks send once more, but for the last output of each group of them.
+            # Recomputed blocks communicate again, except the last output of each group.
             inputs = outputs = 0
             if interval:
                 inputs, outputs = 2 * blocks, 2 * blocks - math.ceil(blocks / interval)
             if not spread:
-                # After attention and MLP forward; of both their inputs' gradients backward.
+                # Forward: outputs of attention and MLP; backward: gradients of both inputs.
                 yield exchange("blocks", "all-reduce", "forward", size, 2 * blocks)
                 yield exchange("blocks", "all-reduce", "backward", size, 2 * blocks + outputs)
                 continue
             yield exchange("blocks", "all-gather", "forward", size, 2 * blocks)
             yield exchange("blocks", "reduce-scatter", "forward", size, 2 * blocks)
-            # Inputs are gathered once more for the gradients of weights.
+            # Inputs are gathered again for the weight gradients.
             yield exchange("blocks", "all-gather", "backward", size, 4 * blocks + inputs)
             yield exchange("blocks", "reduce-scatter", "backward", size, 2 * blocks + outputs)
-            # Norms and biases of row-parallel layers, which each rank has seen some positions of.
+            # Gradients of norms and row-parallel biases; each rank has only some positions.
             yield exchange("norms", "all-reduce", "backward", d * element, 6 * blocks)
         if self._is_first(stage):
             size = work.tokens * d * element
@@ -285,8 +285,8 @@ class Exchanges:
             yield exchange("weights", "all-gather", "backward")
             yield exchange("gradients", "reduce-scatter", "backward")
             return
-        # DeepSpeed sums whole buckets (use_multi_rank_bucket_allreduce), in stage 2 after each
-        # micro-step, since a rank could not hold the sums of the others' parts.
+        # DeepSpeed all-reduces full buckets (use_multi_rank_bucket_allreduce). Stage 2 does so
+        # after each micro-step, because a rank cannot store sums of other ranks' partitions.
         yield exchange("gradients", "all-reduce", "backward" if zero == 2 else "step")
         if zero:
             yield exchange("weights", "all-gather", "step")
@@ -318,7 +318,7 @@ class Exchanges:
                 yield exchange("number of kept tokens", "all-reduce", INT64)
 
     def _proxy(self, stage: int) -> Iterable[Exchange]:
-        """The proxy pass ahead of a step: its candidates, a micro-batch at a time, forward only."""
+        """The proxy pass before a step: forward over the candidates, one micro-batch at a time."""
         if not self.traits.selects_per_step:
             return
         read, rows = self.run.gradient_accumulation_steps, self.run.training.micro_batch_size

@@ -1,7 +1,7 @@
-"""The machines that a layout can be planned for: accelerators, links, and what users know better.
+"""Machines to plan for: accelerators, links, and user overrides.
 
-Bandwidths are bytes a second and one direction; vendors print the sum of both directions for
-NVLink and PCIe.
+Bandwidths are bytes per second in one direction; for NVLink and PCIe, vendors print the sum of both
+directions.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Accelerator:
     pcie_bandwidth: float
     gpus_per_node: int
     efficiency: float
-    """Share of the peak that large matrix products reach in training. No vendor's number: set so
-    that predictions fit published throughputs (planning/published.py)."""
+    """Share of the peak that large matmuls reach in training. Not a vendor's number: fitted to
+    published throughputs (planning/published.py)."""
 
 
 # NVIDIA A100 datasheet (June 2021): 312 TFLOPS bf16 dense; 1,555 GB/s (40 GB) and 2,039 GB/s (80
 # GB SXM); NVLink 600 GB/s and PCIe Gen4 64 GB/s, both directions together. NVIDIA H100 datasheet:
 # 1,979 TFLOPS bf16 with sparsity, half of it dense; 80 GB, 3.35 TB/s; NVLink 900 GB/s, PCIe Gen5
-# 128 GB/s. NVIDIA H200 datasheet: the same with 141 GB and 4.8 TB/s. Eight GPUs a machine: DGX
+# 128 GB/s. NVIDIA H200 datasheet: the same with 141 GB and 4.8 TB/s. Eight GPUs per machine: DGX
 # A100, DGX H100 and HGX H200 datasheets.
 ACCELERATORS = {
     "a100-40g": Accelerator(
@@ -81,16 +81,16 @@ ACCELERATORS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What is between machines."""
+    """The network between machines."""
 
     port_bandwidth: float
     ports: int | None
-    """Of a machine; None: one for each GPU."""
+    """Ports per machine; None: one per GPU."""
 
 
-# InfiniBand HDR is 200 Gb/s and NDR 400 Gb/s a port (InfiniBand Trade Association, roadmap); one
-# port a GPU as in DGX A100 (8 x ConnectX-6) and DGX H100 (8 x ConnectX-7). 100 Gb/s Ethernet
-# (IEEE 802.3ba): one port a machine.
+# InfiniBand HDR has 200 Gb/s and NDR 400 Gb/s per port (InfiniBand Trade Association, roadmap); one
+# port per GPU as in DGX A100 (8 x ConnectX-6) and DGX H100 (8 x ConnectX-7). 100 Gb/s Ethernet
+# (IEEE 802.3ba): one port per machine.
 NETWORKS = {
     "infiniband-hdr": Network(port_bandwidth=25 * GB, ports=None),
     "infiniband-ndr": Network(port_bandwidth=50 * GB, ports=None),
@@ -102,13 +102,13 @@ INTRA_LINKS = ("nvlink", "pcie")
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """One way in which a library moves data: what a collective waits for, and how full links get.
+    """A protocol of a communication library: its latencies and share of the bandwidth.
 
-    Latencies are seconds; a hop is a step of a ring, or a level of a tree.
+    Latencies are in seconds; a hop is a step of a ring or a level of a tree.
     """
 
     base: float
-    """Of each collective."""
+    """Latency of every collective."""
     hop_intra: float
     hop_inter: float
     tree_hop_intra: float
@@ -116,9 +116,9 @@ class Protocol:
     bandwidth_share: float
 
 
-# NCCL 2.2x, src/graph/tuning.cc, which picks by the same sum: baseLat 6.6 and 8.4 us; hwLat (LL,
-# Simple) ring NVLink 0.6, 3.4, network 2.7, 14; tree NVLink 0.6, 4, network 5, 14; LL moves 8 bytes
-# with 8 of flags and reaches about a quarter of the bandwidth.
+# NCCL 2.2x, src/graph/tuning.cc, which picks by the same formula: baseLat 6.6 and 8.4 us; hwLat
+# (LL, Simple) ring NVLink 0.6, 3.4, network 2.7, 14; tree NVLink 0.6, 4, network 5, 14; LL sends 8
+# bytes of flags with every 8 bytes and reaches about a quarter of the bandwidth.
 NCCL = (
     Protocol(
         base=6.6 * US,
@@ -145,7 +145,7 @@ LINK_EFFICIENCY = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """All that the cost model knows of where a run would run."""
+    """Everything that the cost model knows about a machine."""
 
     name: str
     peak_flops: float
@@ -153,9 +153,9 @@ class Machine:
     memory_bytes: float
     memory_bandwidth: float
     intra_bandwidth: float
-    """Of one device, to others of its machine."""
+    """Bandwidth of one device to others in its machine."""
     node_bandwidth: float
-    """Of one machine, to others."""
+    """Bandwidth of one machine to others."""
     gpus_per_node: int
     protocols: tuple[Protocol, ...] = NCCL
     link_efficiency: float = LINK_EFFICIENCY
@@ -163,20 +163,20 @@ class Machine:
     """Share of the memory that a plan may fill: the rest is for the CUDA context, NCCL's buffers
     and what the allocator cannot use."""
     launch_seconds: float = 6 * US
-    """Of the host, a kernel."""
+    """Host time to launch a kernel."""
     host_overlaps: bool = True
     """Whether the host runs ahead of the device (CUDA) or is the device (CPU)."""
     wait_seconds: float = 20 * US
-    """Of a device whose host waits for a number and then starts again."""
+    """Idle time of a device while its host waits for a number and starts launching again."""
     logit_bytes: tuple[float, float] = (0.0, 8.0)
-    """Memory traffic of the head for a logit, forward and backward, besides its products. The
-    fused kernel keeps forward tiles on chip; its backward pass writes and reads gradients once in
+    """Memory traffic of the head per logit, forward and backward, besides its matmuls. The fused
+    kernel keeps forward tiles on chip; its backward pass writes and reads gradients once in
     float32. Without it: EAGER_LOGIT_BYTES."""
     hidden_share: float = 0.5
-    """Of ZeRO 3's communication, what computing can hide: gathers of the next layers run beside it
-    (overlap_comm), but each module waits for its own."""
+    """Share of ZeRO 3's communication that computing can hide: gathers of the next layers overlap
+    with computing (overlap_comm), but each module waits for its own."""
     cores: float | None = None
-    """Processes that compute at full speed at the same time, where processes share a processor."""
+    """Number of processes that can compute at full speed at once, if they share a processor."""
 
     @property
     def budget_bytes(self) -> float:
@@ -185,7 +185,7 @@ class Machine:
 
 
 EAGER_LOGIT_BYTES = (30.0, 36.0)
-"""Reads and writes of the unfused head by its lines in ops/head/statistics.py and
+"""Reads and writes of the unfused head, counted from ops/head/torch_kernel.py and
 ops/head/cross_entropy.py: bf16 in, float32 between."""
 
 ASSUMED = (
@@ -232,16 +232,16 @@ class Overrides:
 def machine_of(
     gpu: str, interconnect: str, *, intra: str = "nvlink", overrides: Overrides | None = None
 ) -> Machine:
-    """The machine that names from the tables describe.
+    """Look up a machine by names from the tables.
 
     Args:
-        gpu: of ACCELERATORS.
-        interconnect: of NETWORKS.
+        gpu: name in ACCELERATORS.
+        interconnect: name in NETWORKS.
         intra: nvlink or pcie.
-        overrides: numbers to take instead.
+        overrides: numbers to use instead.
 
     Raises:
-        ConfigError: a name is in no table; the message lists those that are.
+        ConfigError: a name is unknown; the message lists the known ones.
     """
     for flag, name, known in (
         ("--gpu", gpu, ACCELERATORS),
@@ -250,8 +250,8 @@ def machine_of(
     ):
         if name not in known:
             raise ConfigError(
-                f"{flag} {name} is not one of {', '.join(known)}. For another one take the nearest "
-                "and give its numbers: --peak-tflops, --memory-gib, --efficiency, "
+                f"{flag} {name} is not one of {', '.join(known)}. For other hardware, take the "
+                "nearest and override its numbers: --peak-tflops, --memory-gib, --efficiency, "
                 "--intra-gb-per-s, --inter-gb-per-s, --latency-us."
             )
     a, network, o = ACCELERATORS[gpu], NETWORKS[interconnect], overrides or Overrides()
@@ -278,5 +278,5 @@ def machine_of(
 
 
 def assumptions(machine: Machine) -> list[str]:
-    """What a prediction for this machine takes for granted, one sentence each."""
+    """Assumptions behind predictions for this machine, one sentence each."""
     return [text.format(**dataclasses.asdict(machine)) for text in ASSUMED]

@@ -1,7 +1,7 @@
-"""How unequal ranks become when one threshold is taken over all of them.
+"""Imbalance between ranks under one global threshold.
 
-Of N = ranks x rows scores the k largest are kept. If scores do not depend on the rank, the numbers
-that the ranks keep are hypergeometric together, and a step waits for the largest of them.
+The k largest of N = ranks x rows scores are kept. If scores do not depend on the rank, the numbers
+kept per rank follow a multivariate hypergeometric distribution, and a step waits for the largest.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 
 @functools.lru_cache(maxsize=4096)
 def expected_largest(num_kept: int, rows: int, ranks: int) -> float:
-    """Expected number that the rank keeping most keeps. Exact up to rounding.
+    """Expected maximum, over ranks, of the number of scores kept. Exact up to rounding.
 
-    Ranks keep independent Binomial(rows, k / N) numbers, given that their sum is k. So P(largest <=
-    m) is the coefficient of x^k in p_m(x)^ranks, p_m being the binomial's generating function cut
-    off behind x^m, over the same coefficient without the cut; both are read off the discrete
-    Fourier transform.
+    The numbers kept per rank are independent Binomial(rows, k / N), conditioned on the sum k. So
+    P(largest <= m) is the coefficient of x^k in p_m(x)^ranks, where p_m is the binomial's
+    generating function truncated after x^m, divided by the same coefficient without truncation.
+    Both come from a discrete Fourier transform.
 
     Args:
         num_kept: k, 0 to ranks x rows.
-        rows: scores of a rank.
+        rows: scores per rank.
         ranks: 1 or more.
     """
     total = rows * ranks
@@ -60,19 +60,19 @@ def expected_largest_tokens(
     *,
     draws: int = 64,
 ) -> float:
-    """Expected number of tokens in the loss on the rank that has most.
+    """Expected maximum, over ranks, of the number of tokens in the loss.
 
-    What its rows alone give, exactly, and beyond that by simulation with a fixed seed: rows are
-    dealt out as above, then tokens among those rows. Real tokens of a sequence resemble each other,
-    so real ranks differ more.
+    The contribution of rows is exact; the rest is simulated with a fixed seed: rows are drawn as
+    above, then tokens among these rows. Real tokens of a sequence are correlated, so real ranks
+    differ more.
 
     Args:
-        num_kept: tokens that are kept, over all ranks.
-        rows_kept: rows that are kept before, over all ranks.
-        rows: rows of a rank.
+        num_kept: tokens kept, over all ranks.
+        rows_kept: rows kept before, over all ranks.
+        rows: rows per rank.
         ranks: 1 or more.
-        length: tokens of a row.
-        draws: to average over.
+        length: tokens per row.
+        draws: number of simulations to average over.
     """
     if ranks == 1:
         return float(num_kept)

@@ -1,11 +1,11 @@
-"""How long DeepSpeed's 1F1B schedule takes when stages and the links between them are unequal."""
+"""Time of DeepSpeed's 1F1B schedule with unequal stages and links."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 MOST_CELLS = 8192
-"""Stages x micro-steps that are walked through one by one."""
+"""Largest stages x micro-steps to simulate one by one."""
 
 
 def pipeline_seconds(
@@ -16,23 +16,23 @@ def pipeline_seconds(
     activations: Sequence[float] = (),
     gradients: Sequence[float] = (),
 ) -> float:
-    """Seconds until the last stage that is busy has done all its micro-steps.
+    """Seconds until all stages have finished all micro-steps.
 
-    Follows deepspeed.runtime.pipe.schedule.TrainSchedule: in step t stage s runs forward where t
-    and s have the same parity, micro-step (t - s) / 2, else backward, micro-step
-    (t + s + 1) / 2 - P. Before a forward pass a stage hands a gradient to the stage before it and
-    receives activations from there, so that both must have come so far: sends wait for their
+    Follows deepspeed.runtime.pipe.schedule.TrainSchedule. In step t, stage s runs forward of
+    micro-step (t - s) / 2 if t and s have the same parity, else backward of micro-step
+    (t + s + 1) / 2 - P. Before a forward pass, a stage sends a gradient to the previous stage and
+    receives activations from it; both must have reached that point, because sends wait for their
     receivers.
 
-    Many micro-steps are not walked through: each further one takes as long as the stage that is
-    busy longest, with what it hands over on both sides.
+    Beyond the simulated micro-steps, each further one takes as long as the busiest stage, including
+    its communication on both sides.
 
     Args:
         forward: seconds of a micro-step's forward pass in each of P stages.
-        backward: the same backward.
+        backward: the same for backward passes.
         micro_steps: 1 or more.
-        activations: seconds from stage s to s + 1, P - 1 of them; () where it takes no time.
-        gradients: seconds back.
+        activations: seconds to send from stage s to s + 1, P - 1 of them; () if free.
+        gradients: seconds to send back.
     """
     stages = len(forward)
     down = list(activations) or [0.0] * (stages - 1)
@@ -57,7 +57,7 @@ def _walk(
     stages, known = len(forward), range(micro_steps)
     now = [0.0] * stages
     for step in range(2 * (micro_steps + stages - 1)):
-        # Edges whose later stage runs forward in this step; each stage is at one of them at most.
+        # Edges whose later stage runs forward in this step; each stage has one of them at most.
         for later in range(1 + (step + 1) % 2, stages, 2):
             returns, comes = (step + later) // 2 - stages in known, (step - later) // 2 in known
             if returns or comes:

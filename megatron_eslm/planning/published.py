@@ -1,8 +1,8 @@
-"""Throughputs that others have published for plain training, to set the model's efficiencies by.
+"""Published throughputs of plain training, used to fit the cost model's efficiencies.
 
 MosaicML, llm-foundry, scripts/train/benchmarking/README.md: MPT models on machines of eight GPUs,
-bf16, FSDP (which shards as ZeRO 3 does), no activation checkpoints, unfused head. Shapes are those
-of its scripts/train/yamls. It is other code than ours; what it says is how fast such models go.
+bf16, FSDP (which shards like ZeRO 3), no activation checkpointing, unfused head. Shapes are from
+its scripts/train/yamls. The code differs from ours, but the models are comparable.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_eslm.planning.setting import Setting
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One line of the table there."""
+    """One row of that table."""
 
     model: str
     shape: tuple[int, int, int]
@@ -30,7 +30,7 @@ class Published:
     micro_batch_size: int
     accumulation: int
     tokens_per_second: float
-    """A GPU."""
+    """Per GPU."""
 
 
 def _lines(
@@ -85,7 +85,7 @@ PUBLISHED = [
 
 
 def predicted(line: Published, machine: Machine) -> float:
-    """Tokens a second and GPU that the cost model gives for it."""
+    """Tokens per second and GPU that the cost model predicts for a row."""
     blocks, width, heads = line.shape
     words = {
         "--num-layers": blocks,

@@ -1,4 +1,4 @@
-"""A plan as text and as plain values."""
+"""Report plans as text and as plain values."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def plan_values(plan: Plan, clm: Plan) -> dict[str, Any]:
 
 
 def plans_values(plans: Sequence[Plan], request: Request, machine: Machine) -> list[dict[str, Any]]:
-    """Those of several, each beside plain training in its own layout."""
+    """`plan_values` of several plans, each compared with plain training in its own layout."""
     clm = request.with_selection("clm")
     return [plan_values(plan, plan_layout(clm, plan.layout, machine)) for plan in plans]
 
 
 def layouts_text(values: Sequence[dict[str, Any]]) -> str:
-    """A line for each plan."""
+    """Render one line per plan."""
     head = f"{'TP':>3s} {'PP':>3s} {'DP':>5s} {'rows':>4s} {'ZeRO':>4s} {'ckpt':>4s} {'GiB':>6s} "
-    head += f"{'s a step':>9s} {'tokens/s':>11s} {'MFU':>6s} {'kept':>6s} {'/ clm':>6s}"
+    head += f"{'s / step':>9s} {'tokens/s':>11s} {'MFU':>6s} {'kept':>6s} {'/ clm':>6s}"
     lines = [head]
     for v in values:
         lines.append(
@@ -77,7 +77,7 @@ def layouts_text(values: Sequence[dict[str, Any]]) -> str:
 
 
 def plan_report(plan: Plan, values: dict[str, Any], request: Request) -> str:
-    """Everything about one plan."""
+    """Render all details of one plan."""
     cost, setting = plan.cost, plan.cost.setting
     memory, shape, run = setting.memory, setting.shape, setting.run
     steps = setting.micro_steps
@@ -95,7 +95,7 @@ def plan_report(plan: Plan, values: dict[str, Any], request: Request) -> str:
         + (f", {steps} of them trained on" if steps < run.gradient_accumulation_steps else ""),
         f"flags         {' '.join(plan.layout.flags)}",
         f"parameters    {shape.num_params:,}",
-        f"memory a GPU  {memory.total / GIB:.2f} GiB = {held} (stage {memory.stage}; "
+        f"memory / GPU  {memory.total / GIB:.2f} GiB = {held} (stage {memory.stage}; "
         f"{machine.budget_bytes / GIB:.1f} can be filled)",
     ]
     if setting.plan.num_stages > 1:
@@ -106,8 +106,8 @@ def plan_report(plan: Plan, values: dict[str, Any], request: Request) -> str:
             f"({ideal_bubble(setting.plan.num_stages, steps):.1%} if stages were equal and links "
             "free)",
         ]
-    lines += ["", "A step, seconds (predicted)", *_parts_lines(cost.parts, cost.seconds)]
-    lines += ["", "Communication of a GPU a step (predicted)", *_exchange_lines(plan)]
+    lines += ["", "Seconds per step (predicted)", *_parts_lines(cost.parts, cost.seconds)]
+    lines += ["", "Communication per GPU and step (predicted)", *_exchange_lines(plan)]
     lines += ["", *_selection_lines(plan, values, request)]
     return "\n".join(lines)
 
@@ -122,7 +122,7 @@ def _parts_lines(parts: dict[str, float], total: float) -> list[str]:
 
 
 def _exchange_lines(plan: Plan) -> list[str]:
-    """Of the stage that sends most."""
+    """Exchanges of the stage that sends most."""
     steps = plan.cost.setting.micro_steps
     stage = max(
         plan.cost.exchanges, key=lambda some: sum(e.times(steps) * e.sent_bytes for e in some)
@@ -173,10 +173,10 @@ def _imbalance(plan: Plan, values: dict[str, Any]) -> str:
     waits = cost.seconds / values["step_seconds_balanced"] - 1
     average, largest = (w.tokens_deep / length for w in (works.fair, works.largest))
     if works.fair == works.largest:
-        return f"of {micro} rows every rank keeps {average:.2f}: nobody waits"
+        return f"of {micro} rows every rank keeps {average:.2f}: no rank waits"
     end = (
         f"in tokens {works.fair.tokens_trained:,} and {works.largest.tokens_trained:,}. Waiting "
-        f"for it lengthens a step by {waits:.1%} "
+        f"for that rank lengthens a step by {waits:.1%} "
     )
     return (
         f"of {micro} rows a rank has {average:.2f} on average, the one with most {largest:.2f}; "
@@ -186,7 +186,7 @@ def _imbalance(plan: Plan, values: dict[str, Any]) -> str:
 
 
 def report(plans: Sequence[Plan], request: Request, machine: Machine, *, top: int = 5) -> str:
-    """The best layouts, the best one in detail, and what all of it assumes."""
+    """Render the best layouts, the best one in detail, and the assumptions."""
     values = plans_values(plans[:top], request, machine)
     size = request.size
     also = "" if request.selection == "clm" else f", alpha {request.alpha:g}"
@@ -199,7 +199,7 @@ def report(plans: Sequence[Plan], request: Request, machine: Machine, *, top: in
     rows = [
         f"model         {request.model_size}: {size.num_layers} blocks of {size.hidden_size}, "
         f"{size.num_attention_heads} heads",
-        f"batch         {request.batch} sequences x {size.seq_length} tokens a step, bf16",
+        f"batch         {request.batch} sequences x {size.seq_length} tokens per step, bf16",
         f"selection     {request.selection}{also}",
         f"machine       {request.gpus} x {machine.name}",
         "",

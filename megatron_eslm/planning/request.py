@@ -1,7 +1,7 @@
-"""What a plan is asked for, and the run that it is about.
+"""Request of a plan, and the run that it describes.
 
-The run is made by config/run.py from the flags of pretrain_gpt.py, so that a plan is about what
-would be trained, under the same rules.
+config/run.py resolves the run from flags of pretrain_gpt.py, so a plan describes what would be
+trained, under the same rules.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_eslm.selection.options import Scope
 GPT2_VOCAB_SIZE = 50_257
 
 Options = dict[str, Any]
-"""Option objects by group, and the names of those that were given (config/flags.py)."""
+"""Option objects by group, and the names of given flags (config/flags.py)."""
 
 SELECTIONS = ("clm", "eslm", "random", "rho1")
 """What can be planned for."""
@@ -32,14 +32,14 @@ SELECTIONS = ("clm", "eslm", "random", "rho1")
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A model to plan for, with the batch that it is trained with."""
+    """A model to plan for, with its batch size."""
 
     num_layers: int
     hidden_size: int
     num_attention_heads: int
     seq_length: int
     global_batch_size: int
-    """Sequences; what the paper or GPT-3 used."""
+    """Sequences per step, as in the paper or GPT-3."""
 
 
 SIZES = {
@@ -53,8 +53,8 @@ SIZES = {
         )
         for name, preset in PRESETS.items()
     },
-    # Brown et al. 2020 (GPT-3), table 2.1: batches of 2M tokens. Its 13B has a width of 5,140,
-    # which 40 heads of 128 do not make; 5,120 is what others have built since. For planning only.
+    # Brown et al. 2020 (GPT-3), table 2.1: batches of 2M tokens. Its 13B model has a width of
+    # 5,140, which is not 40 heads of 128; later models use 5,120. For planning only.
     "6.7B": Size(
         num_layers=32,
         hidden_size=4096,
@@ -74,7 +74,7 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way to spread a run over its devices."""
+    """One way to distribute a run over its devices."""
 
     tp: int
     pp: int
@@ -86,7 +86,7 @@ class Layout:
 
     @property
     def flags(self) -> list[str]:
-        """As pretrain_gpt.py takes them."""
+        """The layout as flags of pretrain_gpt.py."""
         words = [
             *("--tensor-model-parallel-size", str(self.tp)),
             *("--pipeline-model-parallel-size", str(self.pp)),
@@ -106,7 +106,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A model, how it selects, and how many devices there are."""
+    """A model, its selection, and the number of devices."""
 
     model_size: Annotated[str, Flag(metavar="|".join(SIZES))] = "1.5B"
     """What is trained; the last two are shapes to plan for only."""
@@ -137,31 +137,31 @@ class Request:
         if self.model_size not in SIZES:
             raise ConfigError(
                 f"--model-size {self.model_size} is not one of {', '.join(SIZES)}; the last two "
-                "are shapes to plan for, which pretrain_gpt.py takes by --num-layers and the like."
+                "are for planning only, pretrain_gpt.py takes them as --num-layers and so on."
             )
         if self.selection not in SELECTIONS:
             raise ConfigError(
-                f"--selection {self.selection} is not one of those that can be planned for: "
-                f"{', '.join(SELECTIONS)}. Take the one whose passes are nearest."
+                f"--selection {self.selection} cannot be planned; use one of "
+                f"{', '.join(SELECTIONS)}, the one with the most similar passes."
             )
 
     @property
     def size(self) -> Size:
-        """Of the model."""
+        """Size of the model."""
         return SIZES[self.model_size]
 
     @property
     def batch(self) -> int:
-        """Sequences an optimizer step."""
+        """Sequences per optimizer step."""
         return self.global_batch_size or self.size.global_batch_size
 
     def with_selection(self, selection: str) -> Request:
-        """The same with another policy."""
+        """The same request with another policy."""
         return dataclasses.replace(self, selection=selection)
 
     @property
     def flags(self) -> list[str]:
-        """Of pretrain_gpt.py, but for the layout."""
+        """Flags of pretrain_gpt.py, without the layout."""
         size = self.size
         words = ["--data-path", "data", "--bf16", "--selection", self.selection]
         if self.model_size in PRESETS:
@@ -187,10 +187,10 @@ class Request:
 
 
 def with_layout(options: Options, layout: Layout) -> RunConfig:
-    """The run in one layout, as pretrain_gpt.py would resolve it.
+    """Resolve the run in one layout, as pretrain_gpt.py would.
 
     Raises:
-        ConfigError: the rules of config/ refuse it.
+        ConfigError: the rules of config/ refuse the layout.
     """
     engine = dataclasses.replace(
         options["engine"],
@@ -212,7 +212,7 @@ def with_layout(options: Options, layout: Layout) -> RunConfig:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without warnings of layouts that are only looked at."""
+    """Silence warnings about layouts that are only considered."""
     loggers = [logging.getLogger(rule.__module__) for rule in (resolve, fill_scope)]
     for logger in loggers:
         logger.addFilter(_drop)

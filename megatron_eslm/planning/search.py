@@ -1,7 +1,7 @@
-"""All layouts that the rules allow and the memory holds, the cheapest token in the loss first.
+"""Search all layouts that the rules allow and that fit into memory.
 
-Not the cheapest step: the keep rule rounds down, so that small micro-batches drop more than alpha
-(of 2 rows it keeps 1) and their steps are short because they do less.
+Layouts are ranked by time per token in the loss, not per step: the keep rule rounds down, so small
+micro-batches drop more than alpha (1 of 2 rows), and their steps are short because they do less.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ class Pins:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A layout and what it is predicted to cost."""
+    """A layout and its predicted cost."""
 
     layout: Layout
     cost: StepCost
 
     @property
     def seconds_of_a_token(self) -> float:
-        """In the loss."""
+        """Time per token in the loss."""
         return self.cost.seconds / self.cost.setting.work.tokens_trained
 
 
 def divisors(number: int, at_most: int | None = None) -> list[int]:
-    """In order."""
+    """Divisors of a number, ascending."""
     return [n for n in range(1, min(number, at_most or number) + 1) if number % n == 0]
 
 
 def layouts(request: Request, machine: Machine, pins: Pins) -> Iterator[Layout]:
-    """Every layout that devices and batch can be divided into; the rules are not asked yet.
+    """Yield all layouts that divide devices and batch evenly; other rules are not checked yet.
 
-    Tensor-parallel ranks stay inside a machine.
+    Tensor-parallel ranks stay within a machine.
     """
     one_tp, one_pp = pins.tensor_model_parallel_size, pins.pipeline_model_parallel_size
     check_layout(request.gpus, one_tp or 1, one_pp or 1)
@@ -89,11 +89,11 @@ def layouts(request: Request, machine: Machine, pins: Pins) -> Iterator[Layout]:
 
 
 def search(request: Request, machine: Machine, pins: Pins | None = None) -> list[Plan]:
-    """All plans, best first.
+    """Return all plans, best first.
 
     Raises:
         ConfigError: devices and batch cannot be divided, the rules refuse everything, or nothing
-            fits into memory; each says what would help.
+            fits into memory; the message says what would help.
     """
     pins = pins or Pins()
     options = request.options()
@@ -120,10 +120,10 @@ def search(request: Request, machine: Machine, pins: Pins | None = None) -> list
         raise ConfigError(refusals[0])
     raise ConfigError(
         f"--model-size {request.model_size} does not fit on --gpus {request.gpus}: the smallest "
-        f"layout ({least[1]}) needs {least[0] / GIB:.1f} GiB a GPU and {machine.name} leaves "
+        f"layout ({least[1]}) needs {least[0] / GIB:.1f} GiB per GPU, but {machine.name} leaves "
         f"{machine.budget_bytes / GIB:.1f} of {machine.memory_bytes / GIB:.0f} GiB. Use more GPUs, "
-        "GPUs with more memory, or free what was pinned (--micro-batch-size, --zero-stage, "
-        "--activation-checkpoint-interval)."
+        "GPUs with more memory, or leave out flags that fix the layout (--micro-batch-size, "
+        "--zero-stage, --activation-checkpoint-interval)."
     )
 
 
@@ -132,7 +132,7 @@ def _indivisible(request: Request, pins: Pins) -> str:
     fitting = [n for n in divisors(request.batch) if n % micro == 0]
     near = min(fitting, key=lambda n: abs(n // micro - request.gpus), default=micro)
     return (
-        f"--global-batch-size {request.batch} cannot be shared out over --gpus {request.gpus} in "
+        f"--global-batch-size {request.batch} cannot be divided over --gpus {request.gpus} in "
         f"micro-batches of {pins.micro_batch_size or '1 or more'}: no TP x PP of the model leaves "
         f"a data-parallel size that divides it. Use {near // micro} GPUs, or a --global-batch-size "
         f"that is a multiple of {request.gpus * micro}."
@@ -140,6 +140,6 @@ def _indivisible(request: Request, pins: Pins) -> str:
 
 
 def plan_layout(request: Request, layout: Layout, machine: Machine) -> Plan:
-    """The plan of one layout, whether it fits or not; ConfigError where the rules refuse it."""
+    """Plan one layout, whether it fits into memory or not; ConfigError if the rules refuse it."""
     setting = Setting.of(with_layout(request.options(), layout), GPT2_VOCAB_SIZE)
     return Plan(layout=layout, cost=step_cost(setting, machine))

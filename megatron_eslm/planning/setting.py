@@ -1,4 +1,4 @@
-"""A run to be planned, what follows from it before any time is known, and each rank's share."""
+"""A run to plan, the quantities derived from it without a machine, and each rank's share."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from megatron_eslm.selection.state import SelectionState
 from megatron_eslm.selection.traits import PolicyTraits
 
 Plans = dict[tuple[FlopsModel, Work, int, str | None], StagePlan]
-"""Stage plans by all that decides them."""
+"""Cache of stage plans, by everything that determines them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A run and what follows from it before any time is known."""
+    """A run and the quantities derived from it without a machine."""
 
     run: RunConfig
     shape: ModelShape
     traits: PolicyTraits
     flops: FlopsModel
     work: Work
-    """Of a step, over all ranks."""
+    """Work per step, over all ranks."""
     plan: StagePlan
     memory: MemoryEstimate
 
@@ -44,13 +44,13 @@ class Setting:
         *,
         device_type: str = "cuda",
     ) -> Setting:
-        """From a resolved run, as training itself would have it.
+        """Derive the quantities from a resolved run, as training itself would.
 
         Args:
             run: the run.
-            vocab_size: of its tokenizer.
-            known: plans that were made before, to be used again and added to.
-            device_type: what it would run on.
+            vocab_size: vocabulary size of the tokenizer.
+            known: cache of stage plans; updated.
+            device_type: device to run on.
         """
         shape = run.shape(vocab_size)
         state = SelectionState(alpha=run.selection.initial_alpha)
@@ -72,28 +72,28 @@ class Setting:
 
     @property
     def micro_steps(self) -> int:
-        """Of a step, those that train."""
+        """Micro-steps per step that train."""
         return self.run.step_shape_trained.micro_steps
 
     @property
     def model_flops(self) -> float:
-        """Of a step over all ranks: what the model and selection need, without computing twice."""
+        """FLOPs per step over all ranks that model and selection need, without recomputation."""
         once = dataclasses.replace(self.flops, blocks_recomputed=False, logits_recomputed=False)
         return once.executed(self.work)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankWork:
-    """What one rank processes in a micro-step, the proxy pass ahead of a step left out."""
+    """Work of one rank in a micro-step, without the proxy pass before a step."""
 
     fair: Work
-    """If all worked on the same number of rows and tokens."""
+    """Work if all ranks had the same number of rows and tokens."""
     largest: Work
-    """Of the rank that has most, on average over micro-steps."""
+    """Work of the rank with most, averaged over micro-steps."""
 
 
 def rank_work(setting: Setting) -> RankWork:
-    """Shares of a micro-step: of the scope's threshold, and of the unlucky rank."""
+    """Work per rank in a micro-step: the average, and that of the rank with most."""
     run, traits, work = setting.run, setting.traits, setting.work
     length, dp = run.model.seq_length, run.dp_size
     rows = run.step_shape_trained.rows
@@ -127,5 +127,5 @@ def rank_work(setting: Setting) -> RankWork:
 
 
 def memory_fits(setting: Setting, machine: Machine) -> bool:
-    """Whether each rank finds room for what it holds."""
+    """Whether every rank's data fits into memory."""
     return setting.memory.total <= machine.budget_bytes

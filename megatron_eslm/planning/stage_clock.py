@@ -1,7 +1,7 @@
-"""The clock of a stage: seconds of each part of a micro-step on one rank, and of an optimizer step.
+"""Predict the time of each part of a micro-step and of an optimizer step on one rank of a stage.
 
-Matrix products are those of the ledger (cost/flops.py); other kernels count by the bytes that
-they read and write.
+Matmuls are those counted in cost/flops.py; other kernels count by the bytes that they read and
+write.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from megatron_eslm.planning.exchanges import Exchange
 from megatron_eslm.planning.hardware import Machine
 from megatron_eslm.planning.setting import Setting
 
-# Elements of the residual stream and of each tensor-parallel rank's columns that the kernels of a
-# block read and write, forward, for each D of a position: two norms (2 + 2), two biases (2 + 2),
-# two sums (3 + 3); attention's output made contiguous (2), GELU (8). Backward about twice that.
+# Elements read and written by a block's kernels, forward, in units of D per position. Residual
+# stream: two norms (2 + 2), two biases (2 + 2), two sums (3 + 3). Columns of each tensor-parallel
+# rank: attention's output made contiguous (2), GELU (8). Backward takes about twice as much.
 RESIDUAL_TRAFFIC, COLUMN_TRAFFIC = 14, 10
 KERNELS_OF_A_BLOCK = 90
-"""Forward and backward, as torch's profiler counts launches of one block."""
+"""Launches per block, forward and backward, counted with torch's profiler."""
 KERNELS_OF_THE_HEAD = 60
 OPTIMIZER_BYTES = 40
-"""For a parameter: Adam reads gradient, master weight and moments and writes three of them and the
+"""Per parameter: Adam reads gradient, master weight and moments and writes the last three and the
 weight; norm and clipping read and write the gradient."""
 ACCUMULATION_BYTES = 12
-"""For a parameter and micro-step: its gradient read, added to a float32 sum."""
+"""Per parameter and micro-step: read the gradient and add it to a float32 sum."""
 KEEP_RULE_BYTES = 100
-"""For a score of all ranks: comparisons, k-th value, running sum of ties (ops/keep_rule.py)."""
+"""Per score of all ranks: comparisons, k-th value, running sum of ties (ops/keep_rule.py)."""
 GATHERS = "selection: gathers of scores"
 PROXY_PASS = "selection: proxy pass"
 WAITS_OF_A_THRESHOLD = 4
-"""Numbers that the host waits for at one keep rule: counts, tau, kept indices twice."""
+"""Host waits per keep rule: counts, tau, kept indices twice."""
 SELECTION = (GATHERS, "selection: thresholds")
-"""What selection costs besides scoring."""
+"""Parts of selection besides scoring."""
 
 
 @dataclass
 class StageTime:
-    """Seconds of one micro-step in one stage, by what they go to."""
+    """Seconds of one micro-step in one stage, by part."""
 
     forward: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     backward: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -51,17 +51,17 @@ class StageTime:
 
     @property
     def busy(self) -> float:
-        """Without what is handed over between stages."""
+        """Seconds without communication between stages."""
         return sum(self.forward.values()) + sum(self.backward.values())
 
     @property
     def sending(self) -> float:
-        """To neighbours."""
+        """Seconds of communication with adjacent stages."""
         return self.send_forward + self.send_backward
 
     @property
     def communicating(self) -> float:
-        """With all others."""
+        """Seconds of all communication."""
         return communication(self.forward) + communication(self.backward) + self.sending
 
 
@@ -70,7 +70,7 @@ def communication(parts: Mapping[str, float]) -> float:
 
 
 class Clock:
-    """Seconds of the parts of one rank that processes `work` in a micro-step."""
+    """Predicts times of a rank that processes `work` in a micro-step."""
 
     def __init__(self, setting: Setting, machine: Machine, work: Work) -> None:
         self.setting, self.machine, self.work = setting, machine, work
@@ -78,7 +78,7 @@ class Clock:
         self.element = setting.run.dtype.itemsize
 
     def stage(self, stage: int, exchanges: tuple[Exchange, ...]) -> StageTime:
-        """One micro-step of a stage."""
+        """Time of one micro-step of a stage."""
         time, setting = StageTime(), self.setting
         first, last = stage == 0, stage == setting.plan.num_stages - 1
         for number in setting.plan.blocks(stage):
@@ -94,7 +94,7 @@ class Clock:
         return time
 
     def once(self, stage: int, exchanges: tuple[Exchange, ...]) -> dict[str, float]:
-        """What a rank of a stage does once a step."""
+        """Seconds of the parts that a rank of a stage runs once per step."""
         run, params = self.setting.run, self._params(stage)
         spread = run.engine.zero_stage >= 1
         own = params / (run.dp_size if spread else 1)
@@ -106,7 +106,7 @@ class Clock:
         return parts
 
     def proxy_pass(self, exchanges: tuple[Exchange, ...]) -> float:
-        """Seconds of the pass ahead of a step, in which all stages score in turn."""
+        """Seconds of the proxy pass before a step, whose candidates all stages share."""
         setting, machine = self.setting, self.machine
         if not setting.flops.scoring(setting.work) or not setting.flops.ahead:
             return 0.0
@@ -136,7 +136,7 @@ class Clock:
         )
 
     def _pace(self, products: list[tuple[float, float, float]]) -> float:
-        """FLOP/s over products of [m, k] and [k, n], with their operands' way through memory."""
+        """FLOP/s of matmuls of [m, k] and [k, n], including memory traffic of the operands."""
         flops = sum(2 * m * k * n for m, k, n in products)
         moved = sum(m * k + k * n + m * n for m, k, n in products) * self.element
         peak = self.machine.peak_flops * self.machine.efficiency
@@ -165,7 +165,7 @@ class Clock:
         )
 
     def _elementwise(self, tokens: float) -> float:
-        """Kernels of a block besides its products, forward."""
+        """Forward seconds of a block's kernels other than matmuls."""
         spread = self.tp if self.setting.run.engine.sequence_parallel else 1
         traffic = RESIDUAL_TRAFFIC / spread + COLUMN_TRAFFIC / self.tp
         moved = tokens * self.setting.shape.hidden_size * self.element * traffic
@@ -252,7 +252,7 @@ class Clock:
 
 
 def _hide_behind_computing(parts: defaultdict[str, float], share: float) -> None:
-    """ZeRO 3 gathers the next layers' weights while this one computes."""
+    """Subtract communication that ZeRO 3 overlaps: it gathers the next layers' weights early."""
     computing = sum(s for name, s in parts.items() if not name.startswith("communication"))
     for name in ("communication: weights", "communication: gradients"):
         if name in parts:

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md: predictions over numbers of devices, in markdown."""
+"""Tables of docs/scaling.md in markdown: predictions by number of devices."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from megatron_eslm.planning.search import Plan, search
 
 DEVICES = (1, 8, 32, 64, 128, 256, 512, 1024)
 TOKENS_A_STEP = 4 * 2**20
-"""Of the scaling table: the same batch on all numbers of devices."""
+"""Tokens per step in the scaling table: the same batch for all numbers of devices."""
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, numbers to the right."""
+    """Render a table with right-aligned columns."""
     lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['---:'] * len(head))}|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def scaling(request: Request, machine: Machine) -> str:
-    """One batch on 1 to 1024 devices: the best layout for plain training and for selection."""
+    """Table of the best layouts on 1 to 1024 devices, for plain training and selection."""
     batch = request.global_batch_size or TOKENS_A_STEP // request.size.seq_length
     head = (
         *("GPUs", "clm: TP x PP x DP, micro-batch x steps", "s", "MFU"),
@@ -71,7 +71,7 @@ def _of(kept: int, read: int) -> str:
 
 
 def published(request: Request, machine: Machine) -> str:
-    """What the cost model gives for runs whose throughput others have published, on this GPU."""
+    """Table of published throughputs on this GPU beside the cost model's predictions."""
     head = ("model", "GPUs", "sequence", "rows", "published tokens/s a GPU", "predicted", "error")
     rows = []
     for line in PUBLISHED:
@@ -83,7 +83,7 @@ def published(request: Request, machine: Machine) -> str:
             rows.append([line.model, *map(str, facts), *tokens_of_both, f"{error:+.0%}"])
     if not rows:
         gpus = ", ".join(sorted({line.gpu for line in PUBLISHED}))
-        raise ConfigError(f"--table published has lines for --gpu {gpus} only; take one of them.")
+        raise ConfigError(f"--table published has rows for --gpu {gpus} only; use one of them.")
     return markdown(head, rows)
 
 

@@ -1,1 +1,1 @@
-"""What runs have cost and reached: tables and curves from metrics files."""
+"""Reports from metrics files: tables and curves of what runs cost and reached."""

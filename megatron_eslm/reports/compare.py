@@ -1,8 +1,7 @@
-"""Training runs side by side: what each method reached, and what it took to get there.
+"""Compare training runs: what each method reached, and at what cost.
 
-Following the rule of how savings are believed, iterations, tokens trained on, FLOPs executed, FLOPs
-as the paper counts them and wall-clock each have a column of their own, and savings are told
-against plain training and against the random control.
+Iterations, tokens trained on, FLOPs executed, FLOPs by the paper's formula and wall-clock time have
+separate columns. Savings are given against both plain training and the random control.
 """
 
 from __future__ import annotations
@@ -32,28 +31,28 @@ Format = Callable[[float], str]
 
 
 def count(value: float) -> str:
-    """A number of things."""
+    """Format a count."""
     return f"{value:,.0f}"
 
 
 def seconds(value: float) -> str:
-    """A time."""
+    """Format a time in seconds."""
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def flops(value: float) -> str:
-    """A number of operations."""
+    """Format a number of operations."""
     return f"{value:.3e}"
 
 
 def loss(value: float) -> str:
-    """Nats."""
+    """Format a loss in nats."""
     return f"{value:.4f}"
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that grows while a run trains."""
+    """A quantity that grows during training."""
 
     name: str
     """Field of the metrics line."""
@@ -72,11 +71,11 @@ QUANTITIES = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a report of runs says, before it is drawn."""
+    """Content of a report of runs, before rendering."""
 
     groups: list[Group]
     baseline: Group
-    """What differences and savings refer to."""
+    """Reference of differences and savings."""
     target: float
     tables: list[Table]
     notes: list[str] = field(default_factory=list)
@@ -89,9 +88,9 @@ def compare(
 
     Args:
         groups: two or more.
-        target: validation loss (nats) to reach; default: what the baseline reaches at its end.
-        baseline: label of the group to compare with; default: the first one of plain training
-            (clm), or else the first.
+        target: validation loss (nats) to reach. Default: what the baseline reaches at its end.
+        baseline: label of the group to compare with. Default: the first group of plain training
+            (clm), else the first group.
 
     Raises:
         ConfigError: fewer than two groups, an unknown baseline, or a run without evaluation.
@@ -122,7 +121,7 @@ def compare(
 
 
 def markdown(comparison: Comparison, picture: str | None = None) -> str:
-    """The report as Markdown, with the name of its picture where there is one."""
+    """Render the report as Markdown, with a link to its picture if there is one."""
     parts = ["# Comparison of training runs\n"]
     parts += [f"{note}\n" for note in comparison.notes]
     if picture is not None:
@@ -148,7 +147,7 @@ def control_of(group: Group, groups: Sequence[Group]) -> Group | None:
 
 
 def share_trained(group: Group) -> float | None:
-    """Of the tokens that were read, the share that entered the loss; mean over runs."""
+    """Share of the tokens read that entered the loss; mean over runs."""
 
     def share(run: Run) -> float | None:
         trained, read = run.last("tokens_trained"), run.last("tokens")
@@ -159,7 +158,7 @@ def share_trained(group: Group) -> float | None:
 
 
 def label(group: Group) -> str:
-    """A group's name, with the number of its seeds."""
+    """A group's name with its number of seeds."""
     seeds = len(group.runs)
     return f"{group.label} ({seeds} seed{'s' if seeds > 1 else ''})"
 
@@ -230,7 +229,7 @@ def _costs(groups: Sequence[Group]) -> Table:
         ("iterations", last("iteration"), count),
         ("tokens read", last("tokens"), count),
         *((q.title, last(q.name), q.form) for q in QUANTITIES[1:]),
-        ("seconds a step", mean("step_seconds"), "{:.4g}".format),
+        ("seconds per step", mean("step_seconds"), "{:.4g}".format),
         ("sequences kept", mean("kept_instances"), "{:.4f}".format),
         ("tokens kept", mean("kept_tokens"), "{:.4f}".format),
         ("skipped steps", last("nonfinite_steps"), count),
@@ -311,7 +310,7 @@ def _to_target(groups: Sequence[Group], base: Group, target: float) -> list[Tabl
 
 
 def _domains(groups: Sequence[Group]) -> list[Table]:
-    """Validation loss of every domain at the end, if any run says it."""
+    """Table of final validation losses by domain, if any run reports them."""
 
     def final(run: Run) -> dict[str, float]:
         return run.evaluations[-1].get("valid_loss_by_domain") or {}

@@ -1,4 +1,4 @@
-"""Validation loss against what it cost: a panel for each quantity."""
+"""Plot validation loss against cost, one panel per quantity."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ PANELS = (
 
 
 def draw(groups: Sequence[Group], target: float | None, theme: Theme = LIGHT) -> Figure:
-    """A figure of five panels and a legend.
+    """Draw a figure of five panels and a legend.
 
-    Several seeds are a line of their means with a band from the lowest to the highest.
+    Groups of several seeds are drawn as a line of means and a band from lowest to highest.
 
     Args:
-        groups: each with evaluations.
-        target: validation loss to mark with a line across, or None.
+        groups: groups of runs, each with evaluations.
+        target: validation loss to mark with a horizontal line, or None.
         theme: colours.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -73,7 +73,7 @@ def save(figure: Figure, path: str | Path) -> None:
         ConfigError: the file cannot be written.
     """
     try:
-        # Without the version in it, the same runs give the same bytes.
+        # Omit the version, so that the same runs give the same bytes.
         figure.savefig(path, format="png", metadata={"Software": None})
     except OSError as error:
         raise ConfigError(
@@ -82,7 +82,7 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG document, always the same for the same figure."""
+    """Render the figure as an SVG document, deterministically."""
     import matplotlib
 
     file = io.StringIO()
@@ -102,7 +102,7 @@ def points(run: Run, name: str) -> tuple[list[float], list[float]]:
 
 
 def band(group: Group, name: str) -> tuple[list[float], list[Spread]]:
-    """Mean cost and spread of the loss at the iterations at which all runs of a group have both."""
+    """Mean cost and spread of the loss, at iterations where all runs of a group have both."""
     found: list[dict[int, tuple[float, float]]] = []
     for run in group.runs:
         kept = {
@@ -117,10 +117,10 @@ def band(group: Group, name: str) -> tuple[list[float], list[Spread]]:
 
 
 def ceiling(runs: Sequence[Run]) -> float | None:
-    """Upper end of the loss axis: what lies above is the fall of the first tenth of a run.
+    """Upper end of the loss axis; cuts off the initial drop in the first tenth of a run.
 
-    Every run starts near ln(vocabulary); drawn in full, that fall would press the part in which
-    runs differ against the bottom. None, to show everything, for runs of few evaluations.
+    Every run starts near ln(vocabulary). Drawn in full, the drop would squeeze the part where runs
+    differ against the bottom. None (show everything) for runs with few evaluations.
     """
     late: list[float] = []
     for run in runs:
@@ -134,12 +134,12 @@ def ceiling(runs: Sequence[Run]) -> float | None:
 
 
 def flops_unit(largest: float) -> tuple[float, str]:
-    """Divisor and name of the unit in which `largest` FLOPs is a handy number."""
+    """Divisor and name of a suitable unit for `largest` FLOPs."""
     return next(((size, name) for size, name in _FLOPS_UNITS if largest >= size), (1.0, "FLOP"))
 
 
 def time_unit(largest_seconds: float) -> tuple[float, str]:
-    """Divisor and name of the unit in which a time reads well."""
+    """Divisor and name of a suitable unit for a time."""
     return next(
         ((size, name) for least, name, size in _TIME_UNITS if largest_seconds >= least),
         (1.0, "seconds"),
@@ -214,7 +214,7 @@ def _panel(
 
 
 def dress(axes: Axes, theme: Theme) -> None:
-    """Grid, ticks and spines of a panel."""
+    """Style grid, ticks and spines of a panel."""
     axes.set_facecolor(theme.ground)
     axes.grid(True, color=theme.faint)
     axes.set_axisbelow(True)

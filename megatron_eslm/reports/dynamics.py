@@ -1,7 +1,7 @@
-"""How the losses of single tokens move while a model trains (Rho-1, section 2.1).
+"""Classify tokens by how their loss changes during training (Rho-1, section 2.1).
 
-The rule, which is our reading of Rho-1's: through a token's losses at C checkpoints goes the line
-of least squares over iterations, and its change from the first checkpoint to the last decides.
+The rule is our reading of Rho-1's: fit a least-squares line over iterations to a token's losses at
+C checkpoints, and classify by the line's change from the first checkpoint to the last.
 
     H→L  the line falls by more than the threshold (0.2 nats)
     L→H  it rises by more
@@ -47,23 +47,23 @@ class Dynamics:
     loss_CN: np.ndarray
     """float32, nats."""
     change_N: np.ndarray
-    """float64, of the fitted line from the first checkpoint to the last, nats."""
+    """float64, change of the fitted line from the first checkpoint to the last, nats."""
     class_N: np.ndarray
-    """int64, into CLASSES."""
+    """int64, indices into CLASSES."""
     threshold: float
 
     def share(self, number: int) -> float:
-        """Of the tokens, those of a class."""
+        """Share of tokens in a class."""
         return float((self.class_N == number).mean())
 
 
 def classify(iterations: Sequence[int], loss_CN: np.ndarray, threshold: float = 0.2) -> Dynamics:
-    """Put every token into one of the four classes.
+    """Assign every token to one of the four classes.
 
     Args:
-        iterations: of the checkpoints, ascending, [C].
+        iterations: iterations of the checkpoints, ascending, [C].
         loss_CN: losses, nats.
-        threshold: least change of the fitted line, nats, that counts as one.
+        threshold: smallest change of the fitted line, in nats, that counts as a change.
 
     Raises:
         ConfigError: fewer than three checkpoints, a negative threshold, or a loss that is not
@@ -91,35 +91,35 @@ def classify(iterations: Sequence[int], loss_CN: np.ndarray, threshold: float = 
 
 
 def check_checkpoints(iterations: Sequence[int]) -> None:
-    """ConfigError where there are too few for a course."""
+    """Raise ConfigError if there are too few checkpoints to fit a line."""
     if len(iterations) < LEAST_CHECKPOINTS:
         raise ConfigError(
-            f"{len(iterations)} checkpoints ({', '.join(map(str, iterations)) or 'none'}) give no "
-            f"course of a loss; {LEAST_CHECKPOINTS} or more are needed. Train with --keep-last 0, "
-            "which keeps every checkpoint, and a shorter --save-interval."
+            f"{len(iterations)} checkpoints ({', '.join(map(str, iterations)) or 'none'}) are too "
+            f"few to follow a loss; {LEAST_CHECKPOINTS} or more are needed. Train with --keep-last "
+            "0, which keeps every checkpoint, and a shorter --save-interval."
         )
 
 
 def tables(dynamics: Dynamics, passages: Sequence[Passage], tokenizer: Tokenizer) -> list[Table]:
-    """Shares and mean losses of the classes, then examples of each."""
+    """Tables of shares and mean losses of the classes, and examples of each."""
     return [_shares(dynamics), _courses(dynamics), _examples(dynamics, passages, tokenizer)]
 
 
 def markdown(found: Sequence[Table], title: str, picture: str) -> str:
-    """The report as Markdown."""
+    """Render the report as Markdown."""
     head = [f"# {title}\n", f"![Mean loss of each class by iteration](<{picture}>)\n"]
     return "\n".join(head + [to_markdown(table) for table in found])
 
 
 def page(dynamics: Dynamics, found: Sequence[Table], title: str) -> str:
-    """The report as one HTML page."""
+    """Render the report as one HTML page."""
     light, dark = (svg(draw(dynamics, theme)) for theme in (LIGHT, DARK))
     drawing = html.picture(light, dark, "Mean loss of each class of tokens by iteration")
     return html.document(title, f"<figure>{drawing}</figure>\n" + "\n".join(map(html.table, found)))
 
 
 def draw(dynamics: Dynamics, theme: Theme = LIGHT) -> Figure:
-    """Mean loss of each class by iteration."""
+    """Plot the mean loss of each class by iteration."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -190,7 +190,7 @@ def _courses(dynamics: Dynamics) -> Table:
 def _examples(
     dynamics: Dynamics, passages: Sequence[Passage], tokenizer: Tokenizer, each: int = 6
 ) -> Table:
-    """The tokens that show a class best, each id once."""
+    """Table of the clearest cases of each class, each token id once."""
     ids_N = np.concatenate([passage.ids for passage in passages])
     last_N = dynamics.loss_CN[-1]
     typical = (dynamics.loss_CN.mean(axis=0), dynamics.change_N, -dynamics.change_N, -last_N)

@@ -1,4 +1,4 @@
-"""Runs that differ by their seed alone, taken together: mean and spread."""
+"""Group runs that differ only in the seed: mean and spread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.reports.runs import Run
 
 PLACES = ("save", "metrics_file", "dump_selection", "data_cache_path")
-"""Settings that say where a run wrote, which never makes two runs differ."""
+"""Settings of where a run wrote; ignored when comparing runs."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value; nan where one of them is."""
+        """Spread of one or more values; nan if any of them is nan."""
         assert values
         if any(math.isnan(value) for value in values):
             return cls(math.nan, math.nan, math.nan, len(values))
         return cls(sum(values) / len(values), min(values), max(values), len(values))
 
     def text(self, form: Callable[[float], str]) -> str:
-        """Mean, and lowest to highest where there are several and they differ as printed."""
+        """Mean, followed by lowest and highest if these differ as printed."""
         low, high = form(self.low), form(self.high)
         return form(self.mean) if low == high else f"{form(self.mean)} [{low}, {high}]"
 
@@ -48,32 +48,32 @@ class Group:
 
     @property
     def selection(self) -> str | None:
-        """The policy of all its runs, if they say one and the same."""
+        """The policy of the runs, if it is the same for all."""
         found = {run.settings.get("selection") for run in self.runs}
         return found.pop() if len(found) == 1 else None
 
     def setting(self, name: str) -> Any:
-        """A setting of its first run."""
+        """A setting of the first run."""
         return self.runs[0].settings.get(name)
 
     def spread(self, read: Callable[[Run], float | None]) -> Spread | None:
-        """A quantity over its runs; None where one lacks it."""
+        """Spread of a quantity over the runs; None if a run lacks it."""
         values = [read(run) for run in self.runs]
         known = [value for value in values if value is not None]
         return Spread.of(known) if len(known) == len(values) else None
 
 
 def group_runs(runs: Sequence[Run], labels: Sequence[str] | None = None) -> list[Group]:
-    """Groups in the order in which their first runs come.
+    """Group runs; groups are in the order of their first runs.
 
     Args:
         runs: one or more.
-        labels: one for each run, and runs of one label are a group. By default runs are a group if
-            their settings are the same but for the seed, which must differ; a group is named by
-            what the names of its files begin with.
+        labels: one per run; runs with the same label form a group. Default: runs form a group if
+            their settings are equal except for the seed, which must differ; the group is named
+            after the common start of its file names.
 
     Raises:
-        ConfigError: another number of labels than of runs.
+        ConfigError: the numbers of labels and runs differ.
     """
     if labels is not None:
         if len(labels) != len(runs):
@@ -96,7 +96,7 @@ def _by_settings(runs: Sequence[Run]) -> list[list[Run]]:
     parts: dict[Any, list[Run]] = {}
     for number, run in enumerate(runs):
         rest = {k: v for k, v in run.settings.items() if k not in (*PLACES, "seed")}
-        # Without a seed it cannot be known what two runs have in common.
+        # Without a seed, runs cannot be matched.
         key = repr(sorted(rest.items())) if run.settings.get("seed") is not None else number
         parts.setdefault(key, []).append(run)
     found: list[list[Run]] = []
@@ -111,7 +111,7 @@ def _place(runs: Sequence[Run], run: Run) -> int:
 
 
 def default_labels(files: Sequence[str | Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
+    """The shortest suffixes of the paths that distinguish the runs."""
     paths = [Path(file).with_suffix("") for file in files]
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         labels = ["/".join(path.parts[-parts:]) for path in paths]
@@ -121,7 +121,7 @@ def default_labels(files: Sequence[str | Path]) -> list[str]:
 
 
 def _common_name(names: Sequence[str], part: Sequence[Run]) -> str:
-    """What names begin with, without a "seed" at its end: clm_s1, clm_s2 -> clm."""
+    """Common start of names, without a trailing "seed": clm_s1, clm_s2 -> clm."""
     if len(names) == 1:
         return names[0]
     common = names[0]
@@ -130,14 +130,14 @@ def _common_name(names: Sequence[str], part: Sequence[Run]) -> str:
     if not common:
         return " + ".join(names)
     common = re.sub(r"[\W_]*(?<![a-z])((s|seed)\d*)?[\W_]*$", "", common)
-    # clm/seed1, clm/seed2: the folder says it.
+    # clm/seed1, clm/seed2: use the folder's name.
     return common or part[0].path.parent.name or names[0]
 
 
 def on_common_seeds(a: Group, b: Group) -> tuple[Group, Group]:
-    """Two groups with the runs of seeds that both have; as they are where they share none.
+    """Restrict two groups to common seeds; unchanged if they share none.
 
-    A seed decides initial weights and the order of the data, so runs of one seed differ by method
+    A seed determines initial weights and data order, so runs with the same seed differ by method
     alone.
     """
 
@@ -155,7 +155,7 @@ def on_common_seeds(a: Group, b: Group) -> tuple[Group, Group]:
 
 
 def differing_settings(groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """The settings in which groups differ, with the value in each; seeds and places left out."""
+    """Settings in which groups differ -> value in each group; without seeds and PLACES."""
     names = dict.fromkeys(name for group in groups for run in group.runs for name in run.settings)
     told: dict[str, list[Any]] = {}
     for name in names:
@@ -166,6 +166,6 @@ def differing_settings(groups: Sequence[Group]) -> dict[str, list[Any]]:
 
 
 def mixed_settings(group: Group) -> list[str]:
-    """The settings besides the seed in which runs under one label differ."""
+    """Settings, besides the seed, in which runs of one group differ."""
     singles = [Group("", [run]) for run in group.runs]
     return list(differing_settings(singles))

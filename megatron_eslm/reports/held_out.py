@@ -1,4 +1,4 @@
-"""Which documents a model was not trained on: the validation split of the run that made it."""
+"""Documents that a model was not trained on: the validation split of its run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_eslm.reports.token_scores import ScoringModel
 logger = logging.getLogger(__name__)
 
 DEFAULT_SPLIT = "98,1,1"
-"""That of runs whose checkpoint does not tell, as `pretrain_gpt.py` has it."""
+"""Split of runs whose checkpoint does not record one: the default of `pretrain_gpt.py`."""
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,20 @@ class HeldOut:
 
     split: str
     eod_mask_loss: bool
-    """Whether a document's first token was in no loss."""
+    """Whether the first token of each document was excluded from the loss."""
 
 
 def held_out(models: Sequence[ScoringModel], wanted: str | None) -> HeldOut:
-    """The split to take validation documents by: that of the first model's run.
+    """Choose the split that defines validation documents: that of the first model's run.
 
-    Whatever of the text a model may have been trained on is said in the log.
+    Warns if a model may have been trained on these documents.
 
     Args:
-        models: all that score the text, the one that decides first.
-        wanted: --split, to take another one on purpose.
+        models: all models that score the text; the first one decides.
+        wanted: --split, to override the split.
 
     Raises:
-        ConfigError: `wanted` is no split.
+        ConfigError: `wanted` is not a valid split.
     """
     if wanted is not None:
         parse_split(wanted)

@@ -1,4 +1,4 @@
-"""Text with the tokens marked that selection would keep (Figures 12 to 16 of the ESLM paper)."""
+"""Highlight the tokens of a text that selection would keep (Figures 12 to 16 of the ESLM paper)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_eslm.reports.passages import END_OF_DOCUMENT, Passage, pieces
 from megatron_eslm.reports.tables import Table
 
 SHADES = 4
-"""Kept tokens are told apart by quarters of their scores."""
+"""Number of shades for kept tokens: quartiles of their scores."""
 
 _STYLE = """
 :root { --mark: 226 110 0; }
@@ -42,28 +42,28 @@ code { white-space: pre; }
 
 @dataclass(frozen=True)
 class Column:
-    """One choice over all passages."""
+    """One selection over all passages."""
 
     title: str
     score: str
-    """What the scores are, for people."""
+    """Description of the scores, for people."""
     alpha: float
     scores: list[np.ndarray]
-    """float32 [n] a passage."""
+    """float32 [n] per passage."""
     kept: list[np.ndarray]
-    """bool [n] a passage."""
+    """bool [n] per passage."""
     tau: float
-    """The lowest score that is kept."""
+    """Lowest kept score."""
 
 
 def choose(title: str, score: str, scores: Sequence[np.ndarray], alpha: float) -> Column:
-    """What the keep rule keeps of all passages together, as of one micro-batch.
+    """Apply the keep rule to all passages together, as to one micro-batch.
 
     Raises:
         ConfigError: alpha is outside [0, 1).
     """
     if not 0.0 <= alpha < 1.0:
-        raise ConfigError(f"--alpha {alpha:g} is outside [0, 1): it is the share that is dropped.")
+        raise ConfigError(f"--alpha {alpha:g} is outside [0, 1): it is the share to drop.")
     rule = keep_riskiest(torch.from_numpy(np.concatenate(scores)), alpha)
     ends = np.cumsum([len(part) for part in scores])[:-1]
     return Column(title, score, alpha, list(scores), np.split(rule.keep.numpy(), ends), rule.tau)
@@ -72,7 +72,7 @@ def choose(title: str, score: str, scores: Sequence[np.ndarray], alpha: float) -
 def highlight_page(
     passages: Sequence[Passage], columns: Sequence[Column], tokenizer: Tokenizer
 ) -> str:
-    """A page with every passage once for each column, counts of tokens above."""
+    """Render a page with every passage once per column, and token counts above."""
     body = [_key(columns)]
     if len(columns) == 2:
         body.append(html.table(_agreement(*columns)))
@@ -88,7 +88,7 @@ def highlight_page(
 def top_tokens(
     passages: Sequence[Passage], column: Column, count: int = 20
 ) -> list[tuple[int, int, int]]:
-    """(id, how often it is kept, how often it occurs) of the tokens that are kept most."""
+    """(id, times kept, occurrences) of the tokens that are kept most often."""
     kept: Counter[int] = Counter()
     occurring: Counter[int] = Counter()
     for passage, keep in zip(passages, column.kept, strict=True):
@@ -99,14 +99,14 @@ def top_tokens(
 
 
 def visible(text: str) -> str:
-    """A token's text with its white space to be seen."""
+    """A token's text with visible white space."""
     for character, sign in ((" ", "␣"), ("\n", "↵"), ("\t", "⇥"), ("\r", "␍")):
         text = text.replace(character, sign)
     return text
 
 
 def spelling(tokenizer: Tokenizer, token: int) -> str:
-    """A token alone, as `visible` shows it."""
+    """A single token's text, as `visible` shows it."""
     return visible("".join(text for text, _ in pieces(tokenizer, [token])))
 
 
@@ -175,7 +175,7 @@ def _text(passage: Passage, column: Column, number: int, tokenizer: Tokenizer) -
         told = ", ".join(f"{score:.2f}" for score in scores[own])
         title = html.escape(f"{column.score} {told} nats")
         if text != END_OF_DOCUMENT:
-            # A line break alone has no width to be marked on.
+            # A line break alone has no width that a mark could cover.
             text = text.replace("\n", "↵\n")
         if kept[own].any():
             shade = int(np.searchsorted(quarters, scores[own].max(), side="right"))

@@ -1,4 +1,4 @@
-"""Pages that stand alone in one file: no script, nothing fetched, light and dark."""
+"""Self-contained HTML pages: one file, no scripts, nothing fetched, light and dark."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ img { width: 100%; min-width: 44rem; height: auto; display: block; }
 
 
 def escape(text: str) -> str:
-    """Text as it may stand anywhere in a page, attributes included."""
+    """Escape text for use anywhere in a page, attributes included."""
     return html.escape(text, quote=True)
 
 
 def document(title: str, body: str, style: str = "") -> str:
-    """A whole page.
+    """Render a full page.
 
     Args:
         title: plain text.
-        body: HTML; whatever text is in it has been escaped.
+        body: HTML with all text escaped.
         style: CSS besides the common one; it may use the variables ground, ink, faint, muted and
             accent, and `light-dark()`.
     """
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # Whatever a text in it says, this page runs nothing and fetches nothing.
+        # Forbid scripts and fetching, whatever text the page contains.
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
         f"<title>{escape(title)}</title>\n<style>\n{_variables()}{_STYLE}{style}</style>\n"
@@ -57,7 +57,7 @@ def document(title: str, body: str, style: str = "") -> str:
 
 
 def table(table: Table) -> str:
-    """A table under its title; it scrolls by itself where the screen is too narrow."""
+    """Render a table under its title; it scrolls if the screen is too narrow."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
     rows = []
     for first, *rest in table.rows:
@@ -73,7 +73,7 @@ def table(table: Table) -> str:
 
 
 def picture(light_svg: str, dark_svg: str, description: str) -> str:
-    """A drawing that follows the reader's colour scheme."""
+    """Render a drawing that follows the reader's colour scheme."""
 
     def data(svg: str) -> str:
         return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
@@ -85,10 +85,10 @@ def picture(light_svg: str, dark_svg: str, description: str) -> str:
 
 
 def write_page(path: str | Path, page: str, flag: str) -> None:
-    """Write a page, with its folder.
+    """Write a page; create its folder.
 
     Raises:
-        ConfigError: it cannot be written; `flag` says where it was to go.
+        ConfigError: the page cannot be written; the message names `flag`.
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

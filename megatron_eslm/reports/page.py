@@ -1,4 +1,4 @@
-"""A comparison of runs as one HTML page."""
+"""Render a comparison of runs as one HTML page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_eslm.reports.theme import DARK, LIGHT
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The whole report: notes, curves and tables."""
+    """Render the full report: notes, curves and tables."""
     light, dark = (
         curves.svg(curves.draw(comparison.groups, comparison.target, theme))
         for theme in (LIGHT, DARK)

@@ -1,4 +1,4 @@
-"""Text to be scored: windows of documents as token ids, and ids as text again."""
+"""Text to score: split documents into windows of token ids, and convert ids back to text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.regular import open_regular
 
 END_OF_DOCUMENT = "⟨end⟩"
-"""What stands for the end-of-document id."""
+"""Text shown for the end-of-document id."""
 
 _REPLACEMENT = "\ufffd"
 _LONGEST_PIECE = 16
@@ -26,18 +26,18 @@ _LONGEST_PIECE = 16
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens that are predicted from one context."""
+    """Consecutive tokens, predicted in one context."""
 
     name: str
-    """Where they are from."""
+    """Source of the tokens."""
     ids: np.ndarray
     """int64 [n], 1 <= n <= the window."""
     before: int
-    """The id that the first of them is predicted from."""
+    """The id before the first token, from which it is predicted."""
 
 
 def passages_of_text(text: str, name: str, tokenizer: Tokenizer, window: int) -> list[Passage]:
-    """A text in windows of at most `window` tokens.
+    """Split a text into windows of at most `window` tokens.
 
     Raises:
         ConfigError: the text is empty.
@@ -49,10 +49,10 @@ def passages_of_text(text: str, name: str, tokenizer: Tokenizer, window: int) ->
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 file.
+    """Read a UTF-8 file.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
     try:
         with open_regular(path) as file:
@@ -73,20 +73,20 @@ def validation_passages(
     first_only: bool = False,
     eod_mask_loss: bool = False,
 ) -> list[Passage]:
-    """Windows of the validation documents of pairs, taken from the pairs in turn.
+    """Windows of the validation documents, taken from the `.bin/.idx` pairs in turn.
 
     Args:
-        prefixes: of `.bin/.idx` pairs.
-        split: which documents are for validation, as in training.
-        tokenizer: the model's.
-        window: most tokens of a passage.
-        samples: how many passages to take; fewer where there are no more.
-        first_only: only the beginning of each document, for variety.
-        eod_mask_loss: without each document's first token, which such training does not predict.
+        prefixes: prefixes of `.bin/.idx` pairs.
+        split: shares that define the validation documents, as in training.
+        tokenizer: the model's tokenizer.
+        window: most tokens per passage.
+        samples: number of passages to take; fewer if there are no more.
+        first_only: take only the first window of each document, for variety.
+        eod_mask_loss: skip each document's first token, which such training does not predict.
 
     Raises:
         ConfigError: a pair is unusable, was made with another tokenizer, or has no validation
-            document; or no sample is asked for.
+            document; or `samples` is below 1.
     """
     if samples < 1:
         raise ConfigError(f"--samples {samples} must be 1 or more.")
@@ -115,10 +115,10 @@ def validation_passages(
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, int]]:
-    """Text as it falls to tokens: (text, number of tokens that spell it together).
+    """Split text by tokens: (text, number of tokens that spell it together).
 
-    Tokens of a byte-level vocabulary may hold parts of a character; such ones are one piece. The
-    end of a document is END_OF_DOCUMENT.
+    Byte-level tokens may hold parts of a character; such tokens are merged into one piece. The end
+    of a document is END_OF_DOCUMENT.
     """
     found: list[tuple[str, int]] = []
     context: list[int] = []
@@ -126,7 +126,7 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, int]]:
 
     def flush() -> None:
         if pending:
-            # With what stands before it, since some tokenizers drop a space at the beginning.
+            # Decode with context, since some tokenizers drop a leading space.
             before, both = tokenizer.decode(context), tokenizer.decode(context + pending)
             text = both[len(before) :] if both.startswith(before) else tokenizer.decode(pending)
             found.append((text, len(pending)))
@@ -163,6 +163,6 @@ def _check_tokenizer(prefix: str, tokenizer: Tokenizer) -> None:
         if not same_ids(theirs, tokenizer):
             raise ConfigError(
                 f"--data-path {prefix} was made with another tokenizer ({theirs.name}) than the "
-                f"model's ({tokenizer.name}): the same text has other ids. Name data of the "
+                f"model's ({tokenizer.name}): the same text has other ids. Give data made with the "
                 "model's tokenizer, or score plain text with --text."
             )

@@ -1,4 +1,4 @@
-"""Reading the metrics file (JSON lines) that `--metrics-file` writes."""
+"""Read the metrics file (JSON lines) that `--metrics-file` writes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megatron_eslm.files.regular import open_regular
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-"""One metrics line; numbers, or None where nothing was measured, and `valid_loss_by_domain` as a
-dict of them."""
+"""One metrics line: numbers, None where nothing was measured, and `valid_loss_by_domain` as a dict
+of numbers."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Run:
 
     path: Path
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the `{"run": {...}}` line says; empty if there is none."""
+    """Content of the `{"run": {...}}` line; empty if there is none."""
 
     records: list[Record] = field(default_factory=list)
     """Metrics lines in order of iteration. Every record has `iteration` and `elapsed_seconds`
@@ -33,12 +33,12 @@ class Run:
 
     @property
     def iterations(self) -> int:
-        """How far it got."""
+        """Last iteration of the run."""
         return self.records[-1]["iteration"]
 
     @property
     def evaluations(self) -> list[Record]:
-        """The records at which the validation loss was taken (it may be NaN in a broken run)."""
+        """Records with a validation loss (which may be NaN in a broken run)."""
         return [r for r in self.records if r.get("valid_loss") is not None]
 
     def last(self, name: str) -> float | None:
@@ -64,17 +64,16 @@ class Run:
 def read_run(path: str | Path) -> Run:
     """Read a metrics file.
 
-    A run that was resumed writes some iterations twice. What counts is the last time: a line takes
-    the place of every earlier one of the same or a later iteration, for those belong to the part
-    that the resumed run has done again.
+    A resumed run writes some iterations twice, and the last line counts: a line replaces all
+    earlier lines of the same or a later iteration, because the resumed run repeated these.
 
     Args:
         path: JSON lines, the first of them possibly `{"run": {...settings...}}`.
 
     Raises:
-        ConfigError: the file is missing or holds no metrics, or a line is broken (file:line). Only
-            a broken last line, as a killed run leaves it, is skipped with a warning; last is also
-            the one before the `{"run": ...}` line of the run that resumed it.
+        ConfigError: the file is missing or has no metrics, or a line is broken (file:line). Only a
+            broken last line, as left by a killed run, is skipped with a warning; the line before
+            the `{"run": ...}` line of a resumed run also counts as last.
     """
     path = Path(path)
     settings: dict[str, Any] = {}
@@ -95,7 +94,7 @@ def read_run(path: str | Path) -> Run:
 
 
 def _items(path: Path) -> list[Record]:
-    """Every whole line, parsed; ConfigError for a broken one that no killed run explains."""
+    """Parse all complete lines; ConfigError for a broken line not explained by a killed run."""
     try:
         with open_regular(path) as file:
             content = file.read()
@@ -121,18 +120,18 @@ def _items(path: Path) -> list[Record]:
         if torn and "run" not in item:
             raise torn
         if torn:
-            logger.warning("skipped a torn line, as a killed run leaves it: %s", torn)
+            logger.warning("skipped an incomplete line, as left by a killed run: %s", torn)
             torn = None
         items.append(item)
     if torn and content.endswith(b"\n"):
         raise torn  # a killed run leaves no line end
     if torn:
-        logger.warning("skipped the torn last line, as a killed run leaves it: %s", torn)
+        logger.warning("skipped the incomplete last line, as left by a killed run: %s", torn)
     return items
 
 
 def _parse(line: bytes) -> Record:
-    """One line as a record or `{"run": {...}}`; ValueError says what is wrong with it."""
+    """Parse one line as a record or `{"run": {...}}`; raise ValueError if it is invalid."""
     item = parse_json(line, "the line")
     if not isinstance(item, dict):
         raise ValueError("not a JSON object")
@@ -152,7 +151,7 @@ def _parse(line: bytes) -> Record:
 
 
 def _check_settings(settings: Any) -> None:
-    """ValueError where settings are not what runs are told apart by."""
+    """Raise ValueError if seed or selection, which distinguish runs, are invalid."""
     if not isinstance(settings, dict):
         raise ValueError('"run" does not hold settings')
     seed, selection = settings.get("seed"), settings.get("selection")
@@ -163,7 +162,7 @@ def _check_settings(settings: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether tables and curves can show it: no number of hundreds of digits."""
+    """Whether tables and curves can show the value; excludes huge integers."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return isinstance(value, float) or abs(value) < 2**1000
@@ -175,7 +174,7 @@ def _short(value: Any) -> str:
 
 
 def _with_elapsed(records: list[Record]) -> list[Record]:
-    """The records with `elapsed_seconds`; where it is missing, step times are summed."""
+    """Fill in `elapsed_seconds`; where it is missing, sum step times."""
     elapsed: float | None = 0.0
     before = 0
     complete = []

@@ -1,4 +1,4 @@
-"""A table of text, and how it is drawn in Markdown and on a terminal."""
+"""A table of text, with rendering in Markdown and on a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the first column names the row, the others hold numbers."""
+    """Rows of cells; the first column is the row's name, the others are numbers."""
 
     title: str
     header: list[str]
@@ -27,7 +27,7 @@ class Table:
 
 
 def to_markdown(table: Table) -> str:
-    """The table under its title, with its reading below."""
+    """Render the table under its title, with `reading` below."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(_markdown_text(cell) for cell in cells) + " |"
@@ -45,7 +45,7 @@ def to_markdown(table: Table) -> str:
 
 
 def _markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is, within one line and one cell."""
+    """Escape text for a single Markdown cell."""
     for character in "\\`*_[]<>|":
         text = text.replace(character, "\\" + character)
     return " ".join(text.splitlines())
@@ -62,11 +62,11 @@ def print_tables(tables: Iterable[Table]) -> None:
 
 
 def to_console(table: Table) -> rich.table.Table:
-    """The table for rich; its reading is for the caller to print below."""
+    """Convert the table for rich; the caller prints `reading` below it."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    # Text, not str: square brackets in a label are no markup.
+    # Use Text, so that square brackets in labels are not parsed as markup.
     drawn = RichTable(title=Text(table.title), title_justify="left")
     for number, name in enumerate(table.header):
         drawn.add_column(Text(name), justify="right" if number else "left")

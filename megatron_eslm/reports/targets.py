@@ -1,4 +1,4 @@
-"""What it takes to reach a validation loss."""
+"""Cost of reaching a target validation loss."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron_eslm.reports.runs import Record
 
 
 def default_target(groups: Sequence[Group], baseline: Group) -> float:
-    """What the baseline's runs all reach by their end; their worst final validation loss.
+    """The worst final validation loss of the baseline's runs, which all of them reach.
 
     Raises:
-        ConfigError: no run of it ended with a finite loss.
+        ConfigError: no run of the baseline ended with a finite loss.
     """
     finals = [run.evaluations[-1]["valid_loss"] for run in baseline.runs]
     finite = [loss for loss in finals if math.isfinite(loss)]
@@ -27,11 +27,11 @@ def default_target(groups: Sequence[Group], baseline: Group) -> float:
 
 
 def first_reach(evaluations: Sequence[Record], name: str, target: float) -> float | None:
-    """Where a run first reaches a validation loss, linear between evaluations.
+    """Find where a run first reaches a validation loss, interpolating between evaluations.
 
     Args:
         evaluations: records with `valid_loss`, in order.
-        name: the quantity to read off, for instance "flops".
+        name: the quantity to return, for instance "flops".
         target: validation loss, nats.
 
     Returns:
@@ -47,36 +47,36 @@ def first_reach(evaluations: Sequence[Record], name: str, target: float) -> floa
                 return float(record[name])
             share = (before["valid_loss"] - target) / (before["valid_loss"] - loss)
             return float(before[name] + share * (record[name] - before[name]))
-        # NaN and infinity are no end of a line to interpolate on.
+        # NaN and infinity cannot be interpolated.
         before = record if math.isfinite(loss) else None
     return None
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What a group needs of one quantity to reach the target."""
+    """Amount of one quantity that a group needs to reach the target."""
 
     spread: Spread | None
-    """Over its runs; None unless all of them reach it and have the quantity."""
+    """Spread over runs; None unless all of them reach the target and have the quantity."""
     reached: int
     runs: int
 
     @classmethod
     def of(cls, group: Group, name: str, target: float) -> Reach:
-        """Read off every run of a group."""
+        """Compute for a group."""
         reached = [any(r["valid_loss"] <= target for r in run.evaluations) for run in group.runs]
         spread = group.spread(lambda run: first_reach(run.evaluations, name, target))
         return cls(spread if all(reached) else None, sum(reached), len(group.runs))
 
     @property
     def why_not(self) -> str:
-        """What to say where there is no number."""
+        """Text to show if there is no number."""
         if self.reached == self.runs:
             return "n/a"
         return f"{self.reached} of {self.runs} reached" if self.reached else "not reached"
 
     def saved_on(self, other: Reach) -> float | None:
-        """Share of the other's mean that this one does without; negative if it needs more."""
+        """Share of the other's mean that this group saves; negative if it needs more."""
         if self.spread is None or other.spread is None or not other.spread.mean:
             return None
         return 1.0 - self.spread.mean / other.spread.mean

@@ -15,12 +15,12 @@ class Theme:
     faint: str
     """Grid lines and borders."""
     muted: str
-    """Text beside the matter."""
+    """Secondary text."""
     series: tuple[str, ...]
 
 
-# Okabe and Ito's palette, told apart with every common colour blindness; its yellow is left out,
-# being too faint on white. Line and marker differ too, for print without colour.
+# Okabe and Ito's palette, distinguishable with all common colour blindness, without its yellow,
+# which is too faint on white. Lines and markers differ too, for print without colour.
 LIGHT = Theme(
     "light",
     ground="#ffffff",

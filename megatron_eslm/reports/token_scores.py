@@ -26,17 +26,17 @@ from megatron_eslm.reports.passages import Passage
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a model says of the tokens of one passage."""
+    """A model's scores for the tokens of one passage."""
 
     loss: np.ndarray
     """float32 [n], -log p(token), in nats."""
     entropy: np.ndarray
-    """float32 [n], of the prediction that the token is drawn from, in nats."""
+    """float32 [n], entropy of the predicted distribution for the token, in nats."""
 
 
 @dataclass(frozen=True)
 class ScoringModel:
-    """Full weights and the tokenizer that their ids are of."""
+    """Full weights of a model and its tokenizer."""
 
     name: str
     """Folder and iteration, for people."""
@@ -45,15 +45,15 @@ class ScoringModel:
 
     @property
     def context(self) -> int:
-        """Most tokens of a window."""
+        """Largest window in tokens."""
         return self.weights.shape.max_position_embeddings
 
     @torch.no_grad()
     def score(self, passages: Sequence[Passage], batch_size: int = 8) -> list[TokenScores]:
-        """Scores of all tokens of passages, each from what stands before it in its passage.
+        """Score all tokens of passages, each given the preceding tokens of its passage.
 
-        Needs a process group of one (`launch.bootstrap.single_process`). Logits exist for a few
-        tokens at a time only.
+        Needs a process group of one rank (`launch.bootstrap.single_process`). Logits exist for a
+        few tokens at a time only.
         """
         shape = self.weights.shape
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,15 +83,15 @@ class ScoringModel:
 
 
 def open_scoring_model(load: str, tag: str | None = None, flag: str = "--load") -> ScoringModel:
-    """A model from a checkpoint of ours or from a Hugging Face folder.
+    """Load a model from one of our checkpoints or from a Hugging Face folder.
 
     Args:
         load: folder of checkpoints, one checkpoint, or an exported or downloaded GPT-2.
-        tag: which checkpoint; default: the newest complete one.
-        flag: what named it, for messages.
+        tag: the checkpoint to load. Default: the newest complete one.
+        flag: the flag that named `load`, for messages.
 
     Raises:
-        ConfigError: `load` is neither, is damaged, or holds no tokenizer.
+        ConfigError: `load` is neither, is damaged, or has no tokenizer.
     """
     if (Path(load) / "config.json").is_file():
         if tag is not None:
@@ -103,7 +103,7 @@ def open_scoring_model(load: str, tag: str | None = None, flag: str = "--load") 
     try:
         weights = read_weights(load, tag)
     except ConfigError as error:
-        # The message of loading names --load whatever flag it came from.
+        # Messages of the loader always name --load; prefix the actual flag.
         raise error if flag == "--load" else ConfigError(f"{flag}: {error}") from error
     if weights.tokenizer_dir is None:
         raise ConfigError(
@@ -115,10 +115,10 @@ def open_scoring_model(load: str, tag: str | None = None, flag: str = "--load") 
 
 
 def window_of(models: Sequence[ScoringModel], wanted: int | None) -> int:
-    """The window that passages are cut into.
+    """The window size of passages.
 
     Raises:
-        ConfigError: more tokens are wanted than one of the models has positions.
+        ConfigError: `wanted` exceeds the positions of one of the models.
     """
     longest = min(model.context for model in models)
     if wanted is None:
@@ -131,7 +131,7 @@ def window_of(models: Sequence[ScoringModel], wanted: int | None) -> int:
 
 
 def _batch(passages: Sequence[Passage], eod: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 [M, T+1] and bool [M, T], as long as the longest passage; the rest is `eod`."""
+    """Tokens int64 [M, T+1] and valid bool [M, T], padded with `eod` to the longest passage."""
     width = max(len(passage.ids) for passage in passages)
     tokens_MU = torch.full((len(passages), width + 1), eod, dtype=torch.int64)
     valid_MT = torch.zeros(len(passages), width, dtype=torch.bool)

@@ -1,1 +1,1 @@
-"""What is kept: policies, alpha, and what they know of a step."""
+"""Selection of sequences and tokens: policies, alpha and the state they share."""

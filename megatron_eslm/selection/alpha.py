@@ -1,4 +1,4 @@
-"""How much is dropped, step by step: start, warm-up and ADA-ESLM (Algorithm 2)."""
+"""Set alpha per step: start, warm-up and ADA-ESLM (Algorithm 2)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from megatron_eslm.selection.state import SelectionState
 
 
 class AlphaController:
-    """Moves `SelectionState.alpha`; all that it remembers is in that state, and so in checkpoints.
+    """Update `SelectionState.alpha`; keeps all its own state there too, and so in checkpoints.
 
-    Every rank has one and sees the same numbers, so alpha is the same everywhere.
+    Every rank has a controller and feeds it the same numbers, so alpha is equal on all ranks.
     """
 
     def __init__(self, options: SelectionOptions, state: SelectionState) -> None:
@@ -29,21 +29,22 @@ class AlphaController:
         self.state.alpha = self.state.level * self._ramp(iteration)
 
     def end_step(self, iteration: int, cvar: float | None) -> None:
-        """Take up a step's CVaR and, at the end of an interval, move the level.
+        """Accumulate a step's CVaR and, at the end of an interval, update the level.
 
         The first interval only records: Algorithm 2 starts from a CVaR of 0, which would send
-        alpha to 0 at the first update. During the warm-up CVaR moves with alpha itself, so
-        intervals begin when it is over.
+        alpha to 0 at the first update. During the warm-up CVaR changes with alpha itself, so
+        intervals begin after the warm-up.
 
         Args:
             iteration: the step that ended, from 0.
-            cvar: CVaR of token risk (eq. 2), the mean over its micro-steps; None without one.
+            cvar: CVaR of token risk (eq. 2), mean over the step's micro-steps; None if there is
+                none.
         """
         o, s = self.options, self.state
         if not o.eslm_adaptive or self._ramp(iteration) < 1.0:
             return
         s.interval_steps += 1
-        if cvar is not None and math.isfinite(cvar):  # a step that was not finite teaches nothing
+        if cvar is not None and math.isfinite(cvar):  # non-finite steps carry no information
             s.interval_cvar_sum += cvar
             s.interval_finite_steps += 1
         if s.interval_steps < o.eslm_adapt_interval:
@@ -58,7 +59,7 @@ class AlphaController:
         if s.cvar_history:
             before = s.cvar_history[-1]
             s.delta = (cvar - before) / (abs(before) + o.eslm_adapt_epsilon)
-            # More than e^700 overflows; the limits below are reached long before.
+            # exp() overflows above 700; the limits below apply long before that.
             level = s.level * math.exp(min(700.0, -o.eslm_gamma * s.delta))
             s.level = min(max(level, o.eslm_alpha_min), o.eslm_alpha_max)
         s.cvar_history.append(cvar)

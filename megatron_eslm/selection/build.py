@@ -1,4 +1,4 @@
-"""The policies by name, and how one is built."""
+"""Build the policy that `--selection` names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ for _module in pkgutil.iter_modules(policies.__path__):
 
 
 def policy_traits(options: SelectionOptions) -> PolicyTraits:
-    """What the policy that `--selection` names does.
+    """Traits of the policy that `--selection` names.
 
     Raises:
         ConfigError: the options do not fit the policy.
@@ -28,5 +28,5 @@ def policy_traits(options: SelectionOptions) -> PolicyTraits:
 def build_policy(
     options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
 ) -> SelectionPolicy:
-    """The policy that `--selection` names."""
+    """Build the policy that `--selection` names."""
     return POLICIES[options.selection](options, state, peers, seed)

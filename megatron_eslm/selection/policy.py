@@ -1,7 +1,7 @@
-"""What a selection policy is.
+"""Base class and registry of selection policies.
 
-A policy says how sequences and tokens are scored; the keep rule decides, the layers act. Adding one
-means writing one file in `policies/` (docs/extending.md has a worked example).
+A policy scores sequences and tokens; the keep rule decides, the layers act. To add a policy, write
+one file in `policies/` (docs/extending.md has a worked example).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _LEVELS = {"instance": "sequences", "token": "tokens"}
 
 
 class SelectionPolicy:
-    """Scores of sequences and tokens. Higher means riskier and kept first.
+    """Scores sequences and tokens. Higher scores mean riskier and are kept first.
 
-    A subclass says where its scores come from and overrides the method of each level that it
-    selects at. Shape legend: M rows of this rank, P positions.
+    A subclass declares the source of its scores and overrides the scoring method of each level at
+    which it selects. Shape legend: M rows of this rank, P positions.
     """
 
     name: ClassVar[str]
@@ -38,11 +38,11 @@ class SelectionPolicy:
     needs_gradients: ClassVar[bool] = False
     holds_dropped_tokens: ClassVar[bool] = False
     reads: ClassVar[frozenset[str]] = frozenset()
-    """Of SelectionOptions: eslm_level and eslm_score, where the policy follows them, and its own
-    fields. Another level or score than the default is refused where it does not."""
+    """Fields of SelectionOptions that the policy reads: its own, and eslm_level and eslm_score if
+    it supports them. If it does not, values other than the default are refused."""
     reference: Callable[[Batch], torch.Tensor] | None = None
-    """Batch -> float32 [M, T], what the reference model's losses are where the batch brings none;
-    set where the model is built, for policies that need it."""
+    """Batch -> float32 [M, T], losses of the reference model for batches without stored ones. Set
+    when the model is built, for policies that need it."""
 
     def __init__(
         self, options: SelectionOptions, state: SelectionState, peers: Peers, seed: int
@@ -55,11 +55,11 @@ class SelectionPolicy:
 
     @classmethod
     def traits_of(cls, options: SelectionOptions) -> PolicyTraits:
-        """What this policy does with these options.
+        """Traits of this policy under these options.
 
         Raises:
-            ConfigError: they leave nothing to select, or ask for a level or a score that the policy
-                does not have.
+            ConfigError: the options leave nothing to select, or ask for a level or score that the
+                policy does not support.
         """
         cls._check(options)
         level = options.eslm_level if "eslm_level" in cls.reads else "both"
@@ -100,17 +100,17 @@ class SelectionPolicy:
         if level != "both" and sources[level] == "nothing":
             (has,) = (_LEVELS[name] for name, source in sources.items() if source != "nothing")
             raise ConfigError(
-                f"--eslm-level {level} leaves nothing to --selection {cls.name}, which selects "
-                f"{has} only. Leave it out, or use --selection eslm."
+                f"--eslm-level {level} leaves --selection {cls.name} nothing to select; it selects "
+                f"{has} only. Leave out --eslm-level, or use --selection eslm."
             )
         if score != "loss" and "eslm_score" not in cls.reads and "head" in sources.values():
             raise ConfigError(
-                f"--eslm-score {score} has no meaning with --selection {cls.name}, which has a "
-                "score of its own. Leave it out, or use --selection eslm."
+                f"--eslm-score {score} has no meaning with --selection {cls.name}, which has its "
+                "own score. Leave out --eslm-score, or use --selection eslm."
             )
 
     def drops_rows(self, num_rows: int) -> bool:
-        """Whether a micro-batch of `num_rows` on each rank loses any at the current alpha."""
+        """Whether a micro-batch of `num_rows` rows per rank loses any at the current alpha."""
         total = num_rows * (1 if self.traits.ranks_decide_alone else self.peers.size)
         return self.traits.selects_in_model and num_to_keep(total, self.state.alpha) < total
 
@@ -124,7 +124,10 @@ class SelectionPolicy:
         return Rows(self.peers.rank * num_rows, num_rows, num_rows * self.peers.size)
 
     def reference_losses(self, batch: Batch) -> torch.Tensor:
-        """float32 [M, T]: stored ones of the batch, or the reference model's; else [M, 0]."""
+        """float32 [M, T]: the batch's stored losses, or else the reference model's.
+
+        [M, 0] for policies that need no reference.
+        """
         if not self.traits.needs_reference or batch.reference_MT.shape == batch.valid_MT.shape:
             return batch.reference_MT
         assert self.reference is not None, "neither stored losses nor a reference model"
@@ -143,15 +146,20 @@ class SelectionPolicy:
         raise NotImplementedError(f"{self.name} has no scores of sequences")
 
     def score_tokens(self, scored: ScoredBatch) -> torch.Tensor:
-        """float32 [M, P]; what stands where nothing is valid or a row is not kept is ignored."""
+        """float32 [M, P]; values at invalid positions and in dropped rows are ignored."""
         raise NotImplementedError(f"{self.name} has no scores of tokens")
 
     def token_risk(self, statistics: HeadStatistics) -> torch.Tensor:
-        """The statistic that is this policy's risk, float32 [N]."""
+        """Risk per token: one of the head's statistics, float32 [N]."""
         return statistics.loss_N
 
     def keep(self, scores: torch.Tensor, phase: str) -> KeepDecision:
-        """The keep rule at the current alpha and the configured scope; `phase` names the wait."""
+        """Apply the keep rule at the current alpha and the configured scope.
+
+        Args:
+            scores: float32 [M] or [M, P].
+            phase: name under which the watchdog reports waiting for other ranks.
+        """
         if self.traits.ranks_decide_alone:
             return keep_riskiest(scores, self.state.alpha, None)
         with self.peers.phases(phase, waits=True):

@@ -1,4 +1,4 @@
-"""Where the losses of a reference model come from."""
+"""Flags of the reference model: the source of its losses."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ class ReferenceOptions:
     """Reference model of --selection rho1."""
 
     reference: str | None = None
-    """Folder of checkpoints with the reference model, which then scores every micro-batch during
-    training, in exactly its context. Needs a forward pass of it each micro-step."""
+    """Folder of checkpoints of the reference model. It scores every micro-batch during training, in
+    exactly the same context, and costs one forward pass per micro-step."""
 
     reference_losses: str | None = None
-    """Name of the losses that tools/score_reference.py --name has stored beside each prefix of
-    --data-path: the reference model is not needed in training."""
+    """Name of the losses that tools/score_reference.py --name stored beside each prefix of
+    --data-path. Training then does not need the reference model."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.reference is not None and self.reference_losses is not None:
             raise ConfigError(
                 f"--reference {self.reference} and --reference-losses {self.reference_losses} are "
-                "two sources of the same losses; give one of them."
+                "two sources of the same losses; give only one of them."
             )
         name = self.reference_losses
         if name is not None and not is_plain_name(name):
             raise ConfigError(
                 f"--reference-losses {name!r} is not a name of scored losses (letters, digits, "
-                "'-', '_', '.'): it is what tools/score_reference.py was given as --name, not a "
-                "path."
+                "'-', '_', '.'). Give the --name that tools/score_reference.py was called with, "
+                "not a path."
             )
 
     @property
@@ -42,5 +42,5 @@ class ReferenceOptions:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name can be a part of a file's name."""
+    """Whether a name is safe as part of a file name."""
     return name.replace("-", "").replace("_", "").replace(".", "").isalnum()

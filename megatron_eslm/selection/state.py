@@ -1,4 +1,4 @@
-"""What selection carries along: where in training it is, and what it saw in this micro-step."""
+"""State of selection: the position in training and the records of the micro-steps."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from megatron_eslm.watchdog.phases import Phases
 
 @dataclass
 class SelectionState:
-    """The part of a run's state that policies read and a controller may move; checkpointed."""
+    """State that policies read and the alpha controller updates; part of checkpoints."""
 
     __pydantic_config__ = STRICT
 
     alpha: Annotated[float, pydantic.Field(ge=0, le=1)]
-    """Share to drop now; 0 where nothing is selected."""
+    """Current share to drop; 0 where nothing is selected."""
     iteration: Count = 0
-    """Optimizer step under way, from 0."""
+    """Current optimizer step, from 0."""
     micro_step: Count = 0
-    """Micro-step of it under way, from 0."""
+    """Current micro-step within the step, from 0."""
     level: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
-    """What alpha is after its warm-up: --eslm-alpha, or where the controller has moved it."""
+    """Alpha after its warm-up: --eslm-alpha, or the controller's latest value."""
     delta: float | None = None
-    """Relative change of CVaR at the last update of the controller (Algorithm 2)."""
+    """Relative change of CVaR at the controller's last update (Algorithm 2)."""
     cvar_history: list[float] = field(default_factory=list)
-    """CVaR of each of the controller's intervals."""
+    """CVaR of each past interval of the controller."""
     interval_cvar_sum: float = 0.0
     interval_finite_steps: Count = 0
     interval_steps: Count = 0
-    """Of the controller's interval under way."""
+    """Steps so far in the controller's current interval."""
 
 
 @dataclass(frozen=True)
 class Peers:
-    """The data-parallel ranks that look at one global micro-batch together."""
+    """The data-parallel ranks that share one global micro-batch."""
 
     rank: int
     size: int
     group: dist.ProcessGroup | None
     """None on a single rank."""
     phases: Phases = field(default_factory=Phases, compare=False)
-    """Where waiting for the others is announced, for the watchdog."""
+    """Reports waits for other ranks to the watchdog."""
 
 
 @dataclass
 class SelectionRecord:
-    """What was selected on this rank: in a micro-step, or ahead of a step among its candidates.
+    """Selection on this rank: within a micro-step, or among a step's candidates before it.
 
-    In a pipeline the first stage knows the sequences, the last one the tokens and the loss. M rows
-    of this rank, T positions. Counts are local; thresholds are those of the group that was
-    thresholded together. Scores are nan where nothing was scored.
+    In a pipeline the first stage fills in the sequences, the last one the tokens and the loss. M
+    rows of this rank, T positions. Counts are local; thresholds apply to all ranks in the scope of
+    selection. Scores are nan where nothing was scored.
     """
 
     instance_scores_M: torch.Tensor | None = None
@@ -78,7 +78,7 @@ class SelectionRecord:
     num_nonfinite: int | torch.Tensor = 0
     """Scores that are not finite, over the ranks that were thresholded together."""
     nonfinite_rows_M: torch.Tensor | None = None
-    """bool; local rows that hold one."""
+    """bool; local rows with a non-finite score."""
     loss: torch.Tensor | None = None
     """float32 scalar, this rank's term of the loss."""
 
@@ -93,15 +93,16 @@ class SelectionRecord:
 
 @dataclass
 class Recorder:
-    """Where the layers that select leave what they did, for the loop to take up.
+    """Collects the records of the selecting layers for the training loop.
 
-    The records cannot travel with the activations: in a pipeline instances and tokens are selected
-    in different processes, each of which may be several micro-steps ahead of the other.
+    Records cannot travel with the activations: a pipeline selects sequences and tokens in different
+    processes, and each of these may be several micro-steps ahead of the other.
     """
 
     records: list[SelectionRecord] = field(default_factory=list)
     nonfinite_candidates: int = 0
-    """Scores of the step's candidates that were not finite: no micro-step of it counts."""
+    """Non-finite scores among the step's candidates. If there are any, none of the step's
+    micro-steps count."""
 
     def begin(self) -> int:
         """Start the record of the next micro-step; returns its number within the step."""
@@ -110,7 +111,7 @@ class Recorder:
 
     @property
     def record(self) -> SelectionRecord:
-        """That of the micro-step under way."""
+        """The record of the current micro-step."""
         return self.records[-1]
 
     def take(self) -> list[SelectionRecord]:

@@ -1,4 +1,4 @@
-"""What a policy does, for whoever decides before there is a model: config, cost, reports."""
+"""Traits of a policy, for code that needs them without a model: config, cost, reports."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ from typing import Literal
 from megatron_eslm.selection.options import Scope
 
 Source = Literal["nothing", "policy", "head"]
-"""Where scores come from: no selection at this level, the policy alone (no logits needed), or loss
-and entropy of the head."""
+"""Source of scores: none (no selection at this level), the policy alone (no logits needed), or loss
+and entropy from the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyTraits:
-    """All that other packages may ask of a policy; `build.policy_traits` makes it of options."""
+    """All that other packages may ask about a policy; `build.policy_traits` derives it."""
 
     sequence_source: Source
     token_source: Source
     scope: Scope | None
-    """--eslm-scope, where the policy looks at it."""
+    """--eslm-scope; None if the policy ignores it."""
     early_exit_blocks: int
-    """Blocks before sequences are selected; 0 without an early exit: right after the embedding."""
+    """Blocks before sequences are selected; 0 without an early exit (right after the embedding)."""
     proxy_stride: int
-    """The early exit scores every so-manyth position."""
+    """Distance between the positions that the early exit scores."""
     needs_entropy: bool
     """Whether head statistics must contain the entropy."""
     needs_reference: bool
     """Whether scores need the losses of a reference model."""
     needs_gradients: bool
-    """Whether it chooses by inner products of gradients, each rank among its own sequences."""
+    """Whether it selects by inner products of gradients, each rank among its own sequences."""
     holds_dropped_tokens: bool
-    """Whether its objective holds tokens that are not kept to the weights that training started
-    from."""
+    """Whether its objective regularizes dropped tokens towards the starting weights."""
     reads: frozenset[str]
-    """Fields of SelectionOptions that change what it does, besides alpha's."""
+    """Fields of SelectionOptions, besides alpha, that affect the policy."""
 
     @property
     def selects_sequences(self) -> bool:
@@ -48,15 +47,15 @@ class PolicyTraits:
 
     @property
     def selects_per_step(self) -> bool:
-        """Whether sequences are selected once an optimizer step, ahead of it."""
+        """Whether sequences are selected once per optimizer step, before it."""
         return self.scope == "step" and self.selects_sequences
 
     @property
     def selects_in_model(self) -> bool:
-        """Whether sequences are selected within each micro-step, in mid-model."""
+        """Whether sequences are selected inside the model, in each micro-step."""
         return self.selects_sequences and not self.selects_per_step
 
     @property
     def ranks_decide_alone(self) -> bool:
-        """Whether each data-parallel rank takes its own thresholds."""
+        """Whether each data-parallel rank computes its own thresholds."""
         return self.scope == "local" or self.needs_gradients

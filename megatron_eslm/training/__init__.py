@@ -1,1 +1,1 @@
-"""A run from its first to its last step."""
+"""The training loop: a run from its first to its last step."""

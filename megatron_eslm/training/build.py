@@ -1,4 +1,4 @@
-"""From a resolved run to a Trainer: data, model, engine, state; what can fail comes first."""
+"""Build a Trainer from a resolved run: checks first, then data, model, engine and state."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ logger = logging.getLogger(__name__)
 def build_trainer(
     run: RunConfig, phases: Phases | None = None, callbacks: Sequence[Callback] = ()
 ) -> Trainer:
-    """Build everything. Collective; what can fail for the user's reasons fails before the model.
+    """Build everything. Collective. Reports bad input before the model is built.
 
     Args:
-        phases: where this rank says what it is doing, for a watchdog.
-        callbacks: called before those of every run (training/callbacks.py).
+        phases: reports the phases of this rank to the watchdog.
+        callbacks: called before the standard callbacks (training/callbacks.py).
     """
     outputs = Outputs(run)
     try:
@@ -91,7 +91,7 @@ def _build_trainer(
         timeout_seconds,
     )
     source, options = open_run_data(run)
-    outputs.take_folders()  # a run before this one may save until then
+    outputs.take_folders()  # an earlier run may still save until then
     found, state, reading = find_reading(run, source, options)
     report = plan_run(run, source, options, reading)
     check_reading(run, options, reading, report)
@@ -141,7 +141,7 @@ def _build_trainer(
             reference, mesh, engine.device, run.dtype, run.model.head_kernel
         )
     if outputs.save is not None:
-        OptimizerState(engine)  # refuses now what could not be saved later
+        OptimizerState(engine)  # refuses now an optimizer that could not be saved later
     if found is not None and found.kind == "training":
         resume(run, engine, found)
     outputs.open_metrics(resumed=state.iteration > 0, restarts=continues_itself(run))
@@ -174,12 +174,12 @@ def _build_trainer(
 
 
 def check_kernels(run: RunConfig) -> None:
-    """ConfigError unless this machine has what the kernels that were asked for need."""
+    """Raise ConfigError unless this machine meets the needs of the requested kernels."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     kernel = resolve_head_kernel(run.model.head_kernel, device_type)
     if device_type == "cuda" and kernel == "torch" and run.model.head_kernel == "auto":
         logger.warning(
-            "--head-kernel auto is torch: Triton or a C compiler for it is missing (python -m "
+            "--head-kernel auto uses torch: Triton or its C compiler is missing (run python -m "
             "megatron_eslm.doctor)"
         )
     if run.model.compile:
@@ -195,7 +195,7 @@ def build_model(
     blocks: range,
     objective: Objective | None = None,
 ) -> GPT:
-    """The model of a run, or its pipeline stage, with initial weights, in float32 on the CPU."""
+    """Build a run's model or pipeline stage with initial weights, in float32 on the CPU."""
     settings = ModelSettings(
         hidden_dropout=run.model.hidden_dropout,
         attention_dropout=run.model.attention_dropout,
@@ -224,7 +224,7 @@ def build_model(
 
 
 def build_engine(run: RunConfig, model: GPT, mesh: Mesh, phases: Phases) -> Engine:
-    """The engine for a whole model or for a stage of it. Collective."""
+    """Build the engine for a full model or a pipeline stage. Collective."""
     if mesh.pp_size == 1:
         return Engine(run, model, mesh, phases)
     from megatron_eslm.engine.pipeline import PipelinedEngine

@@ -1,7 +1,7 @@
-"""The callbacks of every run: dump of the selection, evaluation, report, checkpoints, profiler.
+"""Standard callbacks: profiler, selection dump, evaluation, report, checkpoints.
 
-Their order matters: a report has the evaluation of its step, and a checkpoint comes last, so that
-everything that is written about a step is there before the step counts as saved.
+Order matters: a report includes the evaluation of its step. Checkpoints come last, so that all
+records of a step are written before the step counts as saved.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def standard_callbacks(run: RunConfig) -> list[Callback]:
-    """What a run does besides its steps, by its options."""
+    """The standard callbacks that a run's options ask for, in order."""
     callbacks: list[Callback] = []
     if run.report.profile is not None:
         callbacks.append(Profiler(run.report))
@@ -70,7 +70,7 @@ class Evaluator(Callback):
             self.evaluate(trainer)
 
     def evaluate(self, trainer: Trainer) -> Evaluation | None:
-        """Now, and tell all callbacks; None without a validation set. Collective."""
+        """Evaluate now and tell all callbacks; None without a validation set. Collective."""
         valid, state = trainer.datasets.valid, trainer.state
         if valid is None:
             return None
@@ -86,7 +86,7 @@ class Evaluator(Callback):
 
 
 class Reporter(Callback):
-    """Progress line, metrics file and monitors; only rank 0 has any of them."""
+    """Writes progress lines, metrics file and monitors; rank 0 only."""
 
     def __init__(self) -> None:
         self._evaluation: Evaluation | None = None
@@ -123,7 +123,7 @@ class Reporter(Callback):
         write_monitors(trainer.engine.monitor, line)
 
     def _speed(self, trainer: Trainer) -> Speed:
-        """Of the steps since the last report; they begin anew."""
+        """Compute the speed of the steps since the last report, and reset them."""
         done, self._unreported = self._unreported, []
         seconds, tokens, executed, model = map(sum, zip(*done, strict=True))
         peak = _peak_flops(trainer)
@@ -147,14 +147,14 @@ def _peak_flops(trainer: Trainer) -> float | None:
 
 
 class Checkpointer(Callback):
-    """A checkpoint every --save-interval steps and where the run ends."""
+    """Saves a checkpoint every --save-interval steps and at the end of the run."""
 
     def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
         if step.ends or trainer.state.iteration % trainer.run.checkpoint.save_interval == 0:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Now, and tell all callbacks; nothing without --save. Collective."""
+        """Save now and tell all callbacks; do nothing without --save. Collective."""
         saves = trainer.outputs.save
         if saves is None:
             return

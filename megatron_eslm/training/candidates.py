@@ -1,10 +1,10 @@
-"""Sequences selected once an optimizer step, ahead of it: `--eslm-scope step`.
+"""Select sequences once per optimizer step, before it: `--eslm-scope step`.
 
 Source: Algorithm 1 of the ESLM paper with the global batch as its batch. All sequences that a step
-reads are its candidates. All ranks share in scoring them, without gradient; a pipeline's stages do
-so with copies of the early exit's weights. The riskiest are kept, as many as fill micro-batches of
-all ranks alike. So shapes change with alpha alone, and nothing but one number a candidate travels
-between data-parallel ranks. Then each rank reads the kept sequences that it trains on.
+reads are its candidates. All ranks share the scoring, without gradient; pipeline stages use copies
+of the early exit's weights. The riskiest candidates are kept, as many as fill equal micro-batches
+on all ranks. Thus shapes depend on alpha alone, and data-parallel ranks exchange only one number
+per candidate. Each rank then reads the kept sequences that it trains on.
 
 Shape legend: C candidates in the order of their samples; R data-parallel ranks; M rows of a
 micro-batch of one rank.
@@ -28,20 +28,20 @@ from megatron_eslm.selection.state import SelectionRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What was selected among the candidates of a step."""
+    """Selection among the candidates of a step."""
 
     kept: list[int]
-    """Candidates that are trained on, ascending; all ranks know all of them."""
+    """Kept candidates of all ranks, ascending; known on all ranks."""
     shape: StepShape
-    """How every rank works on its share of them."""
+    """Micro-batches of every rank's share of `kept`."""
     own: list[int]
     """Candidates that this rank scored."""
     record: SelectionRecord
-    """Of its own candidates."""
+    """Record of this rank's candidates."""
 
 
 def rows_of_rank(numbers: Sequence[int], rows: int, mesh: Mesh) -> Iterator[list[int]]:
-    """The rows of each micro-step of this rank, of those of all ranks in their order."""
+    """Yield this rank's rows of each micro-step, given the rows of all ranks in order."""
     for begin in range(mesh.dp_rank * rows, len(numbers), rows * mesh.dp_size):
         yield list(numbers[begin : begin + rows])
 
@@ -52,15 +52,15 @@ def select_candidates(
     """Score the candidates of the next step and keep the riskiest. Collective.
 
     Args:
-        engine: with the model and the policy.
-        batches: candidates of this data-parallel rank, M at a time, as `rows_of_rank` shares them
-            out.
+        engine: engine with the model and the policy.
+        batches: candidates of this data-parallel rank, M at a time, in the order of
+            `rows_of_rank`.
         num_candidates: C, a multiple of M x R.
         rows: M.
         alpha: share to drop.
 
     Returns:
-        None where nothing is to be dropped: nothing is scored then.
+        None if nothing is dropped; nothing is scored then.
     """
     mesh, policy = engine.mesh, engine.model.policy
     read = StepShape(num_candidates // (rows * mesh.dp_size), rows)
@@ -80,11 +80,11 @@ def select_candidates(
             record.num_tokens += batch.num_valid()
             own += numbers
     with engine.phases("proxy gather", waits=mesh.world_size > 1):
-        all_reduce_(scores_AM, mesh.pp_group)  # zeros where another stage scored
+        all_reduce_(scores_AM, mesh.pp_group)  # rows scored by other stages are zero
         scores_RAM = all_gather_same_shape(scores_AM, mesh.dp_group)
         scores_C = scores_RAM.transpose(0, 1).flatten().contiguous()
         if mesh.tp_size > 1:
-            # One rank's numbers for all, so that none can decide otherwise by a rounding.
+            # Use one rank's scores everywhere, so that rounding cannot change a rank's decision.
             dist.broadcast(scores_C, dist.get_global_rank(mesh.tp_group, 0), group=mesh.tp_group)
         scores_C = scores_C.cpu()  # what is decided now needs the device no more
     record.num_rows = len(own)

@@ -1,4 +1,4 @@
-"""From the command line to a resolved run, with a look at the files that it names."""
+"""Resolve the command line into a run, reading the files that it names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_eslm.data.options import DataOptions
 
 
 def read_command_line(argv: Sequence[str], world_size: int) -> RunConfig:
-    """As `parse_run`, but the checkpoint of --load tells what flags leave open.
+    """Parse like `parse_run`, but fill missing flags from the checkpoint of --load.
 
-    Every rank reads it for itself, for they have not met yet.
+    Every rank reads the checkpoint itself, because ranks are not connected yet.
 
     Raises:
-        ConfigError: whatever cannot be used, before anything is built.
+        ConfigError: a flag, value, file or combination cannot be used.
     """
     parsed = parse_flags(argv)
     stored = stored_run(parsed["checkpoint"])
@@ -25,14 +25,14 @@ def read_command_line(argv: Sequence[str], world_size: int) -> RunConfig:
     try:
         return resolve(world_size=world_size, stored=shape, stored_scope=scope, **parsed)
     except MissingFlags:
-        # Nobody should be asked for more because of a file that is not what was meant.
+        # Report bad files first: a missing flag may only follow from a wrong file.
         _check_data(parsed["data"])
         _check_checkpoint(parsed["checkpoint"])
         raise
 
 
 def _check_data(options: DataOptions) -> None:
-    # Imported here: only a run that is refused needs them before the ranks have met.
+    # Local imports: before ranks connect, only refused runs need them.
     from megatron_eslm.data.index_file import read_index
     from megatron_eslm.data.meta import read_meta
     from megatron_eslm.data.source import parse_data_path, parse_split

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run will read, hold and compute, before any of it happens."""
+"""`--dry-run`: report what a run will read, store and compute, without training."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from megatron_eslm.training.run_data import (
 
 
 def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
-    """The text of `--dry-run`, and why the run would be refused all the same (None: it would not).
+    """Return the text of `--dry-run`, and the error if training would be refused, else None.
 
-    What a run would read is what one wants to know of a run that reads too much.
+    A run refused for reading too much still gets its report, which says what it reads.
     """
     source, options = open_run_data(run)
     _, start, reading = find_reading(run, source, options)
@@ -70,10 +70,10 @@ def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
 def _totals(
     run: RunConfig, flops: FlopsModel, reading: ReadingPlan, start: TrainState
 ) -> tuple[float, float, int]:
-    """Of all steps: FLOPs by both ledgers, and tokens that are trained on.
+    """Totals over all steps: FLOPs executed, FLOPs by the paper, and tokens trained on.
 
-    What was done before the start is known. Alpha begins and rises as it is told to; where ADA-ESLM
-    will move it nobody knows. SALT's later steps have no teacher.
+    Steps before the start are known. Alpha follows the configured start and warm-up; ADA-ESLM's
+    changes cannot be predicted and are ignored. SALT's later steps have no teacher.
     """
     steps, position = run.training.train_iters, reading.begin
     taught = min(steps, run.objective.salt_iters) if run.objective.distill == "salt" else steps
@@ -89,7 +89,7 @@ def _totals(
     for (alpha, has_teacher, batch_size), count in kinds.items():
         work = step_work(run, alpha, batch_size)
         ledgers = flops if has_teacher else dataclasses.replace(flops, teacher=None)
-        if not alpha:  # nothing is compared then
+        if not alpha:  # the reference model does not run
             ledgers = dataclasses.replace(ledgers, reference=None)
         executed += count * ledgers.executed(work)
         by_paper += count * ledgers.paper(work)
@@ -98,7 +98,7 @@ def _totals(
 
 
 def _reading(run: RunConfig, reading: ReadingPlan, start: TrainState) -> list[str]:
-    """What is read in a step and in all."""
+    """Lines about what is read per step and in total."""
     t = run.training
     done = f" ({start.iteration:,} of them done)" if start.iteration else ""
     lines = [
@@ -112,7 +112,7 @@ def _reading(run: RunConfig, reading: ReadingPlan, start: TrainState) -> list[st
             f"{samples:,} samples"
         )
     if start.iteration:
-        lines.append(f"reading goes on      with sample {reading.begin:,}")
+        lines.append(f"reading continues    with sample {reading.begin:,}")
     if reading.skipped.ranges:
         count = reading.skipped.between(0, reading.end)
         lines.append(f"skipped              {count:,} samples ({reading.skipped})")
@@ -127,15 +127,15 @@ def dry_run_text(
     reading: ReadingPlan,
     start: TrainState,
 ) -> str:
-    """The report of `--dry-run`, one fact a line.
+    """Render the report of `--dry-run`, one item per line.
 
     Args:
         run: the run.
-        shape: of its model.
-        flops: its ledgers.
-        mixture: what it reads of each domain.
-        reading: what it has still to read.
-        start: where it starts or goes on.
+        shape: the model's shape.
+        flops: FLOPs model of the run.
+        mixture: what the run reads of each domain.
+        reading: what the run has left to read.
+        start: state at which the run starts or continues.
     """
     t = run.training
     work = step_work(run)
@@ -160,7 +160,7 @@ def dry_run_text(
         ),
         f"FLOPs executed       {executed:.3e} ({executed / t.train_iters:.3e} a step)",
         f"FLOPs by the paper   {by_paper:.3e} ({by_paper / t.train_iters:.3e} a step)",
-        f"memory a rank        {memory.total / gib:.2f} GiB = weights {memory.weights / gib:.2f} + "
+        f"memory per rank      {memory.total / gib:.2f} GiB = weights {memory.weights / gib:.2f} + "
         f"gradients {memory.gradients / gib:.2f} + optimizer {memory.optimizer / gib:.2f} + "
         f"activations {memory.activations / gib:.2f} + head {memory.head / gib:.2f}"
         + "".join(
@@ -181,5 +181,5 @@ def dry_run_text(
             f"{domain.documents['train']:,} documents, {domain.tokens['train']:,} tokens, "
             f"{domain.epochs:.3f} epochs"
         )
-    lines.append(f"validation           {mixture.valid_samples:,} sequences an evaluation")
+    lines.append(f"validation           {mixture.valid_samples:,} sequences per evaluation")
     return "\n".join(lines)

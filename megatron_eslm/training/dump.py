@@ -1,4 +1,4 @@
-"""`--dump-selection`: what each step kept of all that it read."""
+"""`--dump-selection`: write what each step read and kept."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megatron_eslm.training.step_batches import Records
 
 
 def take_dump_folder(path: str) -> FileLock:
-    """Make the folder of `--dump-selection` before anything is trained, for this run alone.
+    """Create and lock the folder of `--dump-selection` before training.
 
     Raises:
-        ConfigError: it cannot be made or written to, or another run writes there.
+        ConfigError: the folder cannot be created or written to, or another run writes there.
     """
     lock = FileLock(Path(path) / ".dump.lock")
     try:
@@ -34,7 +34,7 @@ def take_dump_folder(path: str) -> FileLock:
 
 
 def read_tokens(dataset: Mixture, samples: Sequence[int], mesh: Mesh) -> np.ndarray | None:
-    """What rank 0 dumps of the sequences; None on the others."""
+    """Tokens of the sequences, for the dump by rank 0; None on other ranks."""
     return None if mesh.rank else np.stack([dataset[i]["tokens"].numpy() for i in samples])
 
 
@@ -48,25 +48,24 @@ def dump_selection(
 ) -> None:
     """Write `iter{iteration:07d}.npz` on rank 0. Collective.
 
-    C rows, all that the step read, in the order of their samples: samples int64 [C], tokens int64
-    [C, T+1], instance_scores f32 [C] and token_scores f32 [C, T] (nan where nothing was scored),
-    instance_kept bool [C], token_kept bool [C, T], tau_instance and tau_token f32 [C], the
-    thresholds that a row and its tokens were compared with (nan where there was none), and loss
-    f32, the step's.
+    Holds the C rows that the step read, in sample order: samples int64 [C], tokens int64 [C, T+1],
+    instance_scores f32 [C] and token_scores f32 [C, T] (nan where nothing was scored),
+    instance_kept bool [C], token_kept bool [C, T], tau_instance and tau_token f32 [C] (thresholds
+    that apply to a row and its tokens; nan if none), and loss f32 (the step's).
 
     Args:
-        folder: of the dumps.
+        folder: folder of the dumps.
         iteration: the step, from 1.
-        tokens: of the C sequences, int64 [C, T+1]; needed on rank 0 (`read_tokens`).
+        tokens: int64 [C, T+1], the sequences; needed on rank 0 (`read_tokens`).
         samples: numbers of the C sequences.
-        records: of this rank and stage, with numbers among the C.
-        mesh: this rank's place.
+        records: records of this rank and stage, with row numbers among the C.
+        mesh: the mesh.
 
     Raises:
-        OSError: on rank 0; the disk does not take it, and nothing is left of it.
+        OSError: on rank 0, if the disk is full or fails; no partial file is left.
     """
     if mesh.tp_rank:
-        return  # tensor-parallel ranks hold the same
+        return  # tensor-parallel ranks have identical records
     everyone = _gathered([(rows, record.cpu()) for rows, record in records], mesh)
     if mesh.rank:
         return
@@ -106,7 +105,7 @@ def dump_selection(
 
 
 def _gathered(records: Records, mesh: Mesh) -> Records:
-    """The records of all stages and data-parallel ranks, on rank 0."""
+    """Gather the records of all stages and data-parallel ranks."""
     for group in (mesh.pp_group, mesh.dp_group):
         if group.size() > 1:
             several: list = [None] * group.size()
@@ -116,7 +115,7 @@ def _gathered(records: Records, mesh: Mesh) -> Records:
 
 
 def _write(path: Path, arrays: dict[str, Any]) -> None:
-    """A file that is whole or not there, unless the machine fails."""
+    """Write a file atomically, except for machine failures."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}")
     try:

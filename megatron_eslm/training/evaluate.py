@@ -20,16 +20,16 @@ class Evaluation:
     """Mean losses in nats, each over every valid token once."""
 
     loss: float
-    """Over the whole set; nan where no token is valid."""
+    """Mean over the full set; nan if no token is valid."""
     loss_by_domain: dict[str, float]
-    """Over the sequences of each domain that has any in the set, in the order of --data-path."""
+    """Mean over each domain with sequences in the set, in the order of --data-path."""
 
 
 def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int) -> Evaluation:
-    """Losses over every valid token of `dataset`. Collective.
+    """Compute losses over every valid token of `dataset`. Collective.
 
-    The set does not have to divide into micro-batches: ranks that run out of rows read the first
-    one again with all its labels masked, so that every rank takes part in every forward pass.
+    The set need not be a multiple of the micro-batch: ranks that run out of rows reread the first
+    one with all labels masked, so that every rank takes part in every forward pass.
     """
     rows = micro_batch_size * mesh.dp_size
     begins = range(0, _round_up(len(dataset), rows), rows)
@@ -51,7 +51,7 @@ def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int
         [dataset.domain_of(i) if i < len(dataset) else 0 for b in begins for i in numbers(b)]
     )
     names = [domain.name for domain in dataset.source.domains]
-    # On the CPU, where the order of the sum is always the same.
+    # Sum on the CPU, where the order is deterministic.
     sums_D2 = torch.zeros(len(names), 2, dtype=torch.float64)
     sums_D2 = sums_D2.index_add_(0, domain_R, sums_R2.cpu()).to(engine.device)
     all_reduce_(sums_D2, mesh.dp_group)

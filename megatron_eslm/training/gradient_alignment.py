@@ -1,13 +1,13 @@
-"""The pass by which GREATS chooses sequences: inner products of their gradients, before each step.
+"""GREATS' selection pass: inner products of gradients, before each micro-step.
 
-One forward and backward pass of the whole model over the rank's micro-batch and a micro-batch of
-validation sequences, with frozen weights: gradients flow to activations only, so neither `.grad`
-nor an engine's hooks notice. Each layer's products are taken where its gradient arrives
-(ops.ghost_products), after which its input is let go of. Without dropout, so that the choice is a
-function of weights and sequences.
+Runs one forward and backward pass of the full model over the rank's micro-batch and a micro-batch
+of validation sequences, with frozen weights. Gradients flow to activations only, so `.grad` and the
+engine's hooks are unaffected. Each layer's products are computed when its output gradient arrives
+(ops.ghost_products); its input is then freed. Dropout is off, so the choice is a function of
+weights and sequences.
 
-All parameters take part: weights and biases of linear layers, norms, positions, and the word
-embedding with its gradients as lookup and as head.
+Covers all parameters: weights and biases of linear layers, norms, positions, and the word embedding
+with its gradients as lookup and as head.
 
 Shape legend: R rows, the first M candidates and the others validation; T positions; D hidden.
 """
@@ -46,49 +46,49 @@ from megatron_eslm.selection.policies.greats import Greats
 
 
 def rows_to_choose_by(run: RunConfig) -> int:
-    """Validation sequences that a choice needs and that are not evaluated; 0 without a choice."""
+    """Validation sequences needed for selection and kept out of evaluation; 0 if none."""
     rows = alignment_rows(run)
     return 0 if rows is None else rows[1]
 
 
 def check_alignment(run: RunConfig, report: MixtureReport) -> None:
-    """Refuse a greats run that has nothing to choose from, or too little to choose by.
+    """Refuse a greats run with too few candidates or too few validation sequences.
 
     Args:
         run: the run.
-        report: what it reads.
+        report: what the run reads.
 
     Raises:
-        ConfigError: one row a micro-batch, or fewer sequences than a choice needs in what
-            evaluation leaves of the validation split, which is half of it at least.
+        ConfigError: micro-batches have one row, or evaluation leaves too few sequences of the
+            validation split (it leaves at least half of it).
     """
     rows = alignment_rows(run)
     if rows is None:
         return
     if rows[0] == 1:
         raise ConfigError(
-            "--selection greats chooses among the sequences of each rank's micro-batch and "
+            "--selection greats selects among the sequences of each rank's micro-batch, but "
             "--micro-batch-size is 1, which leaves no choice. Raise it."
         )
     if report.alignment_samples < rows[1]:
         raise ConfigError(
-            f"--selection greats chooses by {rows[1]} validation sequences (--greats-valid-share "
+            f"--selection greats needs {rows[1]} validation sequences (--greats-valid-share "
             f"{run.selection.greats_valid_share:g} of --micro-batch-size {rows[0]}) that are not "
-            f"evaluated, and of the validation split evaluation takes {report.valid_samples} and "
-            f"leaves {report.alignment_samples}. Raise its share in --split {run.data.split}, or "
-            f"lower --eval-iters {run.training.eval_iters}."
+            f"used in evaluation, but evaluation takes {report.valid_samples} of the validation "
+            f"split and leaves {report.alignment_samples}. Raise the split's share in --split "
+            f"{run.data.split}, or lower --eval-iters {run.training.eval_iters}."
         )
 
 
 def align_before_micro_steps(
     run: RunConfig, engine: Engine, validation: Mixture | None
 ) -> GradientAlignment | None:
-    """Where the policy is greats, have it choose before each of the engine's micro-steps.
+    """If the policy is greats, run its selection pass before each of the engine's micro-steps.
 
     Args:
         run: the run.
-        engine: with the model that chooses.
-        validation: sequences to choose by; none of those that the validation loss is of.
+        engine: engine with the model.
+        validation: sequences for the validation gradient; disjoint from those evaluated.
     """
     policy, rows = engine.model.policy, alignment_rows(run)
     if not isinstance(policy, Greats):
@@ -111,14 +111,14 @@ def align_before_micro_steps(
 
 
 class GradientAlignment:
-    """Has the policy choose among the rows of a batch, by the gradients of all of them.
+    """Computes gradient products of a batch and lets the policy select rows.
 
     Args:
-        model: the whole model on this rank.
-        policy: of the model; told what the products are.
-        validation: where validation rows are drawn from.
-        num_validation: of them for each micro-step.
-        learning_rate: the current one.
+        model: the full model on this rank.
+        policy: the model's policy; receives the products.
+        validation: dataset from which validation rows are drawn.
+        num_validation: validation rows per micro-step.
+        learning_rate: returns the current learning rate.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class GradientAlignment:
         self.policy.choose(products, self.learning_rate(), batch)
 
     def validation_rows(self, micro_step: int) -> list[int]:
-        """Which validation sequences a micro-step of this rank chooses by."""
+        """Draw the validation sequences of a micro-step of this rank."""
         rng = generator(
             self.policy.seed,
             "greats",
@@ -162,7 +162,7 @@ class GradientAlignment:
 
 
 def check_covered(model: GPT) -> None:
-    """ConfigError if a parameter belongs to no layer whose products are known."""
+    """Raise ConfigError if a parameter belongs to a layer without known products."""
     known = (ColumnParallelLinear, RowParallelLinear, nn.LayerNorm, Embedding)
     names = {
         f"{path}.{name}"
@@ -180,12 +180,12 @@ def check_covered(model: GPT) -> None:
 
 
 def gradient_products(model: GPT, candidates: Batch, validation: Batch) -> GradientProducts:
-    """Inner products of the gradients of each candidate's mean token loss.
+    """Compute inner products of the gradients of each candidate's mean token loss.
 
     Args:
-        model: the whole model; its `.grad` and everything else of it stay as they are.
-        candidates: M rows; trained on are their labels.
-        validation: other rows; their gradient is that of the mean loss of all of their tokens.
+        model: the full model; its `.grad` and all other state are unchanged.
+        candidates: M rows, with the labels to train on.
+        validation: other rows; G is the gradient of the mean loss of all their tokens.
 
     Returns:
         Products over all parameters, float32. Rows without any label have zeros.
@@ -207,11 +207,11 @@ def gradient_products(model: GPT, candidates: Batch, validation: Batch) -> Gradi
         num_candidates,
         model.shape.vocab_size,
     )
-    # The embedding's output is the only leaf that there is.
+    # The embedding's output is the only leaf of the graph.
     normed_TRD.backward(head.hidden_RTD.transpose(0, 1))
     assert layers.embedded_TRD.grad is not None
     lookup_RTD, total = layers.embedded_TRD.grad.transpose(0, 1), layers.products
-    # Row t of the position table is used once by every sequence.
+    # Every sequence uses row t of the position table once.
     total += vector_products(lookup_RTD.flatten(1), num_candidates)
     total += tied_embedding_products(head, normed_RTD, tokens_RU[:, :-1], lookup_RTD)
     return _of_means(total, valid_RT.sum(dim=1), num_candidates)
@@ -220,7 +220,7 @@ def gradient_products(model: GPT, candidates: Batch, validation: Batch) -> Gradi
 def _of_means(
     sums: GradientProducts, num_valid_R: torch.Tensor, num_candidates: int
 ) -> GradientProducts:
-    """From gradients of sums of token losses to those of means."""
+    """Convert products of gradients of summed losses to those of mean losses."""
     share_M = 1.0 / num_valid_R[:num_candidates].clamp(min=1)
     num_validation = num_valid_R[num_candidates:].sum().clamp(min=1)
     return GradientProducts(
@@ -229,11 +229,11 @@ def _of_means(
 
 
 def _with_frozen_weights(model: GPT, batch: Batch) -> torch.Tensor:
-    """The head's input [T, R, D] in evaluation mode, with gradients for activations alone."""
+    """Compute the head's input [T, R, D] in evaluation mode, with gradients of activations."""
     body = _Body(model)
     weights = {name: parameter.detach() for name, parameter in body.named_parameters()}
     was_training = model.training
-    model.eval()  # all rows, no dropout, no activation checkpoints, nothing recorded
+    model.eval()  # all rows, no dropout, no activation checkpointing, no records
     try:
         return torch.func.functional_call(body, weights, (batch,))
     finally:
@@ -253,7 +253,7 @@ class _Body(nn.Module):
 
 
 class _Layers:
-    """Watches the layers of one pass and adds up their products as gradients arrive."""
+    """Hooks the layers for one pass and sums their products as gradients arrive."""
 
     def __init__(self, num_candidates: int, device: torch.device) -> None:
         self.num_candidates = num_candidates
@@ -262,7 +262,7 @@ class _Layers:
 
     @contextmanager
     def watched(self, model: GPT) -> Iterator[None]:
-        """Hooks on the model's layers during a forward pass."""
+        """Hook the model's layers during a forward pass."""
         with ExitStack() as stack:
             for module in model.modules():
                 hook: Callable | None = None

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step: method, model, machine, layout, batch, data."""
+"""Header of a run's log: method, model, machine, layout, batch, data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_eslm.training.method import method_text
 
 
 def header(run: RunConfig, shape: ModelShape, domains: Iterable[str]) -> str:
-    """Two lines for the log.
+    """Two header lines for the log.
 
     Args:
         run: the run.
-        shape: of its model.
-        domains: names of what it reads.
+        shape: the model's shape.
+        domains: names of the data domains.
     """
     t, names = run.training, ", ".join(domains)
     data = f"demo corpus ({names})" if run.demo else names
@@ -36,14 +36,14 @@ def header(run: RunConfig, shape: ModelShape, domains: Iterable[str]) -> str:
 
 
 def machine_text(run: RunConfig) -> str:
-    """Type and device that compute, and what ranks talk over."""
+    """Compute dtype, device, and communication backend."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     backend = f" over {dist.get_backend()}" if dist.is_initialized() else ""
     return f"{str(run.dtype).removeprefix('torch.')} on {device}{backend}"
 
 
 def layout_text(run: RunConfig) -> str:
-    """Ranks and what they share."""
+    """Parallel sizes, ZeRO stage and other layout options."""
     engine, interval = run.engine, run.model.activation_checkpoint_interval
     facts = [
         f"{engine.tensor_model_parallel_size} tensor x {engine.pipeline_model_parallel_size} "
@@ -57,7 +57,7 @@ def layout_text(run: RunConfig) -> str:
 
 
 def batch_text(run: RunConfig) -> str:
-    """What a step reads, by whom, and what of it is trained on where that is known beforehand."""
+    """What a step reads, per rank and micro-step, and trains on if known in advance."""
     text = (
         f"{run.training.global_batch_size} sequences x {run.model.seq_length} tokens = "
         f"{run.gradient_accumulation_steps} micro-steps x {run.dp_size} ranks x "

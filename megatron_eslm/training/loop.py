@@ -1,4 +1,4 @@
-"""The training loop, and what may be hung into it."""
+"""The training loop and its callbacks."""
 
 from __future__ import annotations
 
@@ -37,60 +37,60 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """A finished optimizer step; the trainer's state is that after it."""
+    """A finished optimizer step; the trainer's state already includes it."""
 
     stats: StepStats
-    """Over all ranks."""
+    """Statistics over all ranks."""
     grad_norm: float
     lr: float
     batch_size: int
     """Sequences that were read, over all ranks."""
     seconds: float
     flops: float
-    """Matrix products, over all ranks."""
+    """FLOPs executed, over all ranks."""
     samples: list[int]
     """Numbers of the sequences that were read."""
     records: Records
-    """What was selected on this rank and stage."""
+    """Records of selection on this rank and stage."""
     is_last: bool
     """Whether --train-iters is reached."""
     stop: Stop | None
-    """Why the run stops before that."""
+    """Reason why the run stops early, if it does."""
     leaves: bool
-    """Whether --exit-interval ends the run here."""
+    """Whether --exit-interval ends the run after this step."""
 
     @property
     def ends(self) -> bool:
-        """Whether no step follows in this process."""
+        """Whether this is the last step of this process."""
         return self.is_last or self.leaves or self.stop is not None
 
 
 class Callback:
-    """What may be hung into the loop: `build_trainer(run, callbacks=[...])`.
+    """Base class of callbacks of the training loop: `build_trainer(run, callbacks=[...])`.
 
-    All methods are called on every rank, in the order of the trainer's callbacks, and may be
-    collective. The report, dumps, evaluation, checkpoints and the profiler are callbacks as well.
+    Every rank calls all methods, in the order of the trainer's callbacks, so they may be
+    collective. Report, dumps, evaluation, checkpoints and profiler are callbacks, too.
     """
 
     def on_start(self, trainer: Trainer) -> None:
-        """Before the first step of this process."""
+        """Called before the first step of this process."""
 
     def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
-        """After each optimizer step."""
+        """Called after each optimizer step."""
 
     def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> None:
-        """After each evaluation on the validation set."""
+        """Called after each evaluation on the validation set."""
 
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
-        """After a checkpoint is complete."""
+        """Called when a checkpoint is complete."""
 
     def on_end(self, trainer: Trainer) -> None:
-        """After the last step, also of a run that was stopped; not after an error."""
+        """Called after the last step, also if the run was stopped early; not after an error."""
 
 
 @dataclass
 class Trainer:
-    """Everything that a run needs, built; `train()` runs it until it ends or is to stop."""
+    """All parts of a run; `train()` trains until the run ends or is stopped."""
 
     run: RunConfig
     mesh: Mesh
@@ -103,9 +103,9 @@ class Trainer:
     run_record: dict[str, Any]
     """run.json of the checkpoints."""
     outputs: Outputs
-    """What it writes to; closed at the end of training."""
+    """Files and folders that the run writes to; closed at the end of training."""
     phases: Phases
-    """Where this rank is, for the watchdog."""
+    """Reports the phases of this rank to the watchdog."""
     callbacks: Sequence[Callback]
 
     def __post_init__(self) -> None:
@@ -122,11 +122,11 @@ class Trainer:
             began_seconds: when the program began, on the monotonic clock; default: now.
 
         Returns:
-            The signal that ended the run early, if one did.
+            The signal that ended the run early, if any.
 
         Raises:
-            ConfigError: a disk took no checkpoint; or no metrics or dumps, for which a checkpoint
-                has been saved first.
+            ConfigError: a checkpoint could not be written, or metrics or dumps could not (then a
+                checkpoint was saved first).
         """
         try:
             stopped = self._train(time.monotonic() if began_seconds is None else began_seconds)
@@ -173,7 +173,7 @@ class Trainer:
 
     def _batches(self) -> StepBatches:
         t, position = self.run.training, self.state.consumed_samples
-        # A pipeline's middle stages read only to score.
+        # A pipeline's middle stages read only if they score.
         scores = self.engine.model.policy.traits.selects_per_step
         reads = scores or self.mesh.is_first_stage or self.mesh.is_last_stage
         loader = (
@@ -195,7 +195,7 @@ class Trainer:
         return StepBatches(self.engine, self.datasets.train, loader, t.micro_batch_size)
 
     def _begin_batch(self) -> int:
-        """How many sequences the next step reads; a change is logged."""
+        """Number of sequences that the next step reads; logs changes."""
         size = self.reading.batch_size(self.state.consumed_samples)
         if self.run.training.rampup_batch_size and size != self._batch_size:
             logger.info(
@@ -208,7 +208,7 @@ class Trainer:
         return size
 
     def _step(self, batches: StepBatches, stop: StopRequests) -> StepOutcome:
-        """One optimizer step; advances the state."""
+        """Run one optimizer step and advance the state."""
         t, state, begin = self.run.training, self.state, time.perf_counter()
         batch_size = self._begin_batch()
         self.phases.iteration = state.iteration + 1
@@ -243,7 +243,7 @@ class Trainer:
         state.flops_paper += self.flops.paper(stats.work)
         seconds = time.perf_counter() - begin
         state.elapsed_seconds += seconds
-        # With loss scaling an overflow is part of the game; the loss itself tells them apart.
+        # Loss scaling causes harmless overflows of gradients; the loss is finite then.
         overflow = self.run.engine.fp16 and bool(torch.isfinite(torch.tensor(stats.loss)))
         self.nonfinite.after_step(state, applied=applied or overflow)
         is_last = state.iteration == t.train_iters

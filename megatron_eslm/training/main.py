@@ -1,4 +1,4 @@
-"""The command: parse, build, train, and end with one clear message where that cannot be."""
+"""Entry point: parse, build and train; on failure, end with one clear message."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ logger = logging.getLogger(__name__)
 
 
 def configure_logging() -> None:
-    """INFO from rank 0, errors from everyone, warnings of libraries."""
+    """Log INFO from rank 0, errors from all ranks, and warnings of libraries."""
     rank_zero = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr, force=True)
     logging.getLogger("megatron_eslm").setLevel(logging.INFO if rank_zero else logging.ERROR)
 
 
 def fail(message: str, code: int, watchdog: Watchdog | None = None) -> None:
-    """Say why, once, and end the process.
+    """Print the message once per job and end the process.
 
-    Mostly every rank comes here with the same message. Where they do not know of each other yet:
-    launchers kill all processes as soon as the first has ended, so the others give rank 0 the time
-    to speak; one that is still alive then is the only one that knows.
+    Usually every rank fails with the same message. Launchers kill all processes as soon as the
+    first has ended, so other ranks wait to let rank 0 print first. A rank still alive afterwards is
+    the only one that failed, and prints the message itself.
     """
     signals.leave_with(code)
     if watchdog is not None:
@@ -48,12 +48,12 @@ def fail(message: str, code: int, watchdog: Watchdog | None = None) -> None:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3.0)
     say(f"error: {message}\n")
-    # Skips the destructors of process groups, which may wait for ranks that are gone.
+    # Skip destructors of process groups, which may wait for ranks that are gone.
     os._exit(code)
 
 
 def print_page(text: str) -> None:
-    """Write to standard output; ConfigError where that cannot be, as on a full disk."""
+    """Write to standard output; raise ConfigError if that fails, as on a full disk."""
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
@@ -65,16 +65,16 @@ def main(argv: Sequence[str] | None = None, launcher: Launcher | None = None) ->
     """Entry point of pretrain_gpt.py.
 
     Args:
-        argv: flags; by default those of the command line.
-        launcher: who started this rank; it is watched already.
+        argv: flags. Default: the command line.
+        launcher: the launcher of this rank, already being watched.
 
     Exit codes, the same on all ranks:
 
     - 0: trained to the end, or saved and stopped by --exit-interval or --exit-duration-minutes;
     - 2: bad input;
     - 1: any other error;
-    - 128 + n: stopped by signal n; 143 SIGTERM, 130 Ctrl-C, 138 --exit-signal USR1. In training,
-      with a checkpoint.
+    - 128 + n: stopped by signal n: 143 SIGTERM, 130 Ctrl-C, 138 --exit-signal USR1. During
+      training, a checkpoint is saved first.
     """
     began_seconds = time.monotonic()
     signals.end_at_once()
@@ -125,12 +125,12 @@ def main(argv: Sequence[str] | None = None, launcher: Launcher | None = None) ->
     except signals.Interrupted as end:
         signals.leave_with(end.code)
         if watchdog is not None:
-            # Launchers send it to the others when one rank has died: then that is to be said.
+            # Launchers also send the signal to other ranks when one dies. Report the death then.
             watchdog.fail(str(end), code=end.code, patience_seconds=1.0)
         fail(str(end), end.code)
     except Exception as error:
-        # Not handed on: the interpreter would wait for its loader processes before it ends, and the
-        # launcher, or another rank, for this one.
+        # Do not re-raise: the interpreter would wait for its loader processes at exit, and the
+        # launcher or another rank for this one.
         signals.ignore()
         if watchdog is not None:
             watchdog.fail_with(error)

@@ -1,4 +1,4 @@
-"""A run's method in a few words: what it trains on, and what it minimises there."""
+"""Summarize a run's method: what it trains on and what it minimises."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _LEVELS = {
     (False, True): "token",
     (False, False): None,
 }
-"""By whether sequences and tokens are selected."""
+"""(selects sequences, selects tokens) -> level."""
 
 
 def selection_summary(options: SelectionOptions) -> dict[str, Any]:
-    """What is selected and how; None for what a policy does not have, whatever its flag says."""
+    """Summary of selection; None for options that the policy ignores, whatever their flag says."""
     traits = policy_traits(options)
     return {
         "selection": options.selection,
@@ -29,7 +29,7 @@ def selection_summary(options: SelectionOptions) -> dict[str, Any]:
 
 
 def method_text(selection: SelectionOptions, distill: str | None) -> str:
-    """Of a run, for its log: `eslm, alpha 0.1, by loss, sequences and tokens, early exit 1`."""
+    """For the log: `eslm of sequences and tokens, alpha 0.1, by loss, early exit after block 1`."""
     found = selection_summary(selection)
     if found["level"] is None:
         words = [f"{found['selection']} (all sequences, all tokens)"]

@@ -1,4 +1,4 @@
-"""Steps whose scores or gradients are not finite: counted, named, skipped, and too many stop."""
+"""Handle steps with non-finite scores or gradients: count, log, and stop after too many."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _NAMED = 8
 
 
 class NonfiniteError(RuntimeError):
-    """Training cannot go on: too many steps in a row were not finite."""
+    """Too many steps in a row were not finite."""
 
 
 class NonfiniteGuard:
-    """Watches the records of each step. The engine does the skipping, on all ranks alike."""
+    """Watches the records of each step. The engine does the skipping, on all ranks."""
 
     def __init__(self, max_in_a_row: int, mesh: Mesh) -> None:
         self.max_in_a_row = max_in_a_row
@@ -35,10 +35,10 @@ class NonfiniteGuard:
             self._samples += [samples_M[row] for row in rows_M.nonzero().squeeze(1).tolist()]
 
     def after_step(self, state: TrainState, *, applied: bool) -> None:
-        """Count a step that was skipped. Collective where it was.
+        """Count the step if it was skipped. Collective if it was.
 
         Raises:
-            NonfiniteError: `max_in_a_row` steps one after another were skipped.
+            NonfiniteError: `max_in_a_row` consecutive steps were skipped.
         """
         samples, self._samples = self._samples, []
         if applied:
@@ -69,7 +69,7 @@ class NonfiniteGuard:
         if state.nonfinite_in_a_row >= self.max_in_a_row:
             raise NonfiniteError(
                 f"{state.nonfinite_in_a_row} steps in a row were not finite, the last with "
-                f"{what}. Lower --lr, lengthen --lr-warmup-iters, or look at those samples and go "
-                "on from the last checkpoint, which is from before, with --skip-samples. "
-                "--max-nonfinite-steps sets how many are borne."
+                f"{what}. Lower --lr, lengthen --lr-warmup-iters, or inspect these samples and "
+                "continue from the last checkpoint, which predates them, with --skip-samples. "
+                "--max-nonfinite-steps sets the limit."
             )

@@ -1,8 +1,8 @@
-"""What a run writes to while it trains, each of it for this run alone, and what a full disk means.
+"""Files and folders that a run writes during training: locks, and handling of full disks.
 
-A disk that takes no metrics or dumps stops the run, but behind a checkpoint: a run that went on
-without its records would be found out at its end, and one that broke off would lose what it has
-trained. Only the rank that writes knows; `unwritten` is its vote to stop.
+If metrics or dumps cannot be written, the run saves a checkpoint and stops. Continuing without
+records would go unnoticed until the end, and aborting would lose trained steps. Only the rank that
+writes sees the failure; `unwritten` is its vote to stop.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Outputs:
 
     Attributes:
         save: folder of checkpoints, on every rank; None without --save.
-        metrics: on rank 0, once it is open; None without --metrics-file.
-        unwritten: what names the first record that a disk did not take, and why; on the rank that
-            wrote it.
+        metrics: on rank 0, once open; None without --metrics-file.
+        unwritten: name of the first record that could not be written, and the reason; on the rank
+            that failed to write it.
     """
 
     def __init__(self, run: RunConfig) -> None:
@@ -40,10 +40,10 @@ class Outputs:
         self._dump: FileLock | None = None
 
     def take_folders(self) -> None:
-        """Make sure that both folders can be written, and that no other job does. Collective.
+        """Check that both folders are writable and not used by another job; lock them. Collective.
 
         Raises:
-            ConfigError: they cannot, or another job does.
+            ConfigError: a folder cannot be written, or another job writes to it.
         """
         on_rank_zero(self._take_folders)
 
@@ -54,10 +54,10 @@ class Outputs:
             self._dump = take_dump_folder(folder)
 
     def open_metrics(self, *, resumed: bool, restarts: bool) -> None:
-        """Open the metrics file on rank 0; if it cannot be written every rank stops. Collective.
+        """Open the metrics file on rank 0; on failure every rank raises. Collective.
 
         Args:
-            resumed, restarts: as MetricsFile has them.
+            resumed, restarts: see MetricsFile.
         """
         on_every_rank(lambda: self._open_metrics(resumed, restarts))
 
@@ -68,13 +68,13 @@ class Outputs:
             self.metrics = MetricsFile(path, summary, resumed=resumed, restarts=restarts)
 
     def write_metrics(self, line: dict[str, Any]) -> None:
-        """Write a line of the metrics file, where there is one."""
+        """Write a line to the metrics file, if there is one."""
         if self.metrics is not None:
             with self.recording(f"--metrics-file {self._run.report.metrics_file}"):
                 self.metrics.write(line)
 
     def guard(self, monitor: Any) -> None:
-        """Have DeepSpeed's monitors, to which it writes in its own steps as well, report here."""
+        """Make failures of DeepSpeed's monitors report here, including its own writes to them."""
         if not monitor.enabled:
             return
         write = monitor.write_events
@@ -87,10 +87,10 @@ class Outputs:
 
     @contextmanager
     def recording(self, what: str) -> Iterator[None]:
-        """Remember that the record written in the block was not taken.
+        """Remember a failure to write a record in the block.
 
         Args:
-            what: flag and value that ask for it.
+            what: flag and value that ask for the record.
         """
         try:
             yield
@@ -98,11 +98,11 @@ class Outputs:
             self.unwritten = self.unwritten or f"{what}: {error.strerror or error}"
 
     def check_written(self, iteration: int, *, saved: bool) -> None:
-        """ConfigError on every rank if a record was not taken on any. Collective.
+        """Raise ConfigError on every rank if any rank failed to write a record. Collective.
 
         Args:
-            iteration: where training stopped.
-            saved: whether that is in a checkpoint.
+            iteration: iteration at which training stopped.
+            saved: whether that iteration is in a checkpoint.
         """
         on_every_rank(lambda: self._check_written(iteration, saved))
 
@@ -110,13 +110,13 @@ class Outputs:
         if self.unwritten is None:
             return
         if saved:
-            where = f"is saved in {self._run.checkpoint.save}. Make room and continue with --load"
+            where = f"is saved in {self._run.checkpoint.save}. Free space and continue with --load"
         else:
-            where = "is lost without --save. Make room and start again"
+            where = "is lost, as --save is not set. Free space and start again"
         raise ConfigError(f"{self.unwritten}. Training stopped; iteration {iteration} {where}.")
 
     def close(self) -> None:
-        """Let others write there."""
+        """Release the locks and close the metrics file."""
         if self.save is not None:
             self.save.release()
         if self._dump is not None:

@@ -1,4 +1,4 @@
-"""`--profile`: where the time of a few steps goes, as torch.profiler sees it."""
+"""`--profile`: trace a few steps with torch.profiler."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Profiler(Callback):
             self._begin(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
-        """Begin before the first step to be profiled; steps count from 1."""
+        """Start profiling before the first step to profile; steps count from 1."""
         if trainer.state.iteration + 1 != self.first:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]

@@ -1,7 +1,7 @@
-"""Which samples a run has still to read: from where, how many a step, which not, to which end.
+"""Plan which samples a run has left to read: begin, end, batch sizes, skipped ranges.
 
-The position is `TrainState.consumed_samples` and nothing else: no number of steps is ever turned
-into samples. So batch size, micro-batch size and data-parallel size may change where a run goes on.
+The position is `TrainState.consumed_samples` alone; it is never derived from a number of steps. So
+batch size, micro-batch size and data-parallel size may change when a run continues.
 """
 
 from __future__ import annotations
@@ -21,43 +21,42 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingPlan:
-    """What is left to read when a run starts or goes on."""
+    """Samples left to read when a run starts or continues."""
 
     begin: int
-    """The position: sample `begin` is next."""
+    """Current position: sample `begin` is next."""
     end: int
-    """The position behind the last step of the run; all that it ever reads lies before."""
+    """Position after the last step of the run; all samples it reads lie before."""
     batch_size: BatchSchedule
     skipped: SkippedSamples
 
     def samples_left(self, position: int) -> int:
-        """Samples that are read between a position and the end."""
+        """Number of samples read from a position to the end."""
         return self.end - position - self.skipped.between(position, self.end)
 
 
 def forget_ahead(recorded: list[Any], position: int) -> list[Any]:
-    """Skipped ranges of another order of the data, without those that are not reached yet."""
+    """Drop skipped ranges that are not reached yet, after the order of the data changed."""
     ahead = [part for part in recorded if part[1] > position]
     if ahead:
         logger.warning(
-            "--skip-samples %s of the checkpoint named samples of another order of the data: not "
-            "skipped any more",
+            "--skip-samples %s in the checkpoint refers to a different order of the data; these "
+            "samples are no longer skipped",
             SkippedSamples.of(tuple((begin, end) for begin, end in ahead)),
         )
     return [part for part in recorded if part[1] <= position]
 
 
 def plan_reading(run: RunConfig, state: TrainState, recorded: list[Any]) -> ReadingPlan:
-    """The samples of the steps that are left.
+    """Plan the samples of the remaining steps.
 
     Args:
         run: the run.
-        state: where it starts or goes on.
-        recorded: pairs of sample numbers, the skipped ranges that its checkpoint carries on.
+        state: state at which the run starts or continues.
+        recorded: skipped ranges stored in the checkpoint, as pairs of sample numbers.
 
     Raises:
-        ConfigError: --skip-samples names samples that were read before, or that the run never
-            comes to.
+        ConfigError: --skip-samples names samples that were read before or are never reached.
     """
     t, position = run.training, state.consumed_samples
     given = parse_ranges(t.skip_samples)
@@ -67,14 +66,14 @@ def plan_reading(run: RunConfig, state: TrainState, recorded: list[Any]) -> Read
     for first, last in given:
         if first >= end:
             raise ConfigError(
-                f"--skip-samples {first}:{last} begins where the run has ended: its --train-iters "
-                f"{t.train_iters} read samples 0 to {end - 1}. Leave it out, or raise "
+                f"--skip-samples {first}:{last} begins after the end of the run: --train-iters "
+                f"{t.train_iters} reads samples 0 to {end - 1}. Leave out the range, or raise "
                 "--train-iters."
             )
     if steps and schedule(schedule.end(position, steps - 1, skipped)) < schedule.global_batch_size:
         logger.warning(
-            "--train-iters %d ends before the ramp of --rampup-batch-size does: the batch never "
-            "reaches --global-batch-size %d.",
+            "--train-iters %d ends before the ramp of --rampup-batch-size: the batch never reaches "
+            "--global-batch-size %d.",
             t.train_iters,
             t.global_batch_size,
         )

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: the progress line, the metrics file, DeepSpeed's monitors."""
+"""Reports of a run during training: progress line, metrics file, DeepSpeed's monitors."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ _JSON = (bool, int, float, str, type(None))
 
 
 def _plain(name: str, value: Any) -> Any:
-    """nan and infinity are not JSON; only a diverged validation loss must not pass for a missing
-    one, and Python's reader takes NaN."""
+    """Replace nan and infinity, which are not JSON, by None; but keep them in valid_loss.
+
+    A diverged validation loss must not look like a missing one, and Python's reader accepts NaN.
+    """
     keep = name == "valid_loss" or not isinstance(value, float) or math.isfinite(value)
     return value if keep else None
 
@@ -42,16 +44,19 @@ def _last_byte(path: Path) -> bytes:
 
 
 class MetricsFile:
-    """`--metrics-file`: one JSON object a line, the first one {"run": ...}. Rank 0 only."""
+    """`--metrics-file`: one JSON object per line, the first one {"run": ...}. Rank 0 only."""
 
     def __init__(
         self, path: str, run: dict[str, Any], *, resumed: bool, restarts: bool = False
     ) -> None:
-        """Args:
-        path: the file; an existing one is continued, set aside or refused.
-        run: its first line.
-        resumed: whether the run continues from a checkpoint.
-        restarts: whether it would have, had there been one (--load equal to --save).
+        """Open the file.
+
+        Args:
+            path: the file; an existing one is continued, moved aside or refused.
+            run: content of the first line.
+            resumed: whether the run continues from a checkpoint.
+            restarts: whether the run would continue if there were a checkpoint (--load equal to
+                --save).
         """
         self._path = Path(path)
         self._lock = FileLock(self._path.with_name(f".{self._path.name}.lock"))
@@ -70,43 +75,49 @@ class MetricsFile:
     def _open(self, *, resumed: bool, restarts: bool) -> TextIO:
         target = self._path
         if target.exists() and not target.is_file():
-            raise ConfigError(f"--metrics-file {target} is there and is no regular file.")
+            raise ConfigError(
+                f"--metrics-file {target} exists but is not a regular file. Name another file."
+            )
         if target.exists() and not resumed and restarts:
-            # A job that was killed before its first checkpoint begins again, and so do its metrics.
+            # A job killed before its first checkpoint starts over, and so do its metrics.
             target.replace(target.with_name(f"{target.name}.abandoned"))
-            logger.warning("%s was of a start that saved nothing: moved to *.abandoned", target)
+            logger.warning(
+                "%s belongs to an earlier start that never saved a checkpoint; moved to "
+                "*.abandoned",
+                target,
+            )
         if target.exists() and not resumed:
             raise ConfigError(
-                f"--metrics-file {target} exists and this run does not continue one (--load). Name "
-                "another file or remove it."
+                f"--metrics-file {target} exists, but this run does not continue another (--load). "
+                "Name another file or remove it."
             )
         torn = target.exists() and target.stat().st_size > 0 and _last_byte(target) != b"\n"
         file = target.open("a")
-        if torn:  # by a kill in mid-line; the next line must not grow out of it
+        if torn:  # a kill cut off the last line; end it, so that the next one is not appended to it
             file.write("\n")
         return file
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append a line and hand it to the operating system at once.
+        """Append a line and flush it.
 
         Raises:
-            OSError: the disk does not take it. The next call tries to write both lines.
+            OSError: writing failed. The next call tries to write both lines.
         """
         self._file.write(json.dumps({k: _plain(k, v) for k, v in values.items()}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Let others write there."""
-        with suppress(OSError):  # a full disk has been told of before
+        """Close the file and release its lock."""
+        with suppress(OSError):  # a full disk was reported before
             self._file.close()
         self._lock.release()
 
 
 def run_summary(run: RunConfig) -> dict[str, Any]:
-    """What a comparison of runs needs to know of this one; first line of the metrics file.
+    """Summary of a run for comparisons; first line of the metrics file.
 
-    Besides what every run says, whatever it does unlike the default: runs that are the same here
-    but for the seed are taken for one method. So what has no effect on a policy is not told.
+    Contains common fields plus every option that differs from its default. Runs that differ only in
+    the seed are grouped as one method, so options without effect are left out.
     """
     s, t = run.selection, run.training
     selection = selection_summary(s)
@@ -147,12 +158,12 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
 
 
 def _without_effect(options: SelectionOptions) -> set[str]:
-    """Options of selection that change nothing in this run, whatever they are set to."""
+    """Options of selection without effect in this run."""
     traits = policy_traits(options)
     idle = {field.name for field in dataclasses.fields(options)} - traits.reads - _OF_ANY_POLICY
     tokens_alone = not traits.selects_sequences
     if options.eslm_scope == "global" or (tokens_alone and options.eslm_scope == "step"):
-        idle.add("eslm_scope")  # as on one rank
+        idle.add("eslm_scope")  # same as without the flag on one rank
     return idle
 
 
@@ -161,13 +172,13 @@ _OF_ANY_POLICY = {"selection", "eslm_alpha", "eslm_adaptive", "max_nonfinite_ste
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """How fast the steps since the last report went."""
+    """Speed of the steps since the last report."""
 
     step_seconds: float
     tokens_per_second: float
-    """Tokens read, masked ones too, over all ranks."""
+    """Tokens read, including masked ones, over all ranks."""
     seconds_left: float
-    """For the samples that are left, at this speed."""
+    """Time for the remaining samples at this speed."""
     mfu: float | None
     """Model FLOPs (`FlopsModel.model`) over the devices' peak; None where that is not known."""
     hfu: float | None
@@ -184,7 +195,7 @@ def metrics_line(
     batch_size: int | None,
     speed: Speed | None,
 ) -> dict[str, Any]:
-    """The fields of docs/design.md, section 6. At iteration 0 nothing is trained yet."""
+    """Fields of a metrics line (docs/design.md). At iteration 0 nothing has been trained yet."""
     return {
         "iteration": state.iteration,
         "loss": stats.loss if stats else None,
@@ -215,7 +226,7 @@ def metrics_line(
 
 
 def progress_line(line: dict[str, Any], train_iters: int, speed: Speed | None) -> str:
-    """One line for people."""
+    """Render a metrics line for people."""
     parts = [f"iteration {line['iteration']:>6d}/{train_iters}"]
     if line["loss"] is not None and speed is not None:
         parts += [
@@ -236,7 +247,7 @@ def progress_line(line: dict[str, Any], train_iters: int, speed: Speed | None) -
 
 
 def write_monitors(monitor: Any, line: dict[str, Any]) -> None:
-    """TensorBoard, W&B and CSV as the DeepSpeed JSON switches them on."""
+    """Write to the monitors that the DeepSpeed JSON enables: TensorBoard, W&B, Comet, CSV."""
     if not monitor.enabled:
         return
     values = {k: v for k, v in line.items() if k not in ("iteration", "valid_loss_by_domain")}

@@ -1,4 +1,4 @@
-"""The data of a run."""
+"""Open and check the data of a run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DEMO_FOLDER = "demo/corpus"
 
 
 def open_run_data(run: RunConfig) -> tuple[DataSource, DataOptions]:
-    """The data of a run; without --data-path the demo corpus, made on first use."""
+    """Open the data of a run; without --data-path the demo corpus, created on first use."""
     options = run.data
     if run.demo:
         logger.info(
@@ -56,7 +56,7 @@ def open_run_data(run: RunConfig) -> tuple[DataSource, DataOptions]:
 def plan_run(
     run: RunConfig, source: DataSource, options: DataOptions, reading: ReadingPlan
 ) -> MixtureReport:
-    """What the run reads of each domain."""
+    """Plan what the run reads of each domain."""
     t = run.training
     return plan_mixture(
         source,
@@ -69,14 +69,14 @@ def plan_run(
 
 
 def open_stored_losses(run: RunConfig, source: DataSource) -> ReferenceLosses | None:
-    """What --reference-losses names. Collective."""
+    """Open the losses that --reference-losses names; None without it. Collective."""
     name = run.reference.reference_losses
     if name is None:
         return None
     losses = on_every_rank(lambda: open_reference_losses(source, name))
     if losses.seq_length != run.model.seq_length:
         logger.info(
-            "--reference-losses %s: scored in windows of %d tokens, training reads %d",
+            "--reference-losses %s: scored in windows of %d tokens, but training reads %d",
             name,
             losses.seq_length,
             run.model.seq_length,
@@ -87,7 +87,7 @@ def open_stored_losses(run: RunConfig, source: DataSource) -> ReferenceLosses | 
 def check_reading(
     run: RunConfig, options: DataOptions, reading: ReadingPlan, report: MixtureReport
 ) -> None:
-    """ConfigError where a run reads more than there is, or than was consented to."""
+    """Raise ConfigError if a run reads more than there is, or more than --max-epochs."""
     check_skipped(report, options.max_epochs, reading.skipped)
     check_epochs(report, options.max_epochs)
     check_alignment(run, report)
@@ -96,23 +96,23 @@ def check_reading(
 def data_record(
     run: RunConfig, source: DataSource, stored: ReferenceLosses | None, report: MixtureReport
 ) -> dict[str, Any]:
-    """What decides what is read, and in which order; compared when a run continues."""
+    """Everything that determines what is read and in which order; compared when a run continues."""
     return {
         **order_record(run, source, report),
         "eod_mask_loss": run.data.eod_mask_loss,
         "global_batch_size": run.training.global_batch_size,
         "rampup_batch_size": list(run.training.rampup_batch_size) or None,
         "micro_batch_rows": run.training.micro_batch_size * run.dp_size,
-        # None where there is none, as in checkpoints from before there could be any.
+        # None without label noise, as in checkpoints older than the option.
         "label_noise": run.data.label_noise or None,
         "reference_losses": stored.weights if stored is not None else None,
-        # Which those are depends on how many are evaluated.
+        # The choice of these samples depends on how many are evaluated.
         "alignment_samples": report.alignment_samples or None,
     }
 
 
 def order_record(run: RunConfig, source: DataSource, report: MixtureReport) -> dict[str, Any]:
-    """What of it decides which sequence has which number."""
+    """The part of `data_record` that determines the numbering of sequences."""
     epochs = [math.ceil(domain.epochs) for domain in report.domains]
     return {
         "fingerprint": source.fingerprint,
@@ -120,7 +120,7 @@ def order_record(run: RunConfig, source: DataSource, report: MixtureReport) -> d
         "split": canonical_split(run.data.split),
         "seed": run.training.seed,
         "seq_length": run.model.seq_length,
-        # While nothing is read twice, the order does not depend on how much is read in all.
+        # Within one epoch, the order does not depend on the total amount read.
         "epochs": epochs if max(epochs) > 1 else None,
     }
 
@@ -128,10 +128,7 @@ def order_record(run: RunConfig, source: DataSource, report: MixtureReport) -> d
 def find_reading(
     run: RunConfig, source: DataSource, options: DataOptions
 ) -> tuple[CheckpointInfo | None, TrainState, ReadingPlan]:
-    """The checkpoint that a run starts from, where it then stands, and what is left to read.
-
-    Collective.
-    """
+    """Find the checkpoint to start from, the state there, and the samples left. Collective."""
     found = on_rank_zero(lambda: find_start(run))
     run_id = on_rank_zero(new_run_id)
 

@@ -1,4 +1,4 @@
-"""The micro-batches of an optimizer step: those that were read, or the ones selected of them.
+"""The micro-batches of an optimizer step: all that were read, or those selected.
 
 Shape legend: C sequences that the step reads, in the order of their samples; M rows of a
 micro-batch of one rank.
@@ -22,21 +22,21 @@ from megatron_eslm.training.candidates import Selection, rows_of_rank, select_ca
 Arrays = dict[str, torch.Tensor]
 """A batch as the loader yields it."""
 Records = list[tuple[list[int], SelectionRecord]]
-"""What was selected of which of this rank's rows, as numbers among the C."""
+"""(row numbers among the C, record) pairs of this rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What an optimizer step trains on."""
+    """Batches that an optimizer step trains on."""
 
     batches: Iterator[Batch]
-    """Of this rank, one a micro-step; a pipeline's middle stages must not ask for any."""
+    """Batches of this rank, one per micro-step; a pipeline's middle stages must not read any."""
     shape: StepShape
-    """Of this and of every other rank; in-model selection may drop some of its rows."""
+    """Micro-batches per rank, equal on all ranks; in-model selection may drop rows."""
     micro_batches: list[list[int]]
-    """Rows of this rank in each micro-step, as numbers among the C."""
+    """This rank's row numbers among the C, per micro-step."""
     selection: Selection | None
-    """None where nothing was selected ahead of the step."""
+    """None if nothing was selected before the step."""
 
     @property
     def nonfinite_candidates(self) -> int:
@@ -44,23 +44,22 @@ class Step:
         return 0 if self.selection is None else int(self.selection.record.num_nonfinite)
 
     def records(self, of_micro_steps: list[SelectionRecord]) -> Records:
-        """All records of the step, once it is done."""
+        """All records of the finished step."""
         records = list(zip(self.micro_batches, of_micro_steps, strict=True))
         if self.selection is None:
             return records
         for record in of_micro_steps:
-            record.num_rows = record.num_tokens = 0  # they were read as candidates
+            record.num_rows = record.num_tokens = 0  # already counted as candidates
         return [(self.selection.own, self.selection.record), *records]
 
 
 class StepBatches:
-    """Shares out each step's sequences to this rank.
+    """Yields this rank's batches of each step.
 
     Args:
-        engine: with the model and the policy.
-        dataset: where sequences are read from that the loader does not bring.
-        loader: this rank's rows of all sequences in the order of samples, M at a time; None on
-            ranks that read none of them.
+        engine: engine with the model and the policy.
+        dataset: source of sequences that the loader does not provide.
+        loader: this rank's rows in sample order, M at a time; None on ranks that read none.
         rows: M.
     """
 
@@ -70,10 +69,10 @@ class StepBatches:
         self.engine, self.dataset, self.loader, self.rows = engine, dataset, loader, rows
 
     def step(self, samples: list[int], alpha: float) -> Step:
-        """The next step's; collective where sequences are selected ahead of it.
+        """Prepare the next step. Collective if sequences are selected before the step.
 
         Args:
-            samples: numbers of the C sequences that it reads.
+            samples: numbers of the C sequences that the step reads.
             alpha: share to drop.
         """
         mesh, policy = self.engine.mesh, self.engine.model.policy

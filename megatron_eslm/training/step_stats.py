@@ -1,4 +1,4 @@
-"""What a step did, added up over its micro-steps and over all ranks."""
+"""Statistics of a step, reduced over its micro-steps and over all ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_eslm.selection.state import SelectionRecord
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimizer step over all data-parallel ranks."""
+    """Statistics of one optimizer step over all data-parallel ranks."""
 
     loss: float
     """Mean over micro-steps of the loss that was minimised."""
@@ -26,18 +26,18 @@ class StepStats:
     tokens_kept: int
     """Tokens in the loss."""
     kept_tokens_share: float
-    """Of the valid tokens of kept rows."""
+    """Share of the valid tokens of kept rows that are in the loss."""
     tau_instance: float | None
     tau_token: float | None
     cvar: float | None
-    """Thresholds and CVaR are means over micro-steps, and over ranks where each decides alone."""
+    """Thresholds and CVaR are means over micro-steps, and over ranks if each decides alone."""
     work: Work
     stop_votes: tuple[float, ...]
-    """Ranks that have each of the reasons to stop (training/stopping.py)."""
+    """Number of ranks per reason to stop (training/stopping.py)."""
 
     @property
     def kept_instances_share(self) -> float:
-        """Kept rows over rows read."""
+        """Rows kept / rows read."""
         return self.rows_kept / self.rows
 
 
@@ -60,16 +60,16 @@ def reduce_records(
     *,
     stop_votes: Sequence[float],
 ) -> StepStats:
-    """What the micro-steps of a step did, over all ranks. Collective.
+    """Reduce the records of a step over micro-steps and ranks. Collective.
 
-    Each stage of a pipeline holds a part of every record; tensor-parallel ranks hold the same.
+    Each pipeline stage holds a part of every record; tensor-parallel ranks hold the same part.
     """
     losses = [x.loss for x in records if x.loss is not None]
     loss = float(torch.stack(losses).sum()) / len(losses) / mesh.dp_size if losses else 0.0
     counted = [loss, *(float(sum(getattr(x, n) for x in records)) for n in _SUMMED)]
     averaged = [f for name in _AVERAGED for f in _sum_and_count(records, name)]
     votes = torch.tensor(stop_votes, dtype=torch.float64, device=device)
-    # In all else tensor-parallel ranks are alike.
+    # Tensor-parallel ranks agree in everything but the votes.
     all_reduce_(votes, mesh.tp_group)
     totals = torch.cat([votes.new_tensor(counted + averaged), votes])
     all_reduce_(totals, mesh.pp_group)

@@ -1,4 +1,4 @@
-"""Whether a run stops before its last step, and how all ranks come to stop after the same one."""
+"""Early stops: decide together, so that all ranks stop after the same step."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from megatron_eslm.training.outputs import Outputs
 
 @dataclass(frozen=True)
 class Stop:
-    """Why a run stops early."""
+    """The reason why a run stops early."""
 
     reason: str
     """A signal or a flag, for the log."""
     signal: signal.Signals | None
-    """None where it was no signal."""
+    """None if the reason is not a signal."""
 
 
 class StopRequests:
-    """What asks this rank to stop. Ranks vote, and the sums of their votes say the same to all.
+    """Collects reasons to stop on this rank. Ranks vote; the summed votes decide for all.
 
     Args:
-        options: --exit-duration-minutes is used.
-        signals: which signal this rank has received.
+        options: provides --exit-duration-minutes.
+        signals: the signals received by this rank.
         began_seconds: when the program began, on the monotonic clock.
-        outputs: whether records could not be written.
+        outputs: knows whether records could not be written.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class StopRequests:
         self._minutes = options.exit_duration_minutes
         self._began_seconds = began_seconds
         self._outputs = outputs
-        # --exit-signal, which comes last, tells most.
+        # --exit-signal comes last in the list and takes precedence.
         self._numbers = signals.numbers[::-1]
 
     def votes(self) -> list[float]:
-        """1.0 for each reason that this rank has, in an order that is the same on all ranks."""
+        """1.0 for each reason that this rank has, in the same order on all ranks."""
         seconds = time.monotonic() - self._began_seconds
         late = self._minutes is not None and seconds >= 60.0 * self._minutes
         unwritten = self._outputs.unwritten is not None
@@ -55,11 +55,11 @@ class StopRequests:
         return [float(reason) for reason in (*received, late, unwritten)]
 
     def agreed(self, votes: Sequence[float]) -> Stop | None:
-        """Why all ranks stop, by their votes added up; None where they go on."""
+        """The reason to stop, from the summed votes of all ranks; None to continue."""
         *received, late, unwritten = votes
         for number, count in zip(self._numbers, received, strict=True):
             if count:
-                # Whatever comes to this rank from now on is an echo.
+                # Signals that reach this rank from now on are repetitions.
                 self._signals.note(number)
                 return Stop(number.name, number)
         if late:

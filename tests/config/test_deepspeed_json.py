@@ -176,14 +176,17 @@ REFUSED: list[tuple[Any, str]] = [
     ({"data_efficiency": {"enabled": True}}, "DeepSpeed does not load the data"),
     (zero(mics_shard_size=2), "mics_shard_size is no longer in DeepSpeed"),
     (zero(offload_optimizer=NVME), r'offload_optimizer.device keeps .*use \{"device": "cpu"\}'),
-    (zero(offload_param=NVME), "offload_param.device keeps state where checkpoints"),
-    (zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), "ratio keeps state where"),
+    (zero(offload_param=NVME), "offload_param.device keeps state that checkpoints"),
+    (zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), "ratio keeps state that"),
     (zero(cpu_offload=True), 'cpu_offload has a new form: "offload_optimizer"'),
     (zero(compute_grad_norm=False), "compute_grad_norm is needed"),
     (zero(zero_quantized_gradients=True), "zero_quantized_gradients is not supported"),
     (zero(stage3_gather_16bit_weights_on_model_save=True), "checkpoints are not DeepSpeed's"),
     ({"activation_checkpointing": "x"}, "use --activation-checkpoint-interval"),
-    ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation would end steps"),
+    (
+        {"managed_gradient_accumulation": False},
+        "managed_gradient_accumulation would conflict with the training loop",
+    ),
     ({"gradient_allreduce_op": "sum"}, "would change the loss"),
     # Values that DeepSpeed would not take, or take for something else.
     ({"bf16": True}, r'bf16 must be an object, as in "bf16": \{\.\.\.\}'),
@@ -210,7 +213,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"wall_clock_breakdown": "x"}, 'wall_clock_breakdown "x": input should be a valid boolean'),
     ({"steps_per_print": "x"}, 'steps_per_print "x": input should be a valid integer'),
     ({"steps_per_print": "auto"}, 'steps_per_print "auto": input should be a valid integer'),
-    ({"comet": {"enabled": True}}, "comet is enabled and the package comet_ml is not installed"),
+    ({"comet": {"enabled": True}}, "comet is enabled, but the package comet_ml is not installed"),
     # Sections that do not go together, in DeepSpeed's own words.
     (
         {"bf16": {"enabled": True, "bf16_optimizer_states": True}},

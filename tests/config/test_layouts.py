@@ -67,25 +67,25 @@ def test_one_row_for_every_run() -> None:
     [
         (
             f"--zero-stage 2 {PP} 2",
-            f"--zero-stage 2 needs {PP} 1 and this run has 2; use --zero-stage 1 with a pipeline.",
+            f"--zero-stage 2 needs {PP} 1, but this run has 2; use --zero-stage 1 with a pipeline.",
         ),
         (
             f"--zero-stage 3 {PP} 3",
-            f"--zero-stage 3 needs {PP} 1 and this run has 3; use --zero-stage 1 with a pipeline.",
+            f"--zero-stage 3 needs {PP} 1, but this run has 3; use --zero-stage 1 with a pipeline.",
         ),
         (
             "--zero-stage 0 --cpu-offload",
-            "--cpu-offload keeps ZeRO's partitions in CPU memory and --zero-stage 0 has none. Use "
+            "--cpu-offload keeps ZeRO's partitions in CPU memory, but --zero-stage 0 has none. Use "
             "--zero-stage 1, 2 or 3.",
         ),
         (
             f"--zero-stage 0 --cpu-offload {PP} 2",
-            "--cpu-offload keeps ZeRO's partitions in CPU memory and --zero-stage 0 has none. Use "
+            "--cpu-offload keeps ZeRO's partitions in CPU memory, but --zero-stage 0 has none. Use "
             "--zero-stage 1.",
         ),
         (
             "--bf16 --zero-stage 0",
-            "--bf16 needs ZeRO and --zero-stage is 0; use --zero-stage 1, which on one rank costs "
+            "--bf16 needs ZeRO, but --zero-stage is 0; use --zero-stage 1, which on one rank costs "
             "nothing.",
         ),
         (
@@ -100,7 +100,7 @@ def test_one_row_for_every_run() -> None:
         ),
         (
             "--sequence-parallel",
-            f"--sequence-parallel spreads positions over tensor-parallel ranks and {TP} is 1. "
+            f"--sequence-parallel shards positions over tensor-parallel ranks, but {TP} is 1. "
             "Raise it, or leave out --sequence-parallel.",
         ),
         (
@@ -110,7 +110,7 @@ def test_one_row_for_every_run() -> None:
         ),
         (
             f"{PP} 8",
-            f"{PP} 8 needs a block a stage and --num-layers is 6; use at most 6 stages.",
+            f"{PP} 8 needs one block per stage, but --num-layers is 6; use at most 6 stages.",
         ),
         (
             f"{PP} 4 --eslm-proxy-layers 4",
@@ -119,16 +119,16 @@ def test_one_row_for_every_run() -> None:
         ),
         (
             f"{PP} 3 --pipeline-split 3,3",
-            f"--pipeline-split 3,3 names 2 stages and {PP} is 3; give one number a stage, or "
-            "leave it to the plan.",
+            f"--pipeline-split 3,3 names 2 stages, but {PP} is 3; give one number per stage, or "
+            "leave out --pipeline-split.",
         ),
         (
             f"{PP} 3 --pipeline-split 2,2,3",
-            "--pipeline-split 2,2,3 has 7 blocks and --num-layers is 6; make them equal.",
+            "--pipeline-split 2,2,3 has 7 blocks, but --num-layers is 6; make them equal.",
         ),
         (
             f"{PP} 2 --pipeline-split 1,5 --eslm-proxy-layers 2",
-            "--pipeline-split 1,5 gives the first stage 1 blocks and --eslm-proxy-layers 2 must "
+            "--pipeline-split 1,5 gives the first stage 1 blocks, but --eslm-proxy-layers 2 must "
             "lie in it. Give it more, or lower --eslm-proxy-layers.",
         ),
         *(
@@ -145,7 +145,8 @@ def test_one_row_for_every_run() -> None:
         ),
         (
             "--dry-run-world-size 8",
-            "--dry-run-world-size 8 says what --dry-run describes; give that too, or leave it out.",
+            "--dry-run-world-size 8 has no effect without --dry-run; give that too, or "
+            "leave it out.",
         ),
         ("--dry-run --dry-run-world-size 0", "--dry-run-world-size 0 must be 1 or more."),
     ],
@@ -171,7 +172,7 @@ def test_fp16_in_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
     assert layout("--fp16").engine.fp16
     assert refused("--fp16", PP, "2") == (
-        f"--fp16 needs {PP} 1 and this run has 2; use --bf16 with a pipeline."
+        f"--fp16 needs {PP} 1, but this run has 2; use --bf16 with a pipeline."
     )
 
 
@@ -209,8 +210,8 @@ def test_few_micro_steps_in_a_long_pipeline_are_said(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         parse_run([*BASE, PP, "4", "--global-batch-size", "16", "--selection", "clm"], 16)
     assert caplog.messages == [
-        f"{PP} 4 with 2 micro-steps an optimizer step leaves every stage idle for 60% of the time. "
-        "Raise --global-batch-size, or use fewer stages."
+        f"{PP} 4 with 2 micro-steps per optimizer step leaves every stage idle for 60% of the "
+        "time. Raise --global-batch-size, or use fewer stages."
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING):

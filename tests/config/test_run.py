@@ -226,10 +226,10 @@ def test_batch_triple() -> None:
         ),
         # CheckpointOptions, ReportOptions
         ("--save-interval 0", ["--save-interval 0 must be 1 or more"]),
-        ("--reset-optimizer", ["--reset-optimizer needs a checkpoint", "give --load"]),
+        ("--reset-optimizer", ["--reset-optimizer needs a checkpoint", "Give --load"]),
         ("--keep-last -1", ["--keep-last -1 must be 0 or more"]),
         ("--peak-tflops 0", ["--peak-tflops 0 must be above 0"]),
-        ("--finetune", ["--finetune starts from the weights", "--load names none. Give --load"]),
+        ("--finetune", ["--finetune starts from the weights", "--load is not set. Give --load"]),
         (
             "--finetune --load a --save ./a",
             ["--finetune starts a new run from --load a", "--save ./a", "Save to another folder"],

@@ -78,7 +78,7 @@ def test_by_default_a_step_without_a_whole_micro_step_to_drop_selects_within(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         assert scope("--global-batch-size 20", 2) == "global"
-        for part in ("--eslm-scope global", "the 5 micro-steps", "Have 6 micro-steps"):
+        for part in ("--eslm-scope global", ": 5 micro-steps", "Have 6 micro-steps"):
             assert part in caplog.text
         assert "or give --eslm-scope step" not in caplog.text
         assert scope("--global-batch-size 32 --micro-batch-size 8", 2) == "global"
@@ -94,7 +94,8 @@ def test_batches_of_a_ramp_that_are_trained_on_whole_are_said(
         scope(f"{ramp} --eslm-scope local")
         assert not caplog.messages
         assert scope(ramp) == "step"
-    assert "batches of up to 8 sequences are trained on whole" in caplog.text  # 4 micro-steps of 2
+    # 4 micro-steps of 2.
+    assert "batches of up to 8 sequences are trained on in full" in caplog.text
 
 
 def test_rows_are_dropped_where_micro_steps_are_too_few() -> None:
@@ -126,7 +127,7 @@ def test_rows_are_dropped_where_micro_steps_are_too_few() -> None:
         (
             "--global-batch-size 40 --pipeline-model-parallel-size 2 --eslm-scope local",
             2,
-            ["--eslm-scope local", "mid-model"],
+            ["--eslm-scope local", "inside the model"],
         ),
     ],
 )  # fmt: skip

@@ -244,7 +244,7 @@ def test_folders_that_cannot_be_loaded(tmp_path, gpt2):
     with pytest.raises(ConfigError, match="model_type = 'llama'"):
         load_gpt2(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json is not JSON.*Get the model again"):
+    with pytest.raises(ConfigError, match=r"config\.json is not JSON.*Download the model again"):
         load_gpt2(tmp_path)
     (tmp_path / "config.json").write_text(config)
     edit_json(tmp_path / "config.json", n_layer=3)

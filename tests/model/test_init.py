@@ -147,7 +147,7 @@ def test_heads_that_do_not_divide_are_refused() -> None:
             build(shape, tp=2)
         return str(error.value)
 
-    assert "--num-attention-heads 3 does not divide" in run_ranks(2, on_rank)[0]
+    assert "--num-attention-heads 3 is not a multiple" in run_ranks(2, on_rank)[0]
 
 
 def test_reference_logits_are_those_of_the_weights(process_group: None) -> None:

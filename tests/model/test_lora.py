@@ -185,11 +185,14 @@ BASE = (
     [
         ("--lora-rank -1", "--lora-rank -1 must be 0"),
         ("--lora-rank 4 --lora-alpha 0", "--lora-alpha 0 must be above 0"),
-        ("--lora-alpha 8", "--lora-alpha 8 scales adapters and there are none without --lora-rank"),
-        ("--lora-rank 4", "--lora-rank 4 trains adapters .* and --load names none. Give --load"),
+        (
+            "--lora-alpha 8",
+            "--lora-alpha 8 scales adapters, and without --lora-rank there are none",
+        ),
+        ("--lora-rank 4", "--lora-rank 4 trains adapters .* but --load is not set. Give --load"),
         (
             "--lora-rank 4 --load x --selection greats",
-            "--selection greats takes inner products of the gradients of all weights and "
+            "--selection greats computes inner products of the gradients of all weights, but "
             "--lora-rank 4 freezes them. Use another --selection, or leave out --lora-rank",
         ),
     ],

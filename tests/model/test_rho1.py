@@ -110,7 +110,7 @@ def test_alpha_zero_is_plain_training() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eslm_level": "instance"}, "--eslm-level instance leaves nothing to --selection rho1"),
+        ({"eslm_level": "instance"}, "--eslm-level instance leaves --selection rho1 nothing to"),
         ({"eslm_score": "entropy"}, "--eslm-score entropy has no meaning with --selection rho1"),
     ],
 )

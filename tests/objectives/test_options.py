@@ -33,23 +33,23 @@ def test_defaults_are_those_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--distill eslm", "--distill eslm needs a teacher and --distill-teacher is not set"),
+        ("--distill eslm", "--distill eslm needs a teacher, but --distill-teacher is not set"),
         (
             "--distill dense --distill-teacher t",
-            "--distill dense trains on all tokens and --selection is eslm; use --selection clm, or "
-            "--distill eslm",
+            "--distill dense trains on all tokens, but --selection is eslm; use --selection clm, "
+            "or --distill eslm",
         ),
         (
             "--distill salt --distill-teacher t --selection random",
-            "--distill salt trains on all tokens and --selection is random; use --selection clm.",
+            "--distill salt trains on all tokens, but --selection is random; use --selection clm.",
         ),
         (
             "--distill eslm --distill-teacher t --selection clm",
-            "trains on the tokens that ESLM keeps and --selection is clm; use --selection eslm.",
+            "trains on the tokens that ESLM keeps, but --selection is clm; use --selection eslm.",
         ),
         (
             "--distill dense --distill-teacher t --selection uncertainty --load l",
-            "--distill dense trains on all tokens and --selection is uncertainty",
+            "--distill dense trains on all tokens, but --selection is uncertainty",
         ),
         ("--distill-teacher t", "--distill-teacher has no effect without --distill dense"),
         ("--distill-weight 0.1", "--distill-weight has no effect without --distill dense"),
@@ -61,10 +61,10 @@ def test_defaults_are_those_of_the_paper() -> None:
             "--selection uncertainty --load l --distill-temperature 2",
             "--distill-temperature has no effect without --distill",
         ),
-        ("--selection uncertainty", "--selection uncertainty trains a model further .* needs"),
+        ("--selection uncertainty", "--selection uncertainty regularizes a trained model .* needs"),
         (
             "--selection uncertainty --load l --eslm-level instance",
-            "--eslm-level instance leaves nothing to --selection uncertainty",
+            "--eslm-level instance leaves --selection uncertainty nothing to",
         ),
         (
             "--selection uncertainty --load l --eslm-score entropy",

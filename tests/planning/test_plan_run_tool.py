@@ -26,8 +26,8 @@ def test_the_report_names_everything(capsys: pytest.CaptureFixture) -> None:
     text = run(capsys, f"{ISSUE} --pipeline-model-parallel-size 4 --micro-batch-size 1")
     for line in (
         r"^Best of \d+ layouts that fit",
-        r"^memory a GPU +[\d.]+ GiB = weights",
-        r"^stage +blocks +FLOPs a step",
+        r"^memory / GPU +[\d.]+ GiB = weights",
+        r"^stage +blocks +FLOPs / step",
         r"^bubble +[\d.]+% .*\([\d.]+% if stages were equal",
         r"hidden states +send +\d+ x",
         r"gradients: ZeRO 1 +all-reduce",
@@ -62,7 +62,7 @@ def test_values(capsys: pytest.CaptureFixture) -> None:
     "flags, line",
     [
         ("--eslm-scope global", r"of 10 rows a rank has 9.00 .* most 10.00; .*--eslm-scope step"),
-        ("--eslm-scope local", r"of 10 rows every rank keeps 9.00: nobody waits$"),
+        ("--eslm-scope local", r"of 10 rows every rank keeps 9.00: no rank waits$"),
     ],
 )
 def test_the_report_of_other_scopes(capsys: pytest.CaptureFixture, flags: str, line: str) -> None:
@@ -88,7 +88,7 @@ def test_other_selections(capsys: pytest.CaptureFixture, selection: str) -> None
     [
         ("--gpu b300", "error: --gpu b300 is not one of"),
         ("--model-size 13B --gpus 1", "error: --model-size 13B does not fit"),
-        ("--gpus 53", "error: --global-batch-size 160 cannot be shared out"),
+        ("--gpus 53", "error: --global-batch-size 160 cannot be divided over"),
         ("--top 0", "error: --top 0 must be 1 or more"),
         ("--efficiency -1", "error: --efficiency -1 is outside (0, 1]"),
     ],

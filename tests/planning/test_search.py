@@ -142,7 +142,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "batch": (
         lambda: search(Request(model_size="124M", gpus=31), A100),
-        "--global-batch-size 480 cannot be shared out over --gpus 31 .* Use 30 GPUs.* of 31",
+        "--global-batch-size 480 cannot be divided over --gpus 31 .* Use 30 GPUs.* of 31",
     ),
     "rules": (
         lambda: search(
@@ -152,7 +152,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "memory": (
         lambda: search(Request(model_size="13B", gpus=2), A100),
-        "--model-size 13B does not fit on --gpus 2: .* needs .* GiB a GPU and a100-80g.* leaves "
+        "--model-size 13B does not fit on --gpus 2: .* needs .* GiB per GPU, but a100-80g.* leaves "
         "72.0 of 80 GiB. Use more GPUs",
     ),
 }

@@ -73,7 +73,7 @@ def test_costs(groups):
         "FLOPs executed": "3.200e+11",
         "FLOPs, paper's count": "4.800e+11",
         "seconds": "80.0",
-        "seconds a step": "0.4",
+        "seconds per step": "0.4",
         "sequences kept": "0.8000",
         "tokens kept": "0.8000",
         "skipped steps": "0",
@@ -128,7 +128,7 @@ def test_missing_quantities_are_not_available_rather_than_zero(metrics_file):
     groups = [Group(path.stem, [read_run(path)]) for path in files]
     comparison = compare(groups)
     costs = row(comparison, "What the runs cost", "b")
-    assert costs["tokens read"] == costs["seconds a step"] == "n/a"
+    assert costs["tokens read"] == costs["seconds per step"] == "n/a"
     reach = row(comparison, "To a validation loss", "b (1 seed)")
     assert (reach["iterations"], reach["FLOPs executed"]) == ("10", "n/a")
     assert not any(

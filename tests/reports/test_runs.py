@@ -59,7 +59,7 @@ def test_torn_last_line_is_skipped_with_a_warning(metrics_file, caplog, tail):
     with caplog.at_level(logging.WARNING):
         run = read_run(path)
     assert iterations(run) == [10]
-    assert "skipped the torn last line" in caplog.text
+    assert "skipped the incomplete last line" in caplog.text
     assert "a.jsonl:2: " in caplog.text
 
 

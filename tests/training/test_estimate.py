@@ -152,7 +152,7 @@ def test_what_it_says_of_model_and_data(data: list[str]) -> None:
         r"domain prose +weight 0\.6000, 392 documents, [\d,]+ tokens, 0\.\d+ epochs", text
     )
     assert re.search(r"domain code +weight 0\.4000", text)
-    assert "validation           16 sequences an evaluation" in text
+    assert "validation           16 sequences per evaluation" in text
     assert "GiB = weights" in text
 
 

@@ -374,14 +374,16 @@ def test_what_it_cannot_do_is_refused(data: list[str]) -> None:
             ("--eslm-adaptive",),
         ],
     )
-    whole = "--selection greats takes inner products of whole gradients on each rank and "
+    whole = "--selection greats computes inner products of full gradients on each rank, but "
     assert got[0].startswith(f"{whole}{tp} is 2. Set it to 1")
     assert got[1].startswith(f"{whole}{pp} is 2. Set it to 1")
     assert got[2] == f"{whole}--zero-stage is 2; use --zero-stage 0 or 1."
     assert got[3] == f"{whole}--zero-stage is 3; use --zero-stage 0 or 1."
     assert "--micro-batch-size is 1, which leaves no choice" in got[4]
-    wanted = r"chooses by 32 validation sequences .* evaluation takes \d+ and leaves \d+\. Raise "
-    assert re.search(wanted + r"its share in --split 99,1, or lower --eval-iters 2\.", got[5])
+    wanted = r"needs 32 validation sequences .* evaluation takes \d+ .* and leaves \d+\. Raise "
+    assert re.search(
+        wanted + r"the split's share in --split 99,1, or lower --eval-iters 2\.", got[5]
+    )
     assert "the validation split has 0 tokens" in got[6] and "--split 100,0" in got[6]
     assert "--eslm-adaptive" in got[7] and "--selection greats" in got[7]
 

@@ -91,7 +91,7 @@ def test_a_disk_that_takes_no_records_stops_the_run_behind_a_checkpoint(
         assert f"stopped; iteration {iteration} is saved in {tmp_path / name}." in first[name]
         assert find_checkpoint(tmp_path / name).state().iteration == iteration
         assert not (tmp_path / name / ".lock").exists()
-    assert "iteration 1 is lost without --save" in first["nowhere"]
+    assert "iteration 1 is lost, as --save is not set" in first["nowhere"]
 
 
 def test_a_line_that_was_not_taken_is_written_with_the_next(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_metrics_file_that_cannot_be_begun(tmp_path: Path, monkeypatch) -> Non
         with pytest.raises(ConfigError, match=r"--metrics-file .*m\.jsonl: No space left"):
             MetricsFile(str(tmp_path / "m.jsonl"), {}, resumed=False)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match="no regular file"):
+    with pytest.raises(ConfigError, match="not a regular file"):
         MetricsFile(str(tmp_path / "pipe"), {}, resumed=True)
     assert not [*tmp_path.glob(".*")]
 

@@ -98,7 +98,7 @@ def test_what_a_run_reads_is_what_was_read_and_what_is_left(
     assert "steps                75 (60 of them done)" in text and refused is None
     assert f"tokens read          {samples * 32:,}\n" in text
     assert f"tokens trained on    {samples * 32:,} (100.0%)" in text
-    assert "reading goes on      with sample 480" in text
+    assert "reading continues    with sample 480" in text
     # 60 x 8 + 140 x 16 are 2720 samples, of which the weights give code 1088.
     assert "--max-epochs 1 allows" in more and "(1088 sequences" in more
     (line,) = [line for line in log.splitlines() if "--allow-data-change: " in line]
@@ -147,8 +147,8 @@ def test_skipped_samples(data: list[str], tmp_path: Path, caplog: pytest.LogCapt
     assert checkpoint.run["skipped_samples"] == [[10, 13], [40, 45], [56, 59]]
     assert checkpoint.state().consumed_samples == 75
     assert "begins before sample 75" in found["early"] and "Skip 75:90" in found["early"]
-    assert "99:110 begins where the run has ended" in found["late"]
-    assert "read samples 0 to 82" in found["late"]
+    assert "99:110 begins after the end of the run" in found["late"]
+    assert "reads samples 0 to 82" in found["late"]
     assert "--skip-samples 75:9999 reaches beyond the data" in found["beyond"]
     assert "skipped              11 samples (10:13 40:45 56:59)" in found["dry"]
 

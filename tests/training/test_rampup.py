@@ -132,8 +132,8 @@ def test_a_dry_run_knows_what_is_read_and_computed(data: list[str], tmp_path: Pa
         assert f"FLOPs by the paper   {last['flops_paper']:.3e}" in text
         assert "ramp                 from 8 sequences in increments of 8 over 48 samples" in text
         assert "skipped              30 samples (20:50)" in text
-    assert "reading goes on" not in texts[0]
-    assert "6 (3 of them done)" in texts[1] and "reading goes on      with sample 54\n" in texts[1]
+    assert "reading continues" not in texts[0]
+    assert "6 (3 of them done)" in texts[1] and "reading continues    with sample 54\n" in texts[1]
 
 
 def test_a_ramp_that_ends_too_late_is_said(
@@ -144,7 +144,7 @@ def test_a_ramp_that_ends_too_late_is_said(
         caplog.clear()
         plan = plan_reading(parse_run(words(data, *RAMP, iters=iters), 1), init, [])
         assert plan.end == sum(SIZES[:iters])
-        text = f"--train-iters {iters} ends before the ramp of --rampup-batch-size does"
+        text = f"--train-iters {iters} ends before the ramp of --rampup-batch-size:"
         assert (text in caplog.text) == said
 
 

@@ -213,7 +213,7 @@ def test_an_existing_metrics_file_is_not_written_over(data: list[str], tmp_path:
     texts = run_ranks(2, fn)
     assert texts[0] == texts[1]
     taken, under = texts[0]
-    assert f"--metrics-file {file} exists and this run does not continue one (--load)" in taken
+    assert f"--metrics-file {file} exists, but this run does not continue another (--load)" in taken
     assert "Name another file or remove it" in taken
     assert "--metrics-file" in under and "plain/m.jsonl:" in under
     assert file.read_text() == "{}\n"
@@ -243,7 +243,7 @@ def test_a_resumed_run_appends_also_after_a_torn_line(tmp_path: Path) -> None:
     assert torn == '{"iteration": 3, "lo'
     line = json.loads(last)
     assert line["loss"] is None and math.isnan(line["valid_loss"])
-    with pytest.raises(ConfigError, match="does not continue one"):
+    with pytest.raises(ConfigError, match="does not continue another"):
         MetricsFile(str(file), {}, resumed=False)
 
 

@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face GPT-2: its schema, what of it we compute, and our shape for it."""
+"""config.json of a Hugging Face GPT-2: schema, supported values, and conversion to our shape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_eslm.files.schema import Size, parse_as
 from megatron_eslm.model.shape import ModelShape, pad_vocab_size
 
 _ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
-"""transformers' two names of GELU-tanh."""
+"""transformers' two names for GELU-tanh."""
 
 _FIXED_FIELDS: dict[str, tuple[Any, str]] = {
     "scale_attn_weights": (True, "attention scores are always divided by sqrt(head width)"),
@@ -21,7 +21,7 @@ _FIXED_FIELDS: dict[str, tuple[Any, str]] = {
     "add_cross_attention": (False, "there is no encoder to attend to"),
     "tie_word_embeddings": (True, "the head is the word embedding"),
 }
-"""Fields that change the function computed -> the value ours has, and why."""
+"""Fields that change the computed function -> the supported value, and the reason."""
 
 _OTHER_NAMES = {
     "num_hidden_layers": "n_layer",
@@ -29,14 +29,14 @@ _OTHER_NAMES = {
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
-"""Names that transformers takes for the fields, too."""
+"""Aliases that transformers accepts for the fields."""
 
 _LARGEST_MULTIPLE = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Fields:
-    """The fields of config.json that say what is computed; left out, they are transformers'."""
+    """Fields of config.json that affect the computation, with transformers' defaults."""
 
     __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
     n_layer: Size = 12
@@ -55,19 +55,19 @@ class GPT2Fields:
 
 
 def read_fields(config: Any, where: str = "The Hugging Face model's config") -> GPT2Fields:
-    """A configuration, checked.
+    """Read and check a configuration.
 
     Args:
-        config: the value of a config.json, or a configuration object of transformers.
+        config: the content of a config.json, or a configuration object of transformers.
         where: the file, for messages.
 
     Raises:
-        ConfigError: wrong types or sizes, or something that our GPT-2 does not compute.
+        ConfigError: wrong types or sizes, or a value that our GPT-2 does not support.
     """
     if hasattr(config, "to_json_string"):
         config = json.loads(config.to_json_string(use_diff=False))
     if not isinstance(config, dict):
-        raise ConfigError(f"{where} is not a JSON object. It is damaged; get it again.")
+        raise ConfigError(f"{where} is not a JSON object. It is damaged; download it again.")
     if config.get("model_type") != "gpt2":
         raise _unsupported("model_type", config.get("model_type"), "'gpt2'", "only GPT-2 is read")
     named = {_OTHER_NAMES.get(name, name): value for name, value in config.items()}
@@ -77,13 +77,13 @@ def read_fields(config: Any, where: str = "The Hugging Face model's config") -> 
 
 
 def gpt2_shape(fields: GPT2Fields, multiple: int, ids: int | None = None) -> ModelShape:
-    """The shape that a configuration describes.
+    """Convert a configuration to our shape.
 
     Args:
-        fields: of `read_fields`.
-        multiple: the vocabulary is padded to a multiple of this.
-        ids: how many ids the tokenizer has. Rows of the embedding beyond them are padding, as many
-            folders have it, and no part of the vocabulary. Default: every row is an id.
+        fields: result of `read_fields`.
+        multiple: pad the vocabulary to a multiple of this.
+        ids: number of ids of the tokenizer. Embedding rows beyond are padding, which many folders
+            have, and not part of the vocabulary. Default: every row is an id.
 
     Raises:
         ConfigError: a bad multiple, or more ids than rows.
@@ -114,7 +114,7 @@ def gpt2_shape(fields: GPT2Fields, multiple: int, ids: int | None = None) -> Mod
 
 
 def _check_supported(fields: GPT2Fields) -> None:
-    """Raise ConfigError, naming the field, if our GPT-2 does not compute what `fields` say."""
+    """Raise ConfigError, naming the field, if our GPT-2 does not support a value."""
     if fields.activation_function not in _ACTIVATIONS:
         wanted = " or ".join(map(repr, _ACTIVATIONS))
         raise _unsupported(

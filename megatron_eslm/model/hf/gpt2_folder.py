@@ -1,7 +1,7 @@
-"""A Hugging Face GPT-2, from memory or a local folder, as our weights and shape.
+"""Load a Hugging Face GPT-2, from memory or a local folder, as our weights and shape.
 
-Nothing in a folder is believed before it is checked: config.json against a schema, and the sizes
-it claims against the bytes of the weight files, before anything of these sizes is made.
+Folders are not trusted: config.json is checked against a schema, and the sizes it claims against
+the bytes of the weight files, before anything of these sizes is allocated.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ _MORE_JSON = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
-"""What transformers reads beside config.json."""
+"""Files that transformers reads besides config.json."""
 
 
 def from_gpt2(
     model_or_state_dict: Any, config: Any, multiple: int, ids: int | None = None
 ) -> tuple[dict[str, Tensor], ModelShape]:
-    """A Hugging Face GPT-2 as our state dict and shape.
+    """Convert a Hugging Face GPT-2 to our state dict and shape.
 
     Args:
-        model_or_state_dict: `GPT2LMHeadModel`, `GPT2Model` or a state dict of either, any floating
-            type; not changed and not shared.
-        config: its GPT2Config.
-        multiple: the vocabulary is padded with zero rows to a multiple of this.
-        ids: of the tokenizer, see `gpt2_shape`; rows beyond them are left out.
+        model_or_state_dict: `GPT2LMHeadModel`, `GPT2Model` or a state dict of either, in any
+            floating-point dtype; not modified and not shared.
+        config: the model's GPT2Config.
+        multiple: pad the vocabulary with zero rows to a multiple of this.
+        ids: number of ids of the tokenizer, see `gpt2_shape`; rows beyond are dropped.
 
     Returns:
-        float32 weights under our names, and their shape.
+        float32 weights under our names, and the model's shape.
 
     Raises:
-        ConfigError: an architecture, field or tensor that our GPT-2 does not have, or more ids
-            than rows.
+        ConfigError: an architecture, field or tensor is not supported, or there are more ids than
+            rows.
     """
     fields = read_fields(config)
     shape = gpt2_shape(fields, multiple, ids)
@@ -77,32 +77,32 @@ def from_gpt2(
 
 
 def read_gpt2_config(directory: str | Path) -> GPT2Fields:
-    """The configuration in a local folder, without reading any weights.
+    """Read the configuration in a local folder, without reading weights.
 
     Raises:
-        ConfigError: no such folder, another architecture, or weight files that are missing or too
-            small for what config.json says.
+        ConfigError: no such folder, another architecture, or weight files missing or too small for
+            config.json.
     """
     directory = Path(directory)
     path = directory / "config.json"
     if not directory.is_dir():
-        raise ConfigError(f"There is no folder {directory}; give one that holds a GPT-2.")
+        raise ConfigError(f"There is no folder {directory}; give one that contains a GPT-2.")
     try:
         config = read_json(path)
     except FileNotFoundError:
         raise ConfigError(
             f"{directory} is not a Hugging Face model: it has no config.json. Give a local folder "
-            "that holds config.json, the weights and the tokenizer."
+            "with config.json, the weights and the tokenizer."
         ) from None
     except ConfigError as error:
-        raise ConfigError(f"{error} Get the model again.") from error
+        raise ConfigError(f"{error} Download the model again.") from error
     fields = read_fields(config, str(path))
     _check_sizes(directory, gpt2_shape(fields, multiple=1))
     return fields
 
 
 def load_gpt2(directory: str | Path) -> GPT2LMHeadModel:
-    """Load a local folder (one file or shards) as float32 `GPT2LMHeadModel`, evaluation mode.
+    """Load a local folder (one file or shards) as a float32 `GPT2LMHeadModel` in evaluation mode.
 
     Raises:
         ConfigError: no such folder, another architecture, missing or damaged files.
@@ -112,9 +112,9 @@ def load_gpt2(directory: str | Path) -> GPT2LMHeadModel:
     for name in _MORE_JSON:
         if (directory / name).exists():
             read_json(directory / name)
-    from transformers import GPT2LMHeadModel  # slow; not for a folder that is none
+    from transformers import GPT2LMHeadModel  # slow to import; only for valid folders
 
-    loader: Any = GPT2LMHeadModel.from_pretrained  # typed for the call without loading info
+    loader: Any = GPT2LMHeadModel.from_pretrained  # its types do not cover output_loading_info
     try:
         with _quiet_libraries():
             model, report = loader(
@@ -122,57 +122,58 @@ def load_gpt2(directory: str | Path) -> GPT2LMHeadModel:
                 dtype=torch.float32,
                 local_files_only=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are in the report
+                ignore_mismatched_sizes=True,  # mismatches are listed in the report
             )
-    except Exception as error:  # many libraries read here, each with errors of its own
+    except Exception as error:  # several libraries read files here, each with its own exceptions
         if _is_code(error):
             raise ConfigError(
                 f"The Hugging Face model in {directory} cannot be loaded: pytorch_model.bin is "
-                "damaged or holds more than tensors. The latter could run code of whoever wrote "
-                "it, so the file is refused. Get the weights as model.safetensors."
+                "damaged or contains more than tensors. Such a file could run code of its author, "
+                "so it is refused. Get the weights as model.safetensors."
             ) from error
         raise ConfigError(
             f"The Hugging Face model in {directory} cannot be loaded: {first_line(error)}. "
             "Files are missing or damaged; download or export it again."
         ) from error
-    # transformers fills what is missing with random numbers and only warns.
+    # transformers initializes missing weights at random and only warns.
     faults = [f"lacks {name}" for name in sorted(report["missing_keys"])]
     faults += [
-        f"has {name} of size {tuple(held)}, and config.json asks for {tuple(wanted)}"
+        f"has {name} of size {tuple(held)}, but config.json asks for {tuple(wanted)}"
         for name, held, wanted in sorted(report["mismatched_keys"])
     ]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise ConfigError(
             f"The Hugging Face model in {directory} {faults[0]}{more}. Files are missing or belong "
-            "to another model; get it again."
+            "to another model; download it again."
         )
     return model.eval()
 
 
 def _check_sizes(directory: Path, shape: ModelShape) -> None:
-    """ConfigError unless the weight files can hold a model of this shape."""
+    """Raise ConfigError unless the weight files are large enough for this shape."""
     files = [path for pattern in _WEIGHTS for path in sorted(directory.glob(pattern))]
     if not files:
         raise ConfigError(
-            f"The Hugging Face model in {directory} cannot be loaded: neither model.safetensors "
-            "nor pytorch_model.bin, in one piece or in several, is there. Get the weights, too."
+            f"The Hugging Face model in {directory} cannot be loaded: it has neither "
+            "model.safetensors nor pytorch_model.bin, as one file or in shards. Download the "
+            "weights, too."
         )
     held = 0
     for file in files:
         with open_regular(file) as opened:
             held += opened.seek(0, 2)
-    # No type of numbers that is read takes less than a byte.
+    # All supported dtypes take at least one byte per number.
     if shape.num_params > held:
         raise ConfigError(
             f"{directory / 'config.json'} describes a model of {shape.num_params} parameters "
-            f"({shape.num_layers} layers of width {shape.hidden_size}), and the weight files have "
-            f"only {held} bytes. Files are missing or belong to another model; get it again."
+            f"({shape.num_layers} layers of width {shape.hidden_size}), but the weight files have "
+            f"only {held} bytes. Files are missing or belong to another model; download it again."
         )
 
 
 def _is_code(error: BaseException | None) -> bool:
-    """Whether torch refused to unpickle something that it takes for no tensor."""
+    """Whether torch refused to unpickle an object that is not a tensor."""
     while error is not None:
         if isinstance(error, pickle.UnpicklingError):
             return True
@@ -182,7 +183,7 @@ def _is_code(error: BaseException | None) -> bool:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Keep progress bars, reports and warnings of the loading libraries back: errors say it all."""
+    """Silence progress bars, reports and warnings of the loading libraries, but not errors."""
     from transformers.utils import logging as hf_logging
 
     bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
@@ -199,7 +200,7 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def _without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under `transformer.*` names, the tied head checked and left out."""
+    """Normalize names to `transformer.*`; check the tied head and drop it."""
     # GPT2Model and the first published GPT-2 files have no prefix; old files also carry the causal
     # masks as `attn.bias` and `attn.masked_bias`.
     named = {
@@ -211,8 +212,8 @@ def _without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     words = named.get(_WORDS)
     if head is not None and words is not None and not torch.equal(head, words):
         raise ConfigError(
-            "The Hugging Face model has an untied head: lm_head.weight is not "
-            "transformer.wte.weight. Here the head is the word embedding, so such a model cannot "
-            "be converted; use one with tie_word_embeddings."
+            "The Hugging Face model has an untied head: lm_head.weight differs from "
+            "transformer.wte.weight. Only tied heads are supported, so it cannot be converted; use "
+            "a model with tie_word_embeddings."
         )
     return named

@@ -1,9 +1,9 @@
-"""One parameter, two names: our state dict beside the one of `GPT2LMHeadModel`.
+"""Map between our state dict and that of `GPT2LMHeadModel`.
 
-Every row of the two tables below says what a tensor is called on both sides and how its layout
-differs. Both directions read the same rows, so they cannot drift apart.
+Each row of the two tables below gives a tensor's names on both sides and how its layout differs.
+Both directions use the same rows, so they cannot diverge.
 
-Letters: D hidden size, F MLP width, H heads, K head width (D = H * K), P positions,
+Shape legend: D hidden size, F MLP width, H heads, K head width (D = H * K), P positions,
 V vocabulary, VP padded vocabulary.
 """
 
@@ -40,13 +40,13 @@ def _pad_vocabulary(weight_VD: Tensor, shape: ModelShape) -> Tensor:
 
 
 def _heads_to_thirds(rows: Tensor, shape: ModelShape) -> Tensor:
-    """Rows ordered (head, q|k|v, K), as megatron-core keeps them -> (q|k|v, head, K)."""
+    """Reorder rows from (head, q|k|v, K), megatron-core's order, to (q|k|v, head, K)."""
     split = rows.reshape(shape.num_attention_heads, 3, shape.head_dim, *rows.shape[1:])
     return split.transpose(0, 1).reshape(rows.shape)
 
 
 def _thirds_to_heads(rows: Tensor, shape: ModelShape) -> Tensor:
-    """Rows ordered (q|k|v, head, K) -> (head, q|k|v, K)."""
+    """Reorder rows from (q|k|v, head, K) to (head, q|k|v, K)."""
     split = rows.reshape(3, shape.num_attention_heads, shape.head_dim, *rows.shape[1:])
     return split.transpose(0, 1).reshape(rows.shape)
 
@@ -64,7 +64,7 @@ class _Pair:
     ours: str
     theirs: str
     size: Callable[[ModelShape], tuple[int, ...]]
-    """Size on our side."""
+    """Size in our state dict."""
     export: Change = _same
     load: Change = _same
 
@@ -137,7 +137,7 @@ _IN_A_BLOCK = (
 
 
 def _pairs(shape: ModelShape) -> Iterator[_Pair]:
-    """Every parameter of a model of this shape, its names on both sides in full."""
+    """All parameters of a model of this shape, with full names on both sides."""
     yield from _OUTSIDE_BLOCKS
     for i in range(shape.num_layers):
         for pair in _IN_A_BLOCK:
@@ -161,13 +161,13 @@ def weight_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def to_gpt2_state(weights: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
-    """Our state dict under the names and in the layout of `GPT2LMHeadModel`, float32.
+    """Convert our state dict to names and layout of `GPT2LMHeadModel`, float32.
 
-    The head is tied and therefore absent; padding rows of the vocabulary are cut off. The input is
-    not changed; tensors that need no other layout are shared with it.
+    The tied head is omitted, and padding rows of the vocabulary are dropped. The input is not
+    modified; tensors whose layout does not change share memory with it.
 
     Raises:
-        ConfigError: tensors are missing, left over or of another size than `shape` says.
+        ConfigError: tensors are missing, unknown or do not have the size that `shape` gives.
     """
     check_names_and_sizes(weights, weight_sizes(shape), "The checkpoint")
     return {
@@ -177,12 +177,12 @@ def to_gpt2_state(weights: Mapping[str, Tensor], shape: ModelShape) -> dict[str,
 
 
 def from_gpt2_state(state: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
-    """The way back: `transformer.*` names without the head -> our float32 state dict, copied.
+    """Convert `transformer.*` tensors without the head to our float32 state dict, copied.
 
-    Rows of the vocabulary's padding are zero.
+    Padding rows of the vocabulary are zero.
 
     Raises:
-        ConfigError: tensors are missing, left over or of another size than `shape` says.
+        ConfigError: tensors are missing, unknown or do not have the size that `shape` gives.
     """
     sizes = {}
     for pair in _pairs(shape):

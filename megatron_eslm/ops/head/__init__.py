@@ -1,1 +1,1 @@
-"""The head over the vocabulary without all of its logits in memory."""
+"""The vocabulary head, without all of its logits in memory."""

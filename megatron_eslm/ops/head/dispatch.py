@@ -1,4 +1,4 @@
-"""Which code computes the head: PyTorch, or Triton's kernels on a CUDA device."""
+"""Choose the head's backend: PyTorch, or Triton kernels on a CUDA device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_eslm.ops.head.contract import HeadBackend, HeadKernel
 
 @functools.cache
 def triton_imports() -> bool:
-    """Whether Triton is installed and loads."""
+    """Whether Triton can be imported."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -25,17 +25,17 @@ def triton_imports() -> bool:
 
 @functools.cache
 def c_compiler() -> str | None:
-    """The compiler with which Triton builds its launchers, as it looks for it; None without one."""
+    """Find the C compiler for Triton's launchers the way Triton does; None if there is none."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 def resolve_head_kernel(
     kernel: HeadKernel, device_type: str
 ) -> Literal["torch", "triton", "triton-fused"]:
-    """`--head-kernel` on a device: auto is Triton where there is CUDA and Triton can be used.
+    """Resolve `--head-kernel` for a device: auto is Triton on CUDA if Triton can run.
 
     Raises:
-        ConfigError: Triton was asked for where it cannot run.
+        ConfigError: Triton is requested but cannot run.
     """
     if kernel == "auto":
         works = device_type == "cuda" and triton_imports() and c_compiler() is not None
@@ -51,22 +51,21 @@ def resolve_head_kernel(
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not interpreted:
         raise ConfigError(
-            f"--head-kernel {kernel} needs a CUDA device and this run is on {device_type}. Use "
+            f"--head-kernel {kernel} needs a CUDA device, but this run is on {device_type}. Use "
             "--head-kernel auto or torch (TRITON_INTERPRET=1 runs the kernels in Triton's "
             "interpreter, slowly, to test them)."
         )
     if c_compiler() is None and not interpreted:
         raise ConfigError(
-            f"--head-kernel {kernel} needs a C compiler, with which Triton builds its launchers, "
-            "and there is none on PATH (gcc, clang; or name one in CC). Install one, or use "
-            "--head-kernel torch."
+            f"--head-kernel {kernel} needs a C compiler for Triton's launchers, but none is on "
+            "PATH (gcc or clang) or named in CC. Install one, or use --head-kernel torch."
         )
     return kernel
 
 
 def head_backend(kernel: HeadKernel, device: torch.device) -> HeadBackend:
-    """The module that computes the head on a device."""
-    # Imported here, so that nobody needs Triton who does not use it.
+    """The backend module for a device."""
+    # Imports are local so that Triton is required only if used.
     resolved = resolve_head_kernel(kernel, device.type)
     if resolved == "torch":
         from megatron_eslm.ops.head import torch_kernel as head_torch

@@ -1,11 +1,11 @@
-"""Distillation through two vocabulary-parallel heads, over chosen tokens only.
+"""Distillation through two vocabulary-parallel heads, over selected tokens only.
 
-Source: line 7 of Algorithm 3 of the ESLM paper. Neither the student's nor the teacher's logits are
-ever gathered, kept in float32 or held for more than a chunk of tokens (beyond what the student's
-statistics keep anyway); the backward pass computes the teacher's again.
+Source: line 7 of Algorithm 3 of the ESLM paper. Logits of student and teacher are never gathered or
+kept in float32, and exist for one chunk of tokens at a time (except student logits that the
+statistics keep anyway). The backward pass recomputes the teacher's logits.
 
-Shape legend: N scored tokens, S chosen tokens, D hidden of the student, E of the teacher, V rows of
-this rank's shard, C tokens of one chunk, R the V rows without the vocabulary's padding.
+Shape legend: N scored tokens, S selected tokens, D hidden size of the student, E of the teacher, V
+rows of this rank's shard, C tokens of one chunk, R rows of V without vocabulary padding.
 """
 
 from __future__ import annotations
@@ -38,31 +38,32 @@ def selective_distillation(
     temperature: float,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> torch.Tensor:
-    """w KL(teacher || student) + (1 - w) (-log p(label)) of the chosen tokens.
+    """Compute w KL(teacher || student) + (1 - w) (-log p(label)) of the selected tokens.
 
     KL = sum p_t (log p_t - log p_s) with both distributions softmax(z / temperature), without the
-    factor temperature^2 that some give it; the label's term is at temperature 1.
+    factor temperature^2 that some authors add; the label term is at temperature 1.
 
-    Two collectives over the shard's group whatever S: MAX of both heads' maxima, then one SUM of
-    three numbers a token.
+    Runs two collectives over the shard's group for any S: MAX of both heads' maxima, then one SUM
+    of three numbers per token.
 
     Args:
-        hidden_SD: [S, D] normalised hidden states of the chosen tokens, in the compute type.
-        weight_VD: [V, D] this rank's rows of the student's head, same type.
+        hidden_SD: [S, D] normalised hidden states of the selected tokens, in the compute dtype.
+        weight_VD: [V, D] this rank's rows of the student's head, same dtype.
         labels_S: int64 [S], global token ids.
-        scored_S: int64 [S], which of the N scored tokens they are; None when they are all of them.
-        statistics: of the N scored tokens, from the same hidden states and weights.
-        teacher_SE: [S, E] the teacher's normalised hidden states of the same tokens, of any type.
-        teacher_weight_VE: [V, E] this rank's rows of its head, same type; the same rows of the same
-            vocabulary. The teacher gets no gradient.
-        shard: which rows of the vocabulary these are.
+        scored_S: int64 [S], indices of the tokens among the N scored ones; None if all are
+            selected.
+        statistics: statistics of the N scored tokens, from the same hidden states and weights.
+        teacher_SE: [S, E] the teacher's normalised hidden states of the same tokens, any dtype.
+        teacher_weight_VE: [V, E] the same vocabulary rows of the teacher's head, same dtype as
+            teacher_SE. The teacher gets no gradient.
+        shard: this rank's vocabulary rows.
         kl_weight: w, in [0, 1]: one number, or float32 [S].
         temperature: above 0.
-        chunk_bytes: size of the transient float32 blocks of both heads' logits together.
+        chunk_bytes: size of the transient float32 logits of both heads together.
 
     Returns:
         float32 [S] in nats. Its backward pass gives [S, D] and [V, D] gradients in the compute
-        type; products accumulate in float32 over chunks.
+        dtype; products accumulate in float32 over chunks.
     """
     loss_N, lse_N = statistics.loss_N, statistics.log_sum_exp_N
     kl_weight_S = (
@@ -107,13 +108,13 @@ class _SelectiveDistillation(torch.autograd.Function):
     ) -> torch.Tensor:
         heads = (hidden_SD, weight_VD, scored_S, logits_NV, teacher_SE, teacher_weight_VE)
         num_tokens = len(labels_S)
-        # Rows of both: the teacher's, the student's.
+        # Row 0: teacher, row 1: student.
         max_2S = loss_S.new_full((2, num_tokens), -torch.inf)
-        # Sums of the teacher's and the student's exponentials, and of the teacher's times the
+        # Sum of the teacher's exponentials, of the student's, and of the teacher's times the
         # difference of the two logits.
         sums_3S = loss_S.new_zeros(3, num_tokens)
         for rows in _chunks(num_tokens, shard, chunk_bytes):
-            if shard.num_real == 0:  # a shard of nothing but padding
+            if shard.num_real == 0:  # the shard is all padding
                 break
             student_CR, teacher_CR = _both_logits(heads, rows, shard.num_real, temperature)
             for which, z_CR in enumerate((teacher_CR, student_CR)):
@@ -179,7 +180,7 @@ class _SelectiveDistillation(torch.autograd.Function):
                 grad_weight_VD += dz_CV.t() @ hidden_SD[rows]
 
         if shard.group is not None and shard.group.size() > 1:
-            # Every rank holds the share of its own vocabulary rows in the hidden gradient.
+            # Each rank holds the contribution of its own vocabulary rows to the hidden gradient.
             all_reduce_(grad_hidden_SD, shard.group)
         grad_weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_SD, grad_weight, *(None,) * 11
@@ -193,14 +194,14 @@ def _chunks(num_tokens: int, shard: VocabShard, chunk_bytes: int) -> list[slice]
 def _both_logits(
     heads: Any, rows: slice, num_real: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [C, R] twice, over the temperature: the student's, and the teacher's."""
+    """Student's and teacher's logits divided by the temperature, float32 [C, R] each."""
     hidden_SD, weight_VD, scored_S, logits_NV, teacher_SE, teacher_weight_VE = heads
     if logits_NV is None:
         student_CV = hidden_SD[rows] @ weight_VD.t()
     else:
         student_CV = logits_NV[rows if scored_S is None else scored_S[rows]]
     teacher_CV = teacher_SE[rows] @ teacher_weight_VE.t()
-    # A division always makes new tensors: kept logits stay as they are.
+    # The division allocates new tensors, so kept logits are not modified.
     return (
         student_CV[:, :num_real].float() / temperature,
         teacher_CV[:, :num_real].float() / temperature,

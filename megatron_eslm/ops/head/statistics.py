@@ -15,8 +15,8 @@ from megatron_eslm.ops.head.dispatch import head_backend
 from megatron_eslm.parallel.collectives import all_reduce_
 
 CHUNK_BYTES = 128 * 2**20
-"""Most bytes of a transient block of logits; the full [N, V] never exists in float32 unless the
-model itself computes in float32 and keeps its logits."""
+"""Most bytes of a transient block of logits. The full [N, V] exists in float32 only if the model
+computes in float32 and keeps its logits."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class VocabShard:
     num_real: int
     group: dist.ProcessGroup | None = None
     kernel: HeadKernel = "auto"
-    """What computes statistics and gradients of these rows."""
+    """Backend that computes statistics and gradients of these rows."""
 
     @classmethod
     def of(
@@ -42,7 +42,7 @@ class VocabShard:
         group: dist.ProcessGroup | None = None,
         kernel: HeadKernel = "auto",
     ) -> VocabShard:
-        """The shard of this rank of `group`; padded_vocab_size must divide by the group size."""
+        """This rank's shard; padded_vocab_size must be a multiple of the group size."""
         size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
         assert padded_vocab_size % size == 0, (padded_vocab_size, size)
         rows = padded_vocab_size // size
@@ -50,7 +50,7 @@ class VocabShard:
         return cls(start, rows, max(0, min(rows, vocab_size - start)), group, kernel)
 
     def localise(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels as indices into this shard (0 where elsewhere) and where they are in it."""
+        """Labels as indices into this shard (0 if outside), and whether each is inside."""
         local = labels - self.start
         here = (local >= 0) & (local < self.num_real)
         return torch.where(here, local, 0), here
@@ -58,7 +58,7 @@ class VocabShard:
 
 @dataclass(frozen=True)
 class HeadStatistics:
-    """What one pass over the logits yields."""
+    """Statistics per token from one pass over the logits."""
 
     loss_N: torch.Tensor
     """float32, -log p(label), in nats."""
@@ -67,11 +67,11 @@ class HeadStatistics:
     entropy_N: torch.Tensor | None
     """float32, -sum p log p, in nats."""
     logits_NV: torch.Tensor | None
-    """Logits of this rank's shard in the compute type, where they were kept."""
+    """Logits of this rank's shard in the compute dtype, if kept."""
 
 
 def chunk_rows(num_rows_vocab: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Tokens a chunk, so that its float32 logits take at most `chunk_bytes`."""
+    """Tokens per chunk such that its float32 logits take at most `chunk_bytes`."""
     return max(1, chunk_bytes // (4 * num_rows_vocab))
 
 
@@ -86,22 +86,22 @@ def head_statistics(
     keep_logits: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> HeadStatistics:
-    """Loss and, if asked for, entropy of every token from one pass over its logits.
+    """Compute loss and, if requested, entropy of every token in one pass over the logits.
 
-    Two collectives over the shard's group whatever N: MAX of the maxima, then one SUM of
-    [sum e^z, sum e^z z, z_label] with z shifted by the maximum; H = log S - (sum e^z z) / S.
+    Runs two collectives over the shard's group for any N: MAX of the maxima, then one SUM of
+    [S = sum e^z, sum e^z z, z_label] with z shifted by the maximum; H = log S - (sum e^z z) / S.
 
     Args:
-        hidden_ND: [N, D] normalised hidden states in the compute type.
-        weight_VD: [V, D] this rank's rows of the head, same type.
+        hidden_ND: [N, D] normalised hidden states in the compute dtype.
+        weight_VD: [V, D] this rank's rows of the head, same dtype.
         labels_N: int64 [N], global token ids.
-        shard: which rows these are.
+        shard: this rank's vocabulary rows.
         entropy: whether to compute the entropy.
-        keep_logits: whether to keep the logits in the compute type for the backward pass.
+        keep_logits: whether to keep the logits in the compute dtype for the backward pass.
         chunk_bytes: most bytes of a transient block of logits.
 
     Returns:
-        HeadStatistics, float32 whatever the compute type. No gradient flows from it.
+        HeadStatistics, float32 for any compute dtype. No gradient flows through it.
     """
     num_tokens = hidden_ND.shape[0]
     logits_NV = hidden_ND.new_empty(num_tokens, shard.num_rows) if keep_logits else None
@@ -116,7 +116,7 @@ def head_statistics(
             entropy=entropy,
             chunk_bytes=chunk_bytes,
         )
-    else:  # a shard of nothing but padding
+    else:  # the shard is all padding
         max_N = hidden_ND.new_full((num_tokens,), -torch.inf, dtype=torch.float32)
         sums_3N = hidden_ND.new_zeros(3, num_tokens, dtype=torch.float32)
         if logits_NV is not None:

@@ -1,9 +1,9 @@
 """The head in PyTorch: online softmax statistics over tiles of tokens and vocabulary.
 
-On a CPU a tile stays in the cache from its matrix product to its last sum, and its buffers serve
-all tiles, so that nothing but weights and hidden states is read from memory; with blocks of whole
-rows a fifth of the head's time (float32) to a third (bf16) went into moving logits. On a GPU,
-where every operation is a launch, a tile is as many whole rows as the byte budget allows.
+On a CPU a tile stays in the cache from its matmul to its last sum, and all tiles reuse the same
+buffers, so only weights and hidden states are read from memory. With blocks of full rows, moving
+logits took a fifth (float32) to a third (bf16) of the head's time. On a GPU, where every operation
+is a kernel launch, a tile is as many full rows as the byte budget allows.
 
 Shape legend: N scored tokens, K kept tokens, D hidden, V rows of this rank's shard, W columns of a
 block; C tokens and T columns of a tile, R of them real.
@@ -20,7 +20,7 @@ CPU_TILE = (512, 4096)
 
 
 def tile_shape(num_columns: int, chunk_bytes: int, device: torch.device) -> tuple[int, int]:
-    """Tokens and columns of a tile, whose float32 logits take at most `chunk_bytes`."""
+    """Tokens and columns of a tile with at most `chunk_bytes` of float32 logits."""
     most = max(1, chunk_bytes // 4)
     if device.type == "cpu":
         columns = min(num_columns, CPU_TILE[1], most)
@@ -61,7 +61,7 @@ def partial_statistics(
                 logits_CT = logits_NV[rows, columns]
             torch.mm(hidden_CD, weight_VD[columns].t(), out=logits_CT)
             real = min(columns.stop, num_real) - columns.start
-            if real <= 0:  # padding, whose logits are kept all the same
+            if real <= 0:  # padding: its logits are kept but not counted
                 continue
             logits_CR = logits_CT[:, :real]
             z_CR = logits_CR
@@ -78,9 +78,9 @@ def partial_statistics(
 def _add_tile(
     z_CR: torch.Tensor, max_C: torch.Tensor, sums_3C: torch.Tensor, entropy: bool
 ) -> None:
-    """Online softmax: take a tile of logits, which is overwritten, into maximum and sums."""
+    """Online softmax: accumulate a tile of logits into maximum and sums. Overwrites the tile."""
     higher_C = torch.maximum(max_C, z_CR.amax(dim=1))
-    # Where all logits so far are -inf, a shift by -inf would make nan of those to come.
+    # If all logits so far are -inf, a shift by -inf would turn later ones into nan.
     shift_C = higher_C.masked_fill(higher_C == -torch.inf, 0.0)
     fall_C = (max_C - shift_C).masked_fill(sums_3C[0] == 0, 0.0)
     scale_C = fall_C.exp()

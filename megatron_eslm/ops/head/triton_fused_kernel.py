@@ -1,15 +1,14 @@
-"""Statistics of the head without any logits in memory: products and online softmax in one kernel.
+"""Statistics of the head without any logits in memory: matmul and online softmax in one kernel.
 
-Where `head_triton` writes logits once and reads them once (4 bytes a logit in half precision
-against 2 D operations), this kernel keeps a tile of them in registers: one program multiplies a
-tile of tokens with the tiles of one share of the vocabulary and leaves four numbers a token and
-share, which are put together afterwards. There are several shares a token tile, so that a few
-thousand tokens fill a GPU; programs of one share run side by side and read its weights from the
-cache. At D = 768 on an H100 the traffic saved is 1.2 ps a logit and the product 1.9 at best: the
-kernel wins where it reaches more than about 60 % of cuBLAS, at D = 1600 more than 77 %.
-Therefore `triton` is the default and this form is `--head-kernel triton-fused`;
-`benchmarks/head_kernel.py` measures both. Gradients, and statistics whose logits are kept, are
-those of `head_triton`.
+`triton_kernel` writes logits once and reads them once (4 bytes per logit in half precision, against
+2 D operations). This kernel keeps a tile of logits in registers. One program multiplies a tile of
+tokens with all tiles of one share of the vocabulary and writes four numbers per token and share,
+which are merged afterwards. Each token tile has several shares, so a few thousand tokens fill a
+GPU; programs of the same share run side by side and read its weights from the cache. At D = 768 on
+an H100 the saved traffic takes 1.2 ps per logit and the matmul at least 1.9: the kernel wins if it
+reaches more than about 60 % of cuBLAS' speed, at D = 1600 more than 77 %. Therefore `triton` is the
+default, and this backend is `--head-kernel triton-fused`; `benchmarks/head_kernel.py` measures
+both. Gradients, and statistics with kept logits, come from `triton_kernel`.
 
 Shape legend: N scored tokens, D hidden, V rows of this rank's shard, R shares of the vocabulary.
 """
@@ -29,7 +28,7 @@ __all__ = ["block_limits", "partial_statistics", "softmax_gradient"]
 
 
 class Tile(NamedTuple):
-    """Of one step of the product; powers of two, 16 or more."""
+    """Tile sizes of the matmul; powers of two, 16 or more."""
 
     tokens: int
     columns: int
@@ -37,11 +36,11 @@ class Tile(NamedTuple):
 
 
 TILES = {2: Tile(128, 128, 64), 4: Tile(128, 64, 32)}
-"""By bytes a number. As compiled for an A100 and an H100 they fit into shared memory and keep their
-registers."""
+"""Tile by bytes per number. Compiled for an A100 and an H100, the tiles fit into shared memory and
+do not spill registers."""
 NUM_WARPS, NUM_STAGES = 8, 3
 PROGRAMS = 1024
-"""That there should be at least, several for each of a GPU's processors."""
+"""Minimum number of programs to aim for: several per streaming multiprocessor of a GPU."""
 
 
 @triton.jit
@@ -65,7 +64,7 @@ def _fused_kernel(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """A tile of tokens against one share of the vocabulary a program."""
+    """Process one tile of tokens against one share of the vocabulary per program."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     share = tl.program_id(1)
     is_token = token < num_tokens
@@ -91,12 +90,12 @@ def _fused_kernel(
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             z = tl.dot(a, b, z, input_precision=PRECISION)
-        # Rounded to the compute type, as logits in memory are, which gradients are computed from.
+        # Round to the compute dtype, like the logits in memory from which gradients are computed.
         z = z.to(hidden_ptr.dtype.element_ty).to(tl.float32)
         label += tl.sum(tl.where(at[None, :] == column[:, None], z, 0.0), axis=1)
         z = tl.where(real[None, :], z, float("-inf"))
         higher = tl.maximum(top, tl.max(z, axis=1))
-        # Where all logits so far are -inf, a shift by -inf would make nan of those to come.
+        # If all logits so far are -inf, a shift by -inf would turn later ones into nan.
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         fall = tl.where(total == 0.0, 0.0, top - shift)
         scale = tl.exp(fall)
@@ -162,9 +161,9 @@ def partial_statistics(
         TOKENS=tile.tokens,
         COLUMNS=tile.columns,
         HIDDEN=tile.hidden,
-        # What torch's products do, unlike Triton's, which round float32 to TF32.
+        # Same precision as torch's matmuls; by default Triton rounds float32 to TF32.
         PRECISION="ieee" if hidden_ND.dtype == torch.float32 else "tf32",
-        # The interpreter multiplies the bits of bfloat16 as if they were integers.
+        # Triton's interpreter multiplies the bits of bfloat16 as integers.
         WIDEN=hidden_ND.device.type == "cpu",
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
@@ -173,10 +172,10 @@ def partial_statistics(
 
 
 def _together(max_RN: torch.Tensor, sums_3RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Statistics of all shares from those of each."""
+    """Merge the statistics of all shares."""
     total_RN, weighted_RN, label_RN = sums_3RN
     max_N = max_RN.amax(dim=0)
-    # A share whose logits are all -inf has nothing to add; -inf times 0 would be nan.
+    # A share whose logits are all -inf adds nothing; -inf times 0 would be nan.
     fall_RN = (max_RN - max_N).masked_fill(total_RN == 0, 0.0)
     scale_RN = fall_RN.exp()
     weighted_RN = scale_RN * (weighted_RN + fall_RN * total_RN)

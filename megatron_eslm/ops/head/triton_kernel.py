@@ -1,23 +1,22 @@
-"""The head on a CUDA device: cuBLAS products, and one Triton pass over the logits that they give.
+"""The head on a CUDA device: cuBLAS matmuls, and one Triton pass over the resulting logits.
 
-What it costs, for N scored and K kept tokens and L bytes a logit (2 in half precision):
+Cost for N scored and K kept tokens and L bytes per logit (2 in half precision):
 
-- Statistics: one product (2 N V D operations). Logits are written once and read once, 2 L N V
-  bytes; PyTorch's operations move about 40 N V (a float32 copy, maximum, difference, exponential
-  and sums, each a pass).
-- Gradient: three products of kept tokens (2 K V D operations each: logits again, hidden states,
-  weights), two with kept logits. The gradient at the logits takes the place of recomputed logits:
-  5 L K V bytes with what the products write and read, 4 L K V with kept logits, which the kernel
-  reads by index.
+- Statistics: one matmul (2 N V D operations). Logits are written once and read once, 2 L N V
+  bytes; PyTorch operations move about 40 N V bytes (float32 copy, maximum, difference, exponential
+  and sums, one pass each).
+- Gradient: three matmuls over kept tokens (2 K V D operations each: recomputed logits, hidden
+  states, weights), or two with kept logits. The gradient at the logits overwrites recomputed
+  logits. Traffic is 5 L K V bytes including the matmuls' reads and writes, 4 L K V with kept
+  logits, which the kernel reads by index.
 
 Two fully fused kernels (over token tiles for the hidden states, over vocabulary tiles for the
-weights) would write none of it, but each would compute the logits again: four products. On an H100
-(800 TFLOP/s at best, 3.35 TB/s) the fourth product takes 1.9 ps a logit at D = 768 and 4.0 at
-D = 1600, and the traffic that it saves 3.0; that is a draw only as long as kernels of ours keep up
-with cuBLAS in all four, which they do not. Nor is there an atomic operation in either form: the
-same input gives the same bits.
+weights) would write no logits, but each would recompute them: four matmuls. On an H100 (at most
+800 TFLOP/s, 3.35 TB/s) the fourth matmul takes 1.9 ps per logit at D = 768 and 4.0 at D = 1600, and
+the traffic that it saves takes 3.0. That breaks even only if our kernels match cuBLAS in all four,
+which they do not. No backend uses atomic operations: the same input gives the same bits.
 
-Blocks are bounded by a byte budget and nothing of size [N, V] exists, but for kept logits.
+Blocks are bounded by a byte budget; nothing of size [N, V] exists except kept logits.
 
 Shape legend: N scored tokens, K kept tokens, D hidden, V rows of this rank's shard, W columns of a
 block.
@@ -32,7 +31,7 @@ import triton.language as tl
 from megatron_eslm.ops.head.contract import BlockLimits, GradientBlock, slices
 
 COLUMNS = 4096
-"""Of a row that one program reads at a time, a power of two: 16 a thread."""
+"""Columns of a row that one program reads at a time, a power of two: 16 per thread."""
 NUM_WARPS = 8
 
 
@@ -48,7 +47,7 @@ def _statistics_kernel(
     ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One row of logits a program: its maximum, sums of exponentials and label's logit."""
+    """Compute maximum, sums of exponentials and label's logit of one row per program."""
     row = tl.program_id(0)
     # 64 bits: kept logits may have more than 2^31 elements.
     row_ptr = logits_ptr + row.to(tl.int64) * stride
@@ -60,7 +59,7 @@ def _statistics_kernel(
         real = at < num_real
         z = tl.load(row_ptr + at, mask=real, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(top, tl.max(z, axis=0))
-        # Where all logits so far are -inf, a shift by -inf would make nan of those to come.
+        # If all logits so far are -inf, a shift by -inf would turn later ones into nan.
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         fall = tl.where(total == 0.0, 0.0, top - shift)
         scale = tl.exp(fall)
@@ -93,7 +92,7 @@ def _gradient_kernel(
     INDEXED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """(softmax - onehot) grad of COLUMNS logits of one row; `out` may be `logits` itself."""
+    """Compute (softmax - onehot) grad of COLUMNS logits of one row; `out` may alias `logits`."""
     row = tl.program_id(0).to(tl.int64)
     source = tl.load(kept_ptr + row) if INDEXED else row
     at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -116,7 +115,7 @@ def statistics_of_logits(
 ) -> None:
     """Fill max_C and sums_3C (see HeadBackend.partial_statistics) from one read of the logits."""
     assert logits_CV.stride(1) == sums_3C.stride(1) == max_C.stride(0) == 1
-    if not len(logits_CV):  # no grid is empty
+    if not len(logits_CV):  # a launch grid must not be empty
         return
     _statistics_kernel[(len(logits_CV),)](
         logits_CV,
@@ -162,7 +161,7 @@ def partial_statistics(
 
 
 def softmax_gradient(block: GradientBlock, out_KW: torch.Tensor) -> None:
-    """See HeadBackend: in place of recomputed logits, or from kept ones in one pass."""
+    """See HeadBackend. Overwrites recomputed logits, or reads kept ones in one pass."""
     num_kept, width = out_KW.shape
     if not num_kept:
         return
@@ -175,7 +174,7 @@ def softmax_gradient(block: GradientBlock, out_KW: torch.Tensor) -> None:
         block.kept_K,
         block.lse_K,
         block.column_K,
-        # Upstream gradients may be expanded from one number.
+        # Upstream gradients may be an expanded scalar.
         block.grad_K.contiguous(),
         out_KW,
         logits.stride(0),

@@ -1,1 +1,1 @@
-"""One file a policy."""
+"""The policies, one per file."""

@@ -1,4 +1,4 @@
-"""ESLM: the riskiest sequences, and of these the riskiest tokens."""
+"""ESLM: keep the riskiest sequences, and their riskiest tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ESLM(SelectionPolicy):
         return statistics.entropy_N
 
     def score_sequences(self, scored: ScoredBatch) -> torch.Tensor:
-        # Mean over valid positions (line 4); a row without any has no score at all.
+        # Mean over valid positions (line 4); a row without any is excluded.
         num_valid_M = scored.valid_MP.sum(dim=1)
         sum_M = torch.where(scored.valid_MP, scored.risk_MP, 0.0).sum(dim=1)
         return torch.where(num_valid_M > 0, sum_M / num_valid_M.clamp(min=1), EXCLUDED)

@@ -1,14 +1,14 @@
-"""GREATS: the sequences whose gradients together lower the validation loss most.
+"""GREATS: keep the sequences whose gradients together lower the validation loss most.
 
 Source: Wang et al. (2024), "GREATS: Online Selection of High-Quality Data for LLM Training in Every
-Iteration". A step with learning rate eta over chosen sequences S changes the validation loss, to
-second order and with the Hessian replaced by the identity, so that adding z gains
+Iteration". For a step with learning rate eta over the selected sequences S, expand the validation
+loss to second order and replace the Hessian by the identity. Adding z to S then gains
 
     U(z | S) = <g_z, g_val> - eta sum_{z' in S} <g_z, g_z'>        (in units of eta)
 
-and sequences are chosen greedily until the keep rule's number is reached. All tokens of a kept
-sequence are trained on. Each data-parallel rank chooses alone among its own sequences: pairs over
-ranks would need all of their activations in one place.
+Sequences are selected greedily up to the keep rule's number. All tokens of a kept sequence are
+trained on. Each data-parallel rank selects among its own sequences only: pairs across ranks would
+need the activations of all ranks in one place.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from megatron_eslm.selection.scored import ScoredBatch
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, in which order, for what gain."""
+    """The selected sequences, in order, and the gains of all."""
 
     order: list[int]
-    """Sequences in the order in which they were chosen."""
+    """Sequences in the order of selection."""
     gains: list[float]
-    """Gain U when chosen; of the others, the gain if chosen next. EXCLUDED for sequences without
+    """Gain U when selected; for the rest, the gain if selected next. EXCLUDED for sequences without
     labels, nan where products are not finite."""
 
 
 def choose_greedily(
     products: GradientProducts, learning_rate: float, takes_part: list[bool], alpha: float
 ) -> Choice:
-    """The keep rule's number of sequences, each time the one that gains most.
+    """Select the keep rule's number of sequences, each time the one with the highest gain.
 
-    Ties go to the lower index. A sequence whose products are not finite is chosen first, so that
-    the problem surfaces, has gain nan, and leaves the other gains alone.
+    Ties go to the lower index. Sequences with non-finite products are selected first so the problem
+    surfaces; their gain is nan, and they do not affect other gains.
 
     Args:
-        products: of M sequences.
+        products: gradient products of M sequences.
         learning_rate: eta.
-        takes_part: M, false for sequences without any label.
+        takes_part: length M, false for sequences without any label.
         alpha: share to drop.
     """
     gains = products.validation_M.tolist()
@@ -69,13 +69,13 @@ def choose_greedily(
 
 @register("greats")
 class Greats(SelectionPolicy):
-    """Keep the sequences that training.gradient_alignment's pass has found to gain most."""
+    """Keep the sequences that `choose_greedily` selects from `training.gradient_alignment`."""
 
     sequence_source = "policy"
     needs_gradients = True
     reads = frozenset({"greats_valid_share"})
     _choice: Choice | None = None
-    """Of the micro-step to come."""
+    """The choice for the next micro-step."""
 
     def choose(self, products: GradientProducts, learning_rate: float, batch: Batch) -> None:
         """Decide on the rows of the micro-step that comes next."""
@@ -88,7 +88,10 @@ class Greats(SelectionPolicy):
         return torch.tensor(self._choice.gains, device=scored.valid_MP.device)
 
     def keep(self, scores: torch.Tensor, phase: str) -> KeepDecision:
-        """What was chosen. Not the highest gains: a gain rises where gradients oppose."""
+        """The rows selected by `choose`, not the highest final gains.
+
+        Greedy updates raise the gain of sequences whose gradients oppose the selected ones.
+        """
         assert self._choice is not None
         choice, self._choice = self._choice, None
         keep = torch.zeros_like(scores, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The control beside every claim: the same shares, drawn at random."""
+"""Random control: keep the same shares, drawn at random."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_eslm.selection.scored import ScoredBatch
 
 @register("random")
 class RandomControl(SelectionPolicy):
-    """Random sequences, and of these random tokens.
+    """Keep random sequences, and random tokens of these.
 
     The draw depends on seed, step and the row's number in the step or global micro-batch, so every
-    layout drops the same sequences and tokens. Nothing is scored, so sequences that are dropped
-    within a micro-batch are dropped right after the embedding.
+    layout drops the same sequences and tokens. Selection needs no logits, so within a micro-batch
+    sequences are dropped right after the embedding.
     """
 
     sequence_source = token_source = "policy"

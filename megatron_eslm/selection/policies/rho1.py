@@ -1,4 +1,4 @@
-"""Rho-1: keep the tokens whose loss exceeds that of a reference model by most."""
+"""Rho-1: keep the tokens whose loss exceeds a reference model's loss most."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from megatron_eslm.selection.scored import ScoredBatch
 class Rho1(SelectionPolicy):
     """Selective language modelling (Lin et al. 2024, "Rho-1: Not All Tokens Are What You Need").
 
-    A token's score is its excess loss l_theta - l_ref (eq. 3 there); the 1 - alpha of largest
-    excess enter the loss (eqs. 4 and 5, with k% = 1 - alpha). All sequences are read in full.
+    A token's score is its excess loss l_theta - l_ref (eq. 3 there). The share 1 - alpha of tokens
+    with the largest excess enters the loss (eqs. 4 and 5, with k% = 1 - alpha). No sequences are
+    dropped.
     """
 
     token_source = "head"
@@ -21,5 +22,5 @@ class Rho1(SelectionPolicy):
 
     def score_tokens(self, scored: ScoredBatch) -> torch.Tensor:
         excess_MP = scored.risk_MP - scored.reference_MP
-        # An infinite loss of the reference must not pass for a token that takes no part.
+        # An infinite reference loss would give -inf, the score of an excluded token.
         return torch.where(scored.reference_MP.isfinite(), excess_MP, torch.nan)

@@ -1,4 +1,4 @@
-"""The tokens that a model is least certain of, by their loss."""
+"""Uncertainty: keep the tokens that the model is least certain of, by their loss."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from megatron_eslm.selection.scored import ScoredBatch
 
 @register("uncertainty")
 class Uncertainty(SelectionPolicy):
-    """Keep the --uncertainty-quantile of tokens of highest loss, of all sequences (2503.16511).
+    """Keep the --uncertainty-quantile of tokens with the highest loss (arXiv 2503.16511).
 
-    The objective of the same name says what is done with the others.
+    The objective of the same name handles the other tokens.
     """
 
     token_source = "head"
