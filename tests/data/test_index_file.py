@@ -146,8 +146,8 @@ def _socket(path: Path) -> None:
 @pytest.mark.parametrize(
     ("replace", "says"),
     [
-        (_pipe, "must be a regular file and is a named pipe"),
-        (Path.mkdir, "must be a regular file and is a folder"),
+        (_pipe, "must be a regular file but is a named pipe"),
+        (Path.mkdir, "must be a regular file but is a folder"),
         (_socket, "cannot be read"),
         (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels"),
         (lambda path: None, r"there is no file .*preprocess_data"),

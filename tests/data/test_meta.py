@@ -49,8 +49,8 @@ def _set(key: str, value: Any):
     ("change", "says"),
     [
         (lambda text: "", "is not JSON"),
-        (lambda text: "[]", "the whole: "),
-        (lambda text: '"text"', "the whole: "),
+        (lambda text: "[]", "top level: "),
+        (lambda text: '"text"', "top level: "),
         (lambda text: "{}", "tokenizer: field required"),
         (lambda text: "[" * 100_000, "nested too deep"),
         (lambda text: '{"tokenizer":' * 100_000, "nested too deep"),
@@ -100,5 +100,5 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.meta.json")
     (tmp_path / "b.meta.json").mkdir()
     for name, kind in (("a", "a named pipe"), ("b", "a folder")):
-        with pytest.raises(ConfigError, match=f"must be a regular file and is {kind}.*delete"):
+        with pytest.raises(ConfigError, match=f"must be a regular file but is {kind}.*delete"):
             read_meta(str(tmp_path / name))

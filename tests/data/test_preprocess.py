@@ -261,7 +261,7 @@ def test_output_that_appears_meanwhile_is_kept(tmp_path):
 def test_prefix_that_names_no_file(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConfigError, match=r"^--output-prefix .* (is a folder|is no path)"):
+    with pytest.raises(ConfigError, match=r"^--output-prefix .* (is a folder|is not a path)"):
         preprocess(["x"], name, ByteTokenizer(), documents=["text"])
     assert nothing_but(tmp_path, "folder")
 

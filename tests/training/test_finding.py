@@ -148,7 +148,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
         manifest(lambda m: m["files"].update({"tokenizer": {"bytes": 4096, "crc32": 1}})),
         "tokenizer has|tokenizer must be a regular file",
     ),
-    "a pipe": (pipe, r"state\.json must be a regular file and is a named pipe"),
+    "a pipe": (pipe, r"state\.json must be a regular file but is a named pipe"),
     # Files of other checkpoints.
     "state of another iteration": (
         take("state.json", "run/iter_0000003"),

@@ -186,7 +186,7 @@ def test_what_could_not_be_read_back_is_not_published(data: list[str], tmp_path:
 
     argv = words(data, "--save", tmp_path / "run", iters=2)
     (text,) = run_ranks(1, lambda rank: stopped(argv, spoil, None))
-    assert "state.json is not as it was written: tokens: input should be greater than" in text
+    assert "state.json has invalid contents: tokens: input should be greater than" in text
     assert [p.name for p in (tmp_path / "run").iterdir()] == []
 
 
