@@ -1,4 +1,4 @@
-"""Where the text comes from and how it is cut into sequences."""
+"""Options for the training data and its tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DataOptions:
 
     data_path: tuple[str, ...] = ()
     """Prefix of a Megatron .bin/.idx pair, or `weight1 prefix1 weight2 prefix2 ...` to mix domains
-    by token weight. Without it the demo corpus is used."""
+    by token weight. Default: the demo corpus."""
 
     split: Annotated[str, Commas()] = "98,1,1"
     """Shares of the documents for training, validation and test, as Megatron reads them."""
@@ -27,8 +27,8 @@ class DataOptions:
     """Folder for the sample indices; default: `cache/` beside the first prefix."""
 
     tokenizer_type: TokenizerType | None = None
-    """Tokenizer of the data; default: the one stored beside the data by tools/preprocess_data.py.
-    Given, it must be that one."""
+    """Tokenizer of the data; default: the one that tools/preprocess_data.py stored beside the data.
+    If given, it must match the stored one."""
 
     vocab_file: str | None = None
     """GPT2BPETokenizer: vocabulary (vocab.json)."""
@@ -41,7 +41,7 @@ class DataOptions:
     that holds one, or the name of a model on the Hugging Face hub."""
 
     eod_mask_loss: bool = False
-    """Leave out of scores and loss what follows an end-of-document token directly."""
+    """Exclude the token after each end-of-document token from scores and loss."""
 
     label_noise: Annotated[
         float,
@@ -58,8 +58,8 @@ class DataOptions:
     """Loader processes on each rank; 0 loads in the training process."""
 
     max_epochs: Annotated[float, POSITIVE] = 1.0
-    """How often any domain may be read. Training that would read one more often is refused before
-    it starts; raise this to consent to the repetition."""
+    """Maximum number of times that a domain may be read. A run that would read one more often is
+    refused at start; raise this to allow the repetition."""
 
     def __post_init__(self) -> None:
         check_fields(self)

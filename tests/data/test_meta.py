@@ -73,13 +73,13 @@ def _set(key: str, value: Any):
         (_set("bin_sha256", 5), "bin_sha256: "),
         (_set("idx_bytes", None), "idx_bytes: "),
         (_set("format_version", "1"), "format_version: "),
-        (_set("format_version", 99), "has format version 99, this reads 1"),
+        (_set("format_version", 99), "has format version 99, not 1"),
         (_set("surplus", 1), "surplus: "),
         # Of the right type, and not true.
         (_set("max_token_id", 9999), None),
         (_set("documents", 19), "says 19 documents, the files have 20"),
         (_set("tokens", 199), "says 199 tokens, the files have 200"),
-        (_set("idx_sha256", "0" * 64), r"a\.idx is damaged or of another run"),
+        (_set("idx_sha256", "0" * 64), r"a\.idx is damaged or from another run"),
     ],
 )
 def test_what_is_not_as_it_was_written(pair: tuple[str, str], change, says: str | None) -> None:
@@ -88,7 +88,7 @@ def test_what_is_not_as_it_was_written(pair: tuple[str, str], change, says: str 
     Path(f"{prefix}.meta.json").write_text(change(text))
     for read, expected in (
         (lambda: open_data(DataOptions(data_path=(prefix,))), "holds the id 9999, beyond"),
-        (lambda: verify_data(prefix), "says that the largest id is 9999, and it is 256"),
+        (lambda: verify_data(prefix), "says that the largest id is 9999, but it is 256"),
     ):
         with pytest.raises(ConfigError, match=says or expected) as caught:
             read()

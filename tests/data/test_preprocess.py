@@ -168,7 +168,7 @@ def test_killed_worker_is_an_error(tmp_path, documents):
         def encode_arrays(self, texts):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(ConfigError, match="was killed, most likely for want of memory"):
+    with pytest.raises(ConfigError, match="was killed, most likely for lack of memory"):
         preprocess(["x"], str(tmp_path / "out"), Fatal(), documents=documents, workers=2)
     assert nothing_but(tmp_path)
 
@@ -406,5 +406,5 @@ def test_verify_finds_what_open_data_does_not_read(tmp_path, corpus, gpt2):
     ids[20] ^= 1
     (tmp_path / "out.bin").write_bytes(ids)
     open_data(DataOptions(data_path=(prefix,)))
-    with pytest.raises(ConfigError, match=r"out\.bin is damaged or of another run: its checksum"):
+    with pytest.raises(ConfigError, match=r"out\.bin is damaged or from another run: its checksum"):
         verify_data(prefix)

@@ -236,7 +236,7 @@ def test_what_cannot_be_read_is_refused(domains: list[str]) -> None:
     assert "it holds float16 [7]" in refusal()
     path.write_bytes(whole)
     path.with_suffix(".json").write_text(facts.replace(meta_of(domains[0]).data[:20], "0" * 20))
-    assert f"was made of other text than {domains[0]}.bin" in refusal()
+    assert f"was made from other text than {domains[0]}.bin" in refusal()
 
 
 def test_damage_is_found_before_more_is_written_and_by_verification(domains: list[str]) -> None:

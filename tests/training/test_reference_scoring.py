@@ -237,7 +237,7 @@ def test_what_cannot_be_scored_is_refused(
     moved = {**weights, "final_norm.bias": weights["final_norm.bias"] + 1}
     write_weights(tmp_path / "moved", moved, SHAPE, tmp_path / "tokenizer", "test")
     message = refusal(*arguments(tmp_path / "moved", prefix))
-    assert "holds losses of something else (weights: " in message and "--overwrite" in message
+    assert "holds losses from another source (weights: " in message and "--overwrite" in message
     assert run_tool(*arguments(tmp_path / "moved", prefix, "--overwrite")) == 0
     broken = {**weights, "final_norm.bias": weights["final_norm.bias"] + 3e38}
     write_weights(tmp_path / "broken", broken, SHAPE, tmp_path / "tokenizer", "test")
