@@ -165,8 +165,8 @@ class _Wait:
         return ConfigError(
             f"rank {self.launch.rank} waited {self.limit} for {missing} at {self.where}, in vain. "
             "Start all ranks with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE, make sure that "
-            "no firewall separates the machines, and raise --rendezvous-timeout-minutes if the "
-            "ranks start further apart than that."
+            "no firewall separates the machines, and if they start further apart than that, "
+            "raise --rendezvous-timeout-minutes."
         )
 
 

@@ -103,7 +103,7 @@ def test_what_the_hub_does_not_give(hub):
         build_tokenizer("HuggingFaceTokenizer", tokenizer_model="gpt2")
     with pytest.raises(ConfigError, match="--input gpt2 is not a local path"):
         folder_to_checkpoint("gpt2", "run")
-    with pytest.raises(ConfigError, match=r"--input squad .* data set .* cannot be fetched"):
+    with pytest.raises(ConfigError, match=r"--input squad .* data set .* cannot be downloaded"):
         check_data_set("--input", "squad")
     hub.answer = not_found()
     with pytest.raises(ConfigError, match=r"--input no/model .* has no model of that name"):

@@ -29,9 +29,7 @@ def test_links_are_followed(folder, caplog):
     (folder / "linked").symlink_to(folder.parent / "elsewhere")
     (folder / "z.txt").symlink_to(folder.parent / "elsewhere" / "d.txt")
     (folder.parent / "elsewhere" / "d.txt").touch()
-    with pytest.raises(
-        ConfigError, match=r"linked/d\.txt and .*z\.txt are the same through a link"
-    ):
+    with pytest.raises(ConfigError, match=r"linked/d\.txt and .*z\.txt are the same through"):
         found(folder)
     (folder / "z.txt").unlink()
     assert found(folder) == ["a.jsonl", "linked/c.jsonl", "linked/d.txt", "sub/b.jsonl"]

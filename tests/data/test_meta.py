@@ -57,7 +57,7 @@ def _set(key: str, value: Any):
         (lambda text: text.replace('"documents"', '"tokens"'), "'tokens' is given twice"),
         (_set("tokenizer", None), "tokenizer: "),
         (_set("tokenizer", []), "tokenizer: "),
-        (_set("tokenizer.identity", 5), r"\(tokenizer\) is not .* identity: "),
+        (_set("tokenizer.identity", 5), r"\(tokenizer\) has .* identity: "),
         (_set("tokenizer.identity", "abc"), "identity: string should match pattern"),
         (_set("tokenizer.extra", None), "extra: "),
         (_set("tokenizer.eod", "256"), "eod: "),
@@ -77,8 +77,8 @@ def _set(key: str, value: Any):
         (_set("surplus", 1), "surplus: "),
         # Of the right type, and not true.
         (_set("max_token_id", 9999), None),
-        (_set("documents", 19), "says 19 documents, the files have 20"),
-        (_set("tokens", 199), "says 199 tokens, the files have 200"),
+        (_set("documents", 19), "says 19 documents, but the files have 20"),
+        (_set("tokens", 199), "says 199 tokens, but the files have 200"),
         (_set("idx_sha256", "0" * 64), r"a\.idx is damaged or from another run"),
     ],
 )

@@ -351,7 +351,7 @@ def test_a_cache_that_would_run_code_is_refused(two, tmp_path, capfd):
     _an_object(cache / "domain.npy")
     (cache / RECORD).unlink()
     _seal(cache, "")
-    with pytest.raises(ConfigError, match=r"blend-train-.* has invalid contents"):
+    with pytest.raises(ConfigError, match=r"blend-train-.* is damaged"):
         build(two)
     assert "executed" not in capfd.readouterr().out
 

@@ -102,7 +102,7 @@ def test_existing_output(tmp_path, corpus, gpt2):
     prefix = str(tmp_path / "out")
     preprocess([corpus], prefix, gpt2)
     before = (tmp_path / "out.bin").read_bytes()
-    with pytest.raises(ConfigError, match=r"out\.bin and .*out\.idx exists already.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"out\.bin and .*out\.idx already exists.*--overwrite"):
         preprocess([corpus], prefix, ByteTokenizer())
     assert (tmp_path / "out.bin").read_bytes() == before
     preprocess([corpus], prefix, ByteTokenizer(), overwrite=True)
@@ -251,7 +251,7 @@ def test_output_that_appears_meanwhile_is_kept(tmp_path):
         yield "ours"
         (tmp_path / "out.bin").write_bytes(b"theirs")
 
-    with pytest.raises(ConfigError, match=r"out\.bin exists already.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"out\.bin already exists.*--overwrite"):
         preprocess(["x"], str(tmp_path / "out"), ByteTokenizer(), documents=texts())
     assert (tmp_path / "out.bin").read_bytes() == b"theirs"
     assert nothing_but(tmp_path, "out.bin")

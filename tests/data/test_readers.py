@@ -271,7 +271,7 @@ def test_standard_input(monkeypatch):
     with pytest.raises(ConfigError, match="twice"):
         list(read_documents(["-", "x.jsonl", "-"]))
     monkeypatch.setattr(stdin, "isatty", lambda: True, raising=False)
-    with pytest.raises(ConfigError, match="none is connected"):
+    with pytest.raises(ConfigError, match="nothing is piped in"):
         list(read_documents(["-"]))
 
 

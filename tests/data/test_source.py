@@ -171,9 +171,7 @@ def test_an_index_is_compared_with_its_checksum(domains):
     assert data[17] == 8
     data[17] = 3
     idx.write_bytes(data)
-    with pytest.raises(
-        ConfigError, match=r"alpha\.idx is damaged or from another run: its checksum"
-    ):
+    with pytest.raises(ConfigError, match=r"alpha\.idx is damaged or from another run: its"):
         opened(domains[0])
     os.unlink(domains[0] + ".meta.json")
     opened(domains[0], tokenizer_type="ByteTokenizer")  # the ids themselves are what they were
