@@ -1,1 +1,1 @@
-"""A checkpoint that any layout writes and any layout reads: saved, found, loaded, continued."""
+"""Layout-independent checkpoints: save, find, load, resume."""

@@ -1,4 +1,4 @@
-"""Whether the adapters of a checkpoint (model/lora.py) and those of a run are the same."""
+"""Check that the adapters of a checkpoint (model/lora.py) match those of the run."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ _TO_WEIGHTS = "start a new run from its weights with --finetune"
 
 
 def check_adapters(run: RunConfig, found: CheckpointInfo | None) -> None:
-    """Refuse a checkpoint whose adapters are not those that the run trains.
+    """Refuse a checkpoint whose adapters differ from those that the run trains.
 
     Args:
-        run: with or without adapters.
-        found: the checkpoint that it starts from; None where --load holds none yet.
+        run: the run, with or without adapters.
+        found: the checkpoint to start from; None if --load contains none yet.
 
     Raises:
-        ConfigError: it can neither continue that checkpoint nor start from it.
+        ConfigError: the run can neither continue nor start from that checkpoint.
     """
     ours = run.model.lora
     if found is None:
         if ours is not None:
             raise ConfigError(
-                f"{_flags(ours)} trains adapters beside weights and --load {run.checkpoint.load} "
-                "holds no checkpoint yet. Put the weights to start from there, or --load them from "
-                "where they are."
+                f"{_flags(ours)} trains adapters beside existing weights, but --load "
+                f"{run.checkpoint.load} contains no checkpoint. Put the weights there, or --load "
+                "them from another folder."
             )
         return
-    if found.kind == "weights":  # they never hold any
+    if found.kind == "weights":  # weights-only checkpoints have no adapters
         return
     theirs = found.lora
     if ours == theirs:
@@ -37,14 +37,13 @@ def check_adapters(run: RunConfig, found: CheckpointInfo | None) -> None:
     if theirs is None:
         assert ours is not None
         raise ConfigError(
-            f"{found.folder} was saved in training without adapters, which {_flags(ours)} cannot "
+            f"{found.folder} was trained without adapters, which {_flags(ours)} cannot "
             f"continue. Leave --lora-rank out, or {_TO_WEIGHTS}."
         )
     here = "without --lora-rank" if ours is None else f"with {_flags(ours)}"
     raise ConfigError(
-        f"{found.folder} holds adapters of {_flags(theirs)} and cannot be continued {here}. Give "
-        f"{_flags(theirs)}; or, to train what they made of the model further, {_TO_WEIGHTS}, which "
-        "merges them."
+        f"{found.folder} has adapters of {_flags(theirs)} and cannot be continued {here}. Give "
+        f"{_flags(theirs)}; or, to merge the adapters, {_TO_WEIGHTS}."
     )
 
 

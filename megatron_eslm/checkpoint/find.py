@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from, and what is known of it before any tensor is read."""
+"""Find and open a checkpoint; checks everything but the tensors' values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_eslm.model.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
-# run.json tells people more than programs use, and later versions may tell more still.
+# run.json has more fields than are read here, and later versions may add others.
 _USED = pydantic.ConfigDict(**{**STRICT, "extra": "ignore"})
 
 
@@ -82,7 +82,7 @@ class _Domain:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run(Stamp):
-    """What is used of run.json."""
+    """Fields used of run.json."""
 
     __pydantic_config__ = _USED
     shape: ModelShape
@@ -96,7 +96,7 @@ def _is_range(part: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class _TrainingRun(_Run):
-    """What is used of run.json where a run saved it."""
+    """Fields used of run.json in a training checkpoint."""
 
     __pydantic_config__ = _USED
     options: _Options
@@ -110,7 +110,7 @@ class _TrainingRun(_Run):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """A complete checkpoint, whose files agree with each other."""
+    """A complete and consistent checkpoint."""
 
     folder: Path
     manifest: Manifest
@@ -118,51 +118,51 @@ class CheckpointInfo:
     """run.json: "options", "data" (fingerprint), "domains" and more. A checkpoint of kind
     "weights" has no options and no data."""
     shape: ModelShape
-    """Of the model in it."""
+    """Shape of the model."""
     lora: Lora | None = None
-    """Adapters in it."""
+    """Adapters of the model, if any."""
     train_state: TrainState | None = None
 
     @property
     def kind(self) -> str:
-        """ "training", or "weights" for one without optimizer and state."""
+        """ "training", or "weights" for a checkpoint without optimizer and state."""
         return self.manifest.kind
 
     @property
     def tokenizer_dir(self) -> Path | None:
-        """The tokenizer it carries."""
+        """Folder of the stored tokenizer; None if there is none."""
         inside = f"{manifests.TOKENIZER}/"
         if any(name.startswith(inside) for name in self.manifest.files):
             return self.folder / manifests.TOKENIZER
         return None
 
     def as_weights(self) -> CheckpointInfo:
-        """The same as if it held weights alone, with what adapters it has merged into them."""
+        """View it as a weights-only checkpoint; adapters are merged into the weights on reading."""
         files = {name: entry for name, entry in self.manifest.files.items() if name != STATE}
         manifest = dataclasses.replace(self.manifest, kind="weights", files=files)
         return dataclasses.replace(self, manifest=manifest, lora=None, train_state=None)
 
     def state(self) -> TrainState:
-        """The TrainState it holds, for the caller to change."""
+        """A copy of the stored TrainState."""
         assert self.train_state is not None, "a checkpoint of weights has no state"
         return copy.deepcopy(self.train_state)
 
 
 def open_checkpoint(folder: Path) -> CheckpointInfo:
-    """A checkpoint whose files are as they were written and belong together.
+    """Open a checkpoint after verifying that its files are intact and belong together.
 
     Raises:
-        ConfigError: foreign, incomplete, damaged, or put together from several checkpoints.
+        ConfigError: it is foreign, incomplete, damaged, or mixed from several checkpoints.
     """
     return read_contents(folder, manifests.verify(folder))
 
 
 def read_contents(folder: Path, manifest: Manifest) -> CheckpointInfo:
-    """Read and compare all that is in a checkpoint, the tensors' numbers aside.
+    """Read and cross-check everything in a checkpoint but the tensors' values.
 
     Args:
-        folder: of a checkpoint, or of one that is about to be published.
-        manifest: of it; the sums in it are not looked at.
+        folder: a checkpoint, or a draft about to be published.
+        manifest: its manifest; the checksums in it are not verified.
 
     Raises:
         ConfigError: its files do not fit together.
@@ -209,7 +209,7 @@ def _check_tensors(folder: Path, manifest: Manifest, shape: ModelShape, lora: Lo
     if index.adam_step > (manifest.iteration if manifest.kind == "training" else 0):
         raise damaged(
             folder,
-            f"{TENSORS} counts {index.adam_step} steps of Adam, more than there have been",
+            f"{TENSORS} counts {index.adam_step} steps of Adam, more than the run has made",
         )
     if unlisted := index.files - manifest.files.keys():
         raise damaged(
@@ -220,10 +220,10 @@ def _check_tensors(folder: Path, manifest: Manifest, shape: ModelShape, lora: Lo
 
 
 def find_checkpoint(load: str | Path, tag: str | None = None) -> CheckpointInfo:
-    """The newest complete checkpoint under a folder, or exactly the one that is named.
+    """Find the newest complete checkpoint under a folder, or open the one that is named.
 
     Raises:
-        ConfigError: nothing there, or nothing that is whole; every refused one with its reason.
+        ConfigError: there is no complete checkpoint; gives the reason for each refused one.
     """
     path = Path(load)
     if tag is not None:
@@ -238,14 +238,14 @@ def find_checkpoint(load: str | Path, tag: str | None = None) -> CheckpointInfo:
         raise ConfigError(f"--load {path} cannot be read: {error.strerror}.") from error
     if not candidates:
         raise ConfigError(
-            f"--load {path} holds no checkpoint (folders iter_0000100 and the like). A folder "
-            "written by another system comes in through tools/convert_from_hf.py."
+            f"--load {path} contains no checkpoint (folders such as iter_0000100). Convert Hugging "
+            "Face models with tools/convert_from_hf.py."
         )
     reasons = []
     for folder in candidates:
         try:
             return open_checkpoint(folder)
         except ConfigError as error:
-            logger.warning("%s Trying the one before it.", error)
+            logger.warning("%s Trying the previous checkpoint.", error)
             reasons.append(str(error))
-    raise ConfigError(f"--load {path} holds no complete checkpoint. " + " ".join(reasons))
+    raise ConfigError(f"--load {path} contains no complete checkpoint. " + " ".join(reasons))

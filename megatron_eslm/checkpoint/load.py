@@ -1,4 +1,4 @@
-"""A model, or an engine with its optimizer, filled from a checkpoint of any layout."""
+"""Load a checkpoint of any layout into a model or an engine."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 def load_model(model: torch.nn.Module, mesh: Mesh, found: CheckpointInfo) -> None:
-    """Fill a model, or a pipeline stage of one, with this rank's part of the weights. Collective.
+    """Load this rank's part of the weights into a model or a pipeline stage. Collective.
 
-    Adapters stay as they are; those of the checkpoint, if it has any, are merged.
+    The model's adapters are left unchanged. Adapters of the checkpoint are merged into its weights.
 
     Args:
-        model: not yet in an engine; any tensor-parallel size, any type.
-        mesh: this rank's place.
+        model: a model not yet wrapped by an engine; any tensor-parallel size and dtype.
+        mesh: this rank's position in the mesh.
         found: a checkpoint of either kind.
 
     Raises:
-        ConfigError: a parameter is missing there or has another shape.
+        ConfigError: a parameter is missing in the checkpoint or has another shape.
     """
 
     @torch.no_grad()
@@ -52,12 +52,12 @@ def load_engine(engine: Engine, found: CheckpointInfo, *, optimizer: bool = True
     """Restore weights, optimizer and loss scale; return the state. Collective over all ranks.
 
     Args:
-        engine: newly built.
-        found: a checkpoint with a state.
-        optimizer: whether moments, step count and loss scale are restored or stay as they are.
+        engine: a newly built engine.
+        found: a training checkpoint.
+        optimizer: also restore moments, step count and loss scale.
 
     Raises:
-        ConfigError: a parameter is missing there or has another shape.
+        ConfigError: a parameter is missing in the checkpoint or has another shape.
     """
     state = OptimizerState(engine)
 
@@ -76,7 +76,7 @@ def load_engine(engine: Engine, found: CheckpointInfo, *, optimizer: bool = True
     on_every_rank(restore)
     state.publish()
     train_state = found.state()
-    # DeepSpeed's own monitors count with these.
+    # DeepSpeed's monitors use these counters.
     engine.ds.global_steps = train_state.iteration
     engine.ds.global_samples = train_state.consumed_samples
     return train_state

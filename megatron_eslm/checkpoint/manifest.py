@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: which files it has, what is in them, and whose they are."""
+"""The manifest of a checkpoint: its files, their sizes and checksums, and its run."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ RUN, STATE, TENSORS, TOKENIZER = "run.json", "state.json", "tensors.json", "toke
 _NAME = re.compile(r"iter_(\d{7,})")
 
 RunId = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{32}$")]
-"""Made at the start of a run and kept when it continues."""
+"""Created at the start of a run and kept when the run continues."""
 
 
 def new_run_id() -> str:
-    """For a run that begins."""
+    """Create the ID of a new run."""
     return uuid.uuid4().hex
 
 
 class Stamped(Protocol):
-    """A file, or what was read of it, that says which checkpoint it belongs to.
+    """Something that names the checkpoint it belongs to.
 
-    Sums do not tell that a whole file, with its entry in the manifest, is another checkpoint's.
+    Checksums cannot detect a file that was copied from another checkpoint with its manifest entry.
     """
 
     @property
@@ -48,7 +48,7 @@ class Stamped(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Stamp:
-    """Which checkpoint something belongs to."""
+    """Identity of a checkpoint: run and iteration."""
 
     __pydantic_config__ = STRICT
 
@@ -68,7 +68,7 @@ Name = Annotated[str, pydantic.AfterValidator(_inside)]
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One file."""
+    """Size and checksum of one file."""
 
     __pydantic_config__ = STRICT
 
@@ -78,7 +78,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Stamp):
-    """What manifest.json holds, its own sum aside."""
+    """Contents of manifest.json, except its own checksum."""
 
     __pydantic_config__ = STRICT
 
@@ -92,11 +92,11 @@ class Manifest(Stamp):
             if name not in self.files:
                 raise ConfigError(f"files do not include {name}")
         if (STATE in self.files) != (self.kind == "training"):
-            raise ConfigError(f"kind is {self.kind} and files say otherwise of {STATE}")
+            raise ConfigError(f"kind {self.kind} contradicts the presence or absence of {STATE}")
 
 
 def damaged(folder: Path, reason: object) -> ConfigError:
-    """The error for a checkpoint that is not as it was written."""
+    """The error for a damaged checkpoint."""
     return ConfigError(f"{folder} is damaged: {str(reason).rstrip('.')}.")
 
 
@@ -106,13 +106,13 @@ def checkpoint_name(iteration: int) -> str:
 
 
 def iteration_of(folder: Path) -> int | None:
-    """The iteration that a folder's name says; None where it says none."""
+    """Iteration in a checkpoint folder's name; None for any other name."""
     match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
 def list_checkpoints(save: Path) -> list[Path]:
-    """Published checkpoints under `save`, newest first by name; whether they are whole is open."""
+    """Checkpoint folders under `save`, newest first by name; their contents are not verified."""
     if not save.is_dir():
         return []
     named = {p: iteration for p in save.iterdir() if (iteration := iteration_of(p)) is not None}
@@ -129,12 +129,12 @@ def files_of(folder: Path) -> list[str]:
 
 
 def describe(path: Path, *, sync: bool = False) -> Entry:
-    """Size and CRC-32 of a file; with `sync` it is also forced to disk.
+    """Compute size and CRC-32 of a file; with `sync` also force it to disk.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        OSError: the disk refuses.
-        ConfigError: it is no regular file.
+        FileNotFoundError: the file does not exist.
+        OSError: the disk fails.
+        ConfigError: it is not a regular file.
     """
     crc = 0
     with open_regular(path) as f:
@@ -146,11 +146,11 @@ def describe(path: Path, *, sync: bool = False) -> Entry:
 
 
 _SUM = b',\n "crc32": '
-"""What stands before the manifest's own sum, which is of everything before this."""
+"""Separator before the manifest's own checksum, which covers everything before it."""
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The contents of manifest.json."""
+    """Serialize the manifest with its checksum."""
     return _with_sum(json.dumps(asdict(manifest), indent=1).removesuffix("\n}").encode())
 
 
@@ -159,14 +159,14 @@ def _with_sum(body: bytes) -> bytes:
 
 
 def decode(data: bytes, folder: Path) -> Manifest:
-    """The manifest in the contents of manifest.json.
+    """Parse the contents of manifest.json.
 
     Args:
-        data: its bytes, of which every single one is checked.
+        data: its bytes; a change to any of them is detected.
         folder: the checkpoint, for messages.
 
     Raises:
-        ConfigError: damaged, or of another version.
+        ConfigError: damaged, or written by another version.
     """
     body, found, _ = data.rpartition(_SUM)
     if not found or _with_sum(body) != data:
@@ -184,7 +184,7 @@ def decode(data: bytes, folder: Path) -> Manifest:
 
 
 def _refuse_older(data: bytes, folder: Path) -> None:
-    """Say so if this is a manifest of the time before they had a sum of themselves."""
+    """Raise a specific error for a manifest of an older format, which had no checksum."""
     try:
         values = parse_json(data, MANIFEST)
     except ConfigError:
@@ -193,28 +193,27 @@ def _refuse_older(data: bytes, folder: Path) -> None:
         return
     raise ConfigError(
         f"{folder} was saved by an earlier version (format {values['format']!r}; this one reads "
-        f"{FORMAT!r}). Finish the run with that version, or take its weights along: export "
-        "them there with tools/convert_to_hf.py and bring them in with "
+        f"{FORMAT!r}). Finish the run with that version, or convert its weights: export "
+        "them there with tools/convert_to_hf.py and import them here with "
         "tools/convert_from_hf.py."
     )
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are all as they were written.
+    """Verify all files of a checkpoint against its manifest and return the manifest.
 
-    Files that it does not list are nobody's business: people put notes there, network file systems
-    their `.nfs` files, and nothing reads them. The exception is `tokenizer/`, which libraries read
-    as a folder: there they count as damage.
+    Unlisted files are ignored: users add notes, network file systems add `.nfs` files, and nothing
+    reads them. In `tokenizer/`, however, they count as damage, since libraries read it as a folder.
 
     Raises:
-        ConfigError: foreign, incomplete or damaged, with the file and the reason.
+        ConfigError: foreign, incomplete or damaged; names the file and the reason.
     """
     try:
         data = read_text(folder / MANIFEST).encode()
     except FileNotFoundError:
         raise ConfigError(
-            f"{folder} is not a checkpoint of this system: it has no {MANIFEST}. Hugging Face "
-            "folders come in through tools/convert_from_hf.py."
+            f"{folder} is not a checkpoint of this system: it has no {MANIFEST}. Convert Hugging "
+            "Face folders with tools/convert_from_hf.py."
         ) from None
     except ConfigError as error:
         raise damaged(folder, error) from error
@@ -223,7 +222,7 @@ def verify(folder: Path) -> Manifest:
     if named not in (None, manifest.iteration):
         right = checkpoint_name(manifest.iteration)
         raise ConfigError(
-            f"{folder} is damaged: it has the name of iteration {named} and holds iteration "
+            f"{folder} is damaged: it is named for iteration {named} but contains iteration "
             f"{manifest.iteration}. If it was renamed, its name must be {right}."
         )
     for name, expected in manifest.files.items():
@@ -253,17 +252,18 @@ def _check_file(folder: Path, name: str, expected: Entry) -> None:
 
 
 def check_stamp(folder: Path, name: str, found: Stamped, expected: Stamped) -> None:
-    """ConfigError unless a file of a checkpoint belongs to it.
+    """Raise ConfigError unless a file belongs to the checkpoint.
 
     Args:
         folder: the checkpoint.
         name: the file.
-        found, expected: what the file says, and what the checkpoint is.
+        found: stamp in the file.
+        expected: stamp of the checkpoint.
     """
     if found.run_id != expected.run_id:
         raise damaged(folder, f"{name} belongs to another run")
     if found.iteration != expected.iteration:
         raise damaged(
             folder,
-            f"{name} belongs to iteration {found.iteration} and not to {expected.iteration}",
+            f"{name} belongs to iteration {found.iteration}, not to {expected.iteration}",
         )

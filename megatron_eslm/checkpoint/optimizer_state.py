@@ -1,12 +1,12 @@
-"""The optimizer's float32 state, parameter by parameter, wherever DeepSpeed keeps it.
+"""Access to the optimizer's float32 state by parameter, wherever DeepSpeed keeps it.
 
-DeepSpeed has three places for master weights and moments: the parameters themselves (float32
-without ZeRO), flat partitions over the data-parallel ranks (ZeRO 1 and 2, and its optimizer for
-bf16), and partitions of each parameter (ZeRO 3). A PartitionView says where this rank's part of a
-parameter lies; reading and writing are the same for all of them.
+DeepSpeed keeps master weights and moments in one of three places: the parameters themselves
+(float32 without ZeRO), flat partitions over the data-parallel ranks (ZeRO 1 and 2, and its bf16
+optimizer), or partitions of each parameter (ZeRO 3). A PartitionView locates this rank's part of a
+parameter, so that reading and writing work the same for all three.
 
-DeepSpeed's own accessors (safe_get_full_fp32_param and the like) know no state before the first
-step, and under ZeRO 3 cannot set a parameter that does not divide by the number of ranks.
+DeepSpeed's own accessors (safe_get_full_fp32_param etc.) have no state before the first step, and
+under ZeRO 3 cannot set a parameter whose size is not a multiple of the number of ranks.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartitionView:
-    """Elements `begin` to `end` of a flattened parameter lie in `master` from `offset` on."""
+    """Locates elements `begin` to `end` of a flattened parameter in `master`, from `offset` on."""
 
     master: torch.Tensor
-    """float32; what the optimizer steps, and the key of its state. Of a frozen parameter what the
-    model computes with."""
+    """The float32 tensor that the optimizer updates, which is the key of its state. For a frozen
+    parameter, the tensor that the model computes with."""
     offset: int
     begin: int
     end: int
 
 
 class OptimizerState:
-    """Access to master weights, moments, Adam's step count and the loss scale of an engine.
+    """Master weights, moments, Adam's step count and the loss scale of an engine.
 
     Raises:
-        ConfigError: DeepSpeed was configured to keep them where they cannot be reached.
+        ConfigError: DeepSpeed is configured to keep them where they cannot be accessed.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -57,15 +57,15 @@ class OptimizerState:
 
     @staticmethod
     def kinds(parameter: torch.nn.Parameter) -> tuple[str, ...]:
-        """Which tensors there are of a parameter: a frozen one has no moments."""
+        """Kinds of tensors stored for a parameter; a frozen parameter has no moments."""
         return KINDS if parameter.requires_grad else KINDS[:1]
 
     def part(self, parameter: torch.nn.Parameter, kind: str) -> tuple[int, int, torch.Tensor]:
-        """This rank's part of a tensor: (begin, end, float32 [end - begin]).
+        """Return this rank's part of a tensor: (begin, end, float32 [end - begin]).
 
-        The range is of the flattened parameter; it is empty where other ranks hold it all. The
-        tensor is a view: writing into it writes the optimizer's state. Of a frozen parameter it is
-        the parameter itself, in the compute type.
+        The range refers to the flattened parameter and is empty if other ranks hold all of it. The
+        tensor is a view: writing to it changes the optimizer's state. For a frozen parameter it is
+        the parameter itself, in the compute dtype.
         """
         place = self._places.get(parameter)
         if not parameter.requires_grad:
@@ -81,11 +81,12 @@ class OptimizerState:
         )
 
     def gather(self, parameter: torch.nn.Parameter, kind: str, owner: int) -> torch.Tensor | None:
-        """A whole tensor on one data-parallel rank, None on the others. Collective over them.
+        """Gather a full tensor on one data-parallel rank; None on the others. Collective.
 
         Args:
-            parameter, kind: which one.
-            owner: data-parallel rank that gets it.
+            parameter: the parameter.
+            kind: one of `kinds(parameter)`.
+            owner: data-parallel rank that receives the tensor.
 
         Returns:
             float32 [elements of the parameter]; may be a view of the state.
@@ -95,10 +96,10 @@ class OptimizerState:
         everywhere = not self._partitioned or (
             not parameter.requires_grad and not hasattr(parameter, "ds_tensor")
         )
-        if everywhere or self._mesh.dp_size == 1:  # every rank has it all
+        if everywhere or self._mesh.dp_size == 1:  # every rank has the full tensor
             return part.float() if mine else None
         numel = getattr(parameter, "ds_numel", parameter.numel())
-        # Every element comes from one rank. Added up as integers, it arrives bit for bit.
+        # Each element is nonzero on one rank only; summed as integers, it arrives bit for bit.
         whole = torch.zeros(numel, dtype=torch.float32, device=self._device)
         whole[begin:end] = part
         to = dist.get_global_rank(self._mesh.dp_group, owner)
@@ -114,7 +115,7 @@ class OptimizerState:
         return Scalars(steps.pop() if steps else 0, scale)
 
     def set_scalars(self, scalars: Scalars) -> None:
-        """The inverse of `scalars`; without a stored loss scale the configured one stays."""
+        """Restore `scalars`; without a stored loss scale the configured one is kept."""
         for master in self._masters():
             state = self._moments(master)
             if isinstance(state["step"], torch.Tensor):
@@ -130,10 +131,10 @@ class OptimizerState:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Make the weights that the model computes with those of the masters. Collective."""
+        """Copy the master weights into the weights that the model computes with. Collective."""
         optimizer = self._wrapper
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-            # ZeRO 3: what DeepSpeed does in a step behind the update of each sub-group.
+            # ZeRO 3: as DeepSpeed does in a step after updating each sub-group.
             optimizer.checkpoint_event_prologue()
             for i in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(i)
@@ -142,16 +143,16 @@ class OptimizerState:
             optimizer.update_lp_params()
 
     def _masters(self) -> list[torch.Tensor]:
-        """All that the optimizer steps on this rank, partitions that are all padding included."""
+        """All tensors that the optimizer updates on this rank, including pure padding."""
         if hasattr(self._wrapper, "fp32_partitioned_groups_flat"):
             return self._wrapper.fp32_partitioned_groups_flat
         return [p for group in self._adam.param_groups for p in group["params"]]
 
     def _moments(self, master: torch.Tensor) -> dict[str, Any]:
-        """Adam's state of a master; made as Adam makes it where no step has been."""
+        """Adam's state of a master tensor; before the first step, created as Adam would."""
         state = self._adam.state[master]
         if not state:
-            # torch's fused AdamW counts in a tensor, DeepSpeed's CPU Adam in a number.
+            # torch's fused AdamW counts steps in a tensor, DeepSpeed's CPU Adam in an int.
             fused = isinstance(self._adam, torch.optim.AdamW)
             zero = torch.zeros((), dtype=torch.float32, device=master.device)
             state["step"] = zero if fused else 0
@@ -160,16 +161,17 @@ class OptimizerState:
         return state
 
     def _scaler(self) -> Any:
-        """DeepSpeed's dynamic loss scaler, None without one."""
+        """DeepSpeed's dynamic loss scaler; None without one."""
         scaler = getattr(self._wrapper, "loss_scaler", None)
         return scaler if scaler is not None and scaler.dynamic else None
 
 
 def _replay(adam: Any, num_steps: int) -> None:
-    """Bring the powers of beta inside DeepSpeed's CPU Adam to a step.
+    """Advance the powers of beta inside DeepSpeed's CPU Adam to step `num_steps`.
 
-    It multiplies them up step by step; on a jump it takes pow() instead, which rounds otherwise, so
-    that a resumed run would leave the uninterrupted one. A step over nothing takes microseconds.
+    It multiplies them step by step but uses pow() after a jump, which rounds differently, so a
+    resumed run would diverge from the uninterrupted one. A step on empty tensors takes
+    microseconds.
     """
     group, nothing = adam.param_groups[0], [torch.empty(0)] * 4
     settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
@@ -180,7 +182,7 @@ def _replay(adam: Any, num_steps: int) -> None:
 
 
 def _frozen(parameter: Any, dp_rank: int) -> PartitionView:
-    """A parameter that no optimizer knows; only ZeRO 3 cuts it (see _zero3)."""
+    """Locate a parameter that is not in the optimizer; only ZeRO 3 partitions it (see _zero3)."""
     if not hasattr(parameter, "ds_tensor"):
         return PartitionView(parameter, 0, 0, parameter.numel())
     size = parameter.partition_numel()
@@ -198,7 +200,7 @@ def _bare(optimizer: torch.optim.Optimizer) -> Placed:
 
 
 def _places(optimizer: Any, mesh: Mesh) -> Placed:
-    """Places of any of DeepSpeed's optimizers, told apart by what they are made of."""
+    """Locate all parameters in any of DeepSpeed's optimizers, identified by their attributes."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return _zero3(optimizer, mesh.dp_rank)
     if hasattr(optimizer, "bf16_groups_flat"):
@@ -208,13 +210,13 @@ def _places(optimizer: Any, mesh: Mesh) -> Placed:
         flat = zip(optimizer.bit16_groups, optimizer.bit16_groups_flat, strict=True)
         return _flat(optimizer, flat, mesh)
     raise ConfigError(
-        f"The DeepSpeed configuration makes an optimizer ({type(optimizer).__name__}) whose state "
-        "cannot be saved. Remove from --deepspeed_config what asks for it."
+        f"The DeepSpeed configuration selects an optimizer ({type(optimizer).__name__}) whose "
+        "state cannot be saved. Remove the setting from --deepspeed_config."
     )
 
 
 def _flat(optimizer: Any, groups: Any, mesh: Mesh) -> Placed:
-    """The parameters of a group are views of one flat tensor, of which each rank has a part."""
+    """Locate parameters that are views of one flat tensor per group, partitioned over ranks."""
     for (parameters, flat), group in zip(groups, optimizer.param_groups, strict=True):
         (master,) = group["params"]
         size = master.numel()
@@ -229,7 +231,7 @@ def _flat(optimizer: Any, groups: Any, mesh: Mesh) -> Placed:
 
 
 def _zero3(optimizer: Any, rank: int) -> Placed:
-    """Each parameter is cut into equal parts, the last one filled up."""
+    """Locate parameters that are each cut into equal parts, with padding in the last."""
     for i, group in enumerate(optimizer.fp16_groups):
         offset = 0
         for parameter in group:

@@ -1,19 +1,16 @@
-"""Files of a checkpoint that any kind has, and the rename that makes it one."""
+"""Publish a checkpoint draft of any kind."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from megatron_eslm.checkpoint import manifest as manifests
 from megatron_eslm.checkpoint.find import read_contents
 from megatron_eslm.checkpoint.manifest import Stamp
 from megatron_eslm.checkpoint.save_folder import SaveFolder, disk_errors
-
-if TYPE_CHECKING:
-    pass
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -27,7 +24,7 @@ def publish(
     stamp: Stamp,
     files: dict[str, manifests.Entry],
 ) -> Path:
-    """Publish a draft that can be read back: older ones are removed once it is there."""
+    """Publish a draft after reading it back, so that no unreadable checkpoint is ever published."""
     files = dict(sorted(files.items()))
     manifest = manifests.Manifest(kind=kind, files=files, **asdict(stamp))
     read_contents(draft, manifest)

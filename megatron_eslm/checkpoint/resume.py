@@ -1,4 +1,4 @@
-"""Where a run starts from: what `--load` names, whether it fits this run, and where it stood."""
+"""Resume from `--load`: find the checkpoint, check that it fits the run, restore its state."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ logger = logging.getLogger(__name__)
 
 
 def continues_itself(run: RunConfig) -> bool:
-    """Whether the run loads from where it saves: the habit of jobs that are requeued."""
+    """Whether --load and --save are the same folder, as in requeued jobs."""
     return run.checkpoint.continues_itself
 
 
 def find_start(run: RunConfig) -> CheckpointInfo | None:
-    """The checkpoint to start from; None starts a new run."""
+    """Find the checkpoint to start from; None starts a new run."""
     load, save = run.checkpoint.load, run.checkpoint.save
     if load is None:
         return None
     if holds_nothing_yet(run.checkpoint):
-        logger.info("--load %s holds no checkpoint yet: starting a new run", load)
+        logger.info("--load %s contains no checkpoint yet: starting a new run", load)
         return None
     found = find_checkpoint(load)
     if run.checkpoint.finetune:
@@ -44,20 +44,20 @@ def find_start(run: RunConfig) -> CheckpointInfo | None:
         path.resolve() for path in siblings[1:]
     ):
         raise ConfigError(
-            f"--load {load} goes back behind {siblings[0].name} in the same --save {save}, and a "
-            "later --load of that folder would take the newer one. Save to another folder, or "
-            "remove the newer checkpoints."
+            f"--load {load} is older than {siblings[0].name} in the same --save {save}, so a later "
+            "--load of that folder would take the newer one. Save to another folder, or remove "
+            "the newer checkpoints."
         )
     return found
 
 
 def _for_finetuning(run: RunConfig, found: CheckpointInfo) -> CheckpointInfo:
-    """A checkpoint as if it held weights alone."""
+    """View a checkpoint as weights only, for --finetune."""
     save = run.checkpoint.save
     if save is not None and Path(save).resolve() == found.folder.resolve().parent:
         raise ConfigError(
-            f"--finetune starts a new run from --load {run.checkpoint.load}, and --save {save} is "
-            "where that run saves. Save to another folder; or leave out --finetune to continue "
+            f"--finetune starts a new run from --load {run.checkpoint.load}, but --save {save} is "
+            "the folder of that run. Save to another folder, or leave out --finetune to continue "
             "the run."
         )
     return found.as_weights()
@@ -70,24 +70,24 @@ def check_continues(
     data: dict[str, Any],
     tokenizer: Tokenizer,
 ) -> None:
-    """ConfigError unless the checkpoint fits this run; differences that may be are logged."""
+    """Raise ConfigError unless the checkpoint fits this run; log permitted differences."""
     ours, theirs = shape.to_dict(), found.shape.to_dict()
     unequal = [
         f"{key}: {theirs[key]} there, {value} here"
         for key, value in ours.items()
-        if value != theirs[key] and key != "padded_vocab_size"  # that depends on the layout
+        if value != theirs[key] and key != "padded_vocab_size"  # depends on the layout
     ]
     if unequal:
         raise ConfigError(
-            f"{found.folder} holds a model of another shape ({', '.join(unequal)}). Start with the "
+            f"{found.folder} has a model of another shape ({', '.join(unequal)}). Start with the "
             "same model flags and tokenizer, or load another checkpoint."
         )
     if found.kind == "weights":
         theirs_dir = found.tokenizer_dir
         if theirs_dir is not None and not same_ids(load_tokenizer(theirs_dir), tokenizer):
             raise ConfigError(
-                f"The weights in {found.folder} were trained with another tokenizer than the one "
-                f"of --data-path ({tokenizer.name}): the same text has other ids. Preprocess the "
+                f"The weights in {found.folder} were trained with another tokenizer than that of "
+                f"--data-path ({tokenizer.name}): the same text has other ids. Preprocess the "
                 f"text with the tokenizer in {theirs_dir}."
             )
         return
@@ -108,7 +108,7 @@ def check_continues(
 
 
 _ORDER = ("fingerprint", "weights", "split", "seed", "seq_length", "epochs")
-"""What of a data record decides which sequence has which number."""
+"""Keys of a data record that determine the order of sequences."""
 
 
 def _check_same_data(run: RunConfig, found: CheckpointInfo, data: dict[str, Any]) -> None:
@@ -119,17 +119,17 @@ def _check_same_data(run: RunConfig, found: CheckpointInfo, data: dict[str, Any]
     text = "; ".join(f"{key}: {theirs.get(key)} there, {data[key]} here" for key in differ)
     if not run.checkpoint.allow_data_change:
         repeats = (
-            " Where data are read more than once, their order depends on the number of epochs "
+            " When data are read more than once, their order depends on the number of epochs "
             "(--train-iters, batch size, --skip-samples)."
         )
         raise ConfigError(
             f"{found.folder} was trained on other data or in another order ({text})."
             f"{repeats if 'epochs' in differ else ''} "
-            "Continue with the same, or consent with --allow-data-change."
+            "Continue with the same data, or give --allow-data-change."
         )
     reordered = bool(set(differ) & set(_ORDER))
     logger.warning(
-        "--allow-data-change: %s; reading goes on with sample %d%s",
+        "--allow-data-change: %s; reading continues with sample %d%s",
         text,
         found.state().consumed_samples,
         " of the new order, whose samples may have been read in the old one" if reordered else "",
@@ -140,18 +140,18 @@ def _check_something_is_left(run: RunConfig, found: CheckpointInfo) -> None:
     iteration, last = found.state().iteration, run.training.train_iters
     if iteration > last or (iteration == last and not continues_itself(run)):
         raise ConfigError(
-            f"{found.folder} is at iteration {iteration} and --train-iters is {last}: nothing is "
+            f"{found.folder} is at iteration {iteration}, but --train-iters is {last}: nothing is "
             "left to train. Raise --train-iters."
         )
 
 
 def starting_state(run: RunConfig, found: CheckpointInfo | None, run_id: str) -> TrainState:
-    """Where the run stands before its first step: at the beginning, or where a checkpoint is.
+    """State before the first step of this run: a new one, or that of the checkpoint.
 
     Args:
         run: the run.
-        found: the checkpoint that it starts from, if there is one.
-        run_id: of a run that is new.
+        found: the checkpoint to start from, if any.
+        run_id: ID to use for a new run.
     """
     fresh = SelectionState(alpha=run.selection.initial_alpha)
     if found is None or found.kind == "weights":
@@ -165,16 +165,16 @@ def starting_state(run: RunConfig, found: CheckpointInfo | None, run_id: str) ->
 
 
 def carried_on(found: CheckpointInfo | None, key: str) -> list[Any]:
-    """A list of run.json that every later checkpoint of the run carries on."""
+    """Return a list of run.json that later checkpoints of the same run extend."""
     return list(found.run.get(key, [])) if found is not None and found.kind == "training" else []
 
 
 def resets_optimizer(run: RunConfig, found: CheckpointInfo | None) -> bool:
-    """Whether `--reset-optimizer` has something to do in this start.
+    """Whether `--reset-optimizer` takes effect in this start.
 
-    A job that is requeued with the same flags resets once: a checkpoint that a run with this flag
-    has saved is from after the reset. Before the first such checkpoint it is done again, since what
-    was trained after it is lost. Loading from another folder is a new decision.
+    A job requeued with the same flags resets only once: a checkpoint saved with this flag is from
+    after the reset. If the job ends before such a checkpoint, the next start resets again, since
+    the steps after the reset are lost. Loading from another folder always resets.
     """
     if not run.checkpoint.reset_optimizer or found is None or found.kind == "weights":
         return False
@@ -198,5 +198,6 @@ def resume(run: RunConfig, engine: Engine, found: CheckpointInfo) -> None:
     )
     if run.checkpoint.reset_optimizer and not resets:
         logger.info(
-            "--reset-optimizer: not again, %s was saved by a run with this flag", found.folder.name
+            "--reset-optimizer: already done, %s was saved with this flag",
+            found.folder.name,
         )

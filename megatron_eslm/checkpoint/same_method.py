@@ -1,4 +1,4 @@
-"""Whether a checkpoint goes on with the method that it was trained with."""
+"""Check that a checkpoint is continued with the method that trained it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from megatron_eslm.selection.registry import POLICIES
 
 
 def check_same_method(run: RunConfig, found: CheckpointInfo) -> None:
-    """Refuse to continue a checkpoint by another method that nobody has asked for.
+    """Refuse to change the training method of a checkpoint without an explicit flag.
 
-    Numbers, such as alpha, may change: they are schedules of one method.
+    Numbers such as alpha may change: they are schedules of one method.
 
     Args:
         run: the run.
-        found: a checkpoint of training.
+        found: a training checkpoint.
 
     Raises:
-        ConfigError: the method is another one, without --allow-method-change.
+        ConfigError: the method differs and --allow-method-change is not given.
     """
     if run.checkpoint.allow_method_change:
         return
@@ -34,14 +34,14 @@ def check_same_method(run: RunConfig, found: CheckpointInfo) -> None:
     give = [f"give {_text(theirs, but=ours)}"] if theirs.items() - ours.items() else []
     leave = [f"leave out {name}" for name in ours if name not in theirs and name == "--distill"]
     raise ConfigError(
-        f"{found.folder} was trained with {_text(theirs)}, and this run would go on with "
-        f"{_text(ours)}. To go on as before {' and '.join(give + leave)}; to change the method "
-        "consent with --allow-method-change, or start a new run from its weights with --finetune."
+        f"{found.folder} was trained with {_text(theirs)}, but this run would continue with "
+        f"{_text(ours)}. To keep the method, {' and '.join(give + leave)}; to change it, "
+        "give --allow-method-change, or start a new run from its weights with --finetune."
     )
 
 
 def _flags(selection: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, str]:
-    """The flags that make a method, those that its policy looks at."""
+    """Flags that define the method, restricted to those that the policy reads."""
     name = selection["selection"]
     flags = {"--selection": name}
     reads = POLICIES[name].reads if name in POLICIES else frozenset()

@@ -1,9 +1,9 @@
-"""Saving and loading: a checkpoint that any layout writes and any layout reads.
+"""Save checkpoints that do not depend on the layout.
 
-A folder `iter_0000100` holds master weights and Adam's moments (tensor_files.py), run.json (the
-resolved options and the model's shape), state.json (TrainState), the tokenizer, and the manifest
-that makes it complete (manifest.py). All but the tokenizer say which run and iteration they are of.
-A weights-only checkpoint, as tools/convert_from_hf.py writes, has neither moments nor state.
+A folder `iter_0000100` contains master weights and Adam's moments (tensor_files.py), run.json
+(resolved options and model shape), state.json (TrainState), the tokenizer, and the manifest, which
+marks it as complete (manifest.py). All files but the tokenizer's name their run and iteration.
+Weights-only checkpoints (from tools/convert_from_hf.py) have neither moments nor state.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ def save_checkpoint(
     tokenizer: Any,
     keep_last: int,
 ) -> Path:
-    """Write one checkpoint aside, publish it, remove the oldest. Collective over all ranks.
+    """Write a checkpoint draft, publish it, remove the oldest checkpoints. Collective.
 
     Args:
-        engine: what trains.
-        saves: folder of checkpoints, taken by rank 0.
-        state, run: what state.json and run.json hold.
-        tokenizer: saved with it, so that export and generation need no flags.
-        keep_last: complete checkpoints to keep; 0 keeps all.
+        engine: the training engine.
+        saves: folder of checkpoints, locked by rank 0.
+        state: contents of state.json.
+        run: contents of run.json.
+        tokenizer: stored too, so that export and generation need no flags.
+        keep_last: number of complete checkpoints to keep; 0 keeps all.
     """
     stamp = Stamp(run_id=state.run_id, iteration=state.iteration)
     folder = saves.path / manifests.checkpoint_name(state.iteration)
@@ -70,7 +71,7 @@ def save_checkpoint(
         _save_tensors(engine, draft, folder, stamp, run["shape"]["vocab_size"])
         files = _describe(draft, folder)
         on_rank_zero(finish)
-    except ConfigError:  # on every rank: nobody writes there any more
+    except ConfigError:  # raised on every rank, so nobody writes there any more
         if dist.get_rank() == 0:
             saves.discard(draft)
         raise
@@ -78,7 +79,7 @@ def save_checkpoint(
 
 
 def _describe(draft: Path, folder: Path) -> dict[str, manifests.Entry]:
-    """Sizes and sums of all files of a draft, which are then on disk. Collective."""
+    """Sync all files of a draft to disk; return sizes and checksums. Collective."""
 
     def describe_share() -> dict[str, manifests.Entry]:
         with disk_errors(folder):
@@ -91,7 +92,7 @@ def _describe(draft: Path, folder: Path) -> dict[str, manifests.Entry]:
 
 
 def _save_tensors(engine: Engine, draft: Path, folder: Path, stamp: Stamp, vocab_size: int) -> None:
-    """Write every rank's share of the tensors, and their index, aside. Collective."""
+    """Write every rank's share of the tensors, and their index, into a draft. Collective."""
     rank = dist.get_rank()
     lora = engine.model.settings.lora
     scale = None if lora is None else lora.scale
@@ -102,11 +103,11 @@ def _save_tensors(engine: Engine, draft: Path, folder: Path, stamp: Stamp, vocab
     def write() -> None:
         with disk_errors(folder):
             if odd := tensor_files.not_finite(tensors):
-                # It must not take the place of earlier ones, which are still good.
+                # It must not replace earlier checkpoints, which are still good.
                 raise ConfigError(
-                    f"--save {folder}: {odd} holds numbers that are not finite. The checkpoint was "
+                    f"--save {folder}: {odd} has values that are not finite. The checkpoint was "
                     "not written; earlier ones are untouched. Continue from one of them with a "
-                    "lower --lr, or look at what the run read since."
+                    "lower --lr, or inspect the data that the run has read since."
                 )
             if tensors:
                 path = draft / tensor_files.file_name(rank)

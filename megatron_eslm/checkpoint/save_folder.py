@@ -1,4 +1,4 @@
-"""The folder of `--save`: one job writes there at a time, and checkpoints appear in it whole."""
+"""The folder of `--save`: one writer at a time, checkpoints published atomically."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_eslm.files.lock import FileLock
 logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 10.0
-"""How long a job waits for its predecessor to end, as one that is requeued has to."""
+"""How long a requeued job waits for its predecessor to end."""
 _LOCK = ".lock"
 _SAVING, _REMOVING = ".saving-", ".removing-"
 _LEFTOVERS = (f"{_SAVING}*", f"{_REMOVING}*", ".latest.*")
@@ -31,7 +31,7 @@ _LEFTOVERS = (f"{_SAVING}*", f"{_REMOVING}*", ".latest.*")
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """What the disk refuses in the block ends the run by name."""
+    """Turn an OSError in the block into a ConfigError that names the folder."""
     try:
         yield
     except OSError as error:
@@ -42,17 +42,17 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 class SaveFolder:
-    """A folder of checkpoints, which belongs to this process from `take` to `release`.
+    """A folder of checkpoints, locked by this process from `take` to `release`.
 
         saves = SaveFolder("runs/small")
         saves.take(load=None)
         draft = saves.begin(100)
         ...                                   # write files into it
-        saves.publish(draft, manifest)        # iter_0000100 is there
+        saves.publish(draft, manifest)        # iter_0000100 now exists
         saves.prune(checkpoint, keep_last=2)
         saves.release()
 
-    In a job of several ranks it is rank 0 that does all this.
+    In a job of several ranks, only rank 0 does this.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,16 +60,16 @@ class SaveFolder:
         self._lock = FileLock(self.path / _LOCK)
 
     def take(self, load: str | Path | None) -> None:
-        """Make sure that checkpoints can be written here, and that nobody else does.
+        """Lock the folder and make sure that checkpoints can be written.
 
-        Waits a few seconds for another job that is about to end. What killed jobs left is removed.
+        Waits a few seconds for another job that is about to end. Removes leftovers of killed jobs.
 
         Args:
             load: the folder of checkpoints, or the checkpoint, that the run continues.
 
         Raises:
-            ConfigError: no permission or room, another job writes here, or another run's
-                checkpoints are here.
+            ConfigError: no permission or space, another job writes here, or the folder has
+                checkpoints of another run.
         """
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -86,16 +86,16 @@ class SaveFolder:
             raise
 
     def release(self) -> None:
-        """Let others write here."""
+        """Unlock the folder."""
         self._lock.release()
 
     def begin(self, iteration: int) -> Path:
-        """A fresh folder to write a checkpoint into.
+        """Create an empty draft folder for a checkpoint.
 
-        Its name is nobody else's: even on a file system without locks, the files of two jobs
-        never meet in it.
+        Its name is unique, so that even on a file system without locks two jobs never write into
+        the same draft.
         """
-        if not self._lock.held:  # the folder was removed in mid-run, and the lock with it
+        if not self._lock.held:  # the folder was removed during the run, with the lock
             self._lock.release()
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -105,14 +105,14 @@ class SaveFolder:
         return draft
 
     def discard(self, draft: Path) -> None:
-        """Remove a draft that came to nothing: on a full disk it is most of what fills it."""
+        """Remove a failed draft, which may itself be filling the disk."""
         shutil.rmtree(draft, ignore_errors=True)
 
     def publish(self, draft: Path, manifest: Manifest) -> Path:
-        """Give a draft its manifest and its name: from the rename on the checkpoint exists.
+        """Write the manifest and rename the draft, which makes it a checkpoint.
 
-        What fails behind that is a warning. The checkpoint is whole, and a run must not end
-        because a file that tells of it could not be updated.
+        Failures after the rename are only warnings: the checkpoint is complete, and the run must
+        not end because `latest` could not be updated.
 
         Raises:
             OSError: the checkpoint could not be published.
@@ -124,7 +124,7 @@ class SaveFolder:
             if inner.is_dir():
                 sync_folder(inner)
         sync_folder(draft)
-        # The same step saved again, after going back to an earlier one.
+        # The same step is saved again after going back to an earlier one.
         before = self._rename_away(folder) if folder.exists() else None
         try:
             draft.rename(folder)
@@ -137,19 +137,19 @@ class SaveFolder:
             write_whole(self.path / "latest", f"{folder.name}\n".encode())
         except OSError as error:
             logger.warning(
-                "%s is saved; `latest` beside it could not be updated: %s", folder, error
+                "%s is saved, but `latest` beside it could not be updated: %s", folder, error
             )
         if before is not None:
             shutil.rmtree(before, ignore_errors=True)
         return folder
 
     def prune(self, newest: Path, keep_last: int) -> None:
-        """Remove all but the last checkpoints; one that cannot be removed waits for the next time.
+        """Remove old checkpoints; the next save retries those that cannot be removed.
 
         Args:
-            newest: what was just saved. It stays, although a run that went back to an earlier
-                step has newer ones beside it, or damaged ones.
-            keep_last: how many stay, with that one; 0 keeps all.
+            newest: the checkpoint just saved. It and later ones are kept; a run that went back to
+                an earlier step may have newer or damaged ones beside it.
+            keep_last: number of checkpoints to keep up to `newest`; 0 keeps all.
         """
         if not keep_last:
             return
@@ -183,14 +183,14 @@ class SaveFolder:
         return self.path / f"{prefix}{name}-{uuid.uuid4().hex[:12]}"
 
     def _rename_away(self, folder: Path) -> Path:
-        """Take a checkpoint's name from it, so that a kill leaves nothing that looks like one."""
+        """Rename a checkpoint before removal, so that a kill leaves nothing that looks like one."""
         return folder.rename(self._aside(_REMOVING, folder.name))
 
     def _clean(self) -> None:
-        """Remove what is left of drafts and removals: while we hold the lock nobody needs it."""
+        """Remove leftover drafts and removals, which nobody else uses while we hold the lock."""
         if not self._lock.excludes:
             return
-        with suppress(OSError):  # what cannot be removed now can wait
+        with suppress(OSError):  # try again next time
             for leftover in [path for glob in _LEFTOVERS for path in self.path.glob(glob)]:
                 if leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Which part of each full parameter a rank holds: all of it, or its tensor-parallel shard."""
+"""The part of each full parameter that a rank holds: all of it, or a tensor-parallel shard."""
 
 from __future__ import annotations
 
@@ -13,50 +13,51 @@ from megatron_eslm.parallel.mesh import Mesh
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A part of a parameter, cut along one dimension.
+    """Part of a parameter, cut along one dimension.
 
-    The full parameter is as a checkpoint has it: without the word embedding's padding rows, whose
-    number depends on the tensor-parallel size. So the shards of the word embedding reach beyond it.
+    The full parameter is the one in a checkpoint, without the padding rows of the word embedding,
+    whose number depends on the tensor-parallel size. So shards of the word embedding may extend
+    beyond it.
     """
 
     full_shape: tuple[int, ...]
     shape: tuple[int, ...]
-    """Of the part."""
+    """Shape of the part."""
     dim: int | None
-    """Dimension that is cut over tensor-parallel ranks; None where every rank holds all."""
+    """Dimension sharded over tensor-parallel ranks; None if every rank holds all of it."""
     begin: int
-    """Where in that dimension the part starts."""
+    """Start of the part in that dimension."""
 
     @property
     def axis(self) -> int:
-        """`dim`, or 0 where nothing is cut."""
+        """`dim`, or 0 if unsharded."""
         return self.dim or 0
 
     @property
     def numel(self) -> int:
-        """Elements of the part, padding included."""
+        """Number of elements of the part, including padding."""
         return math.prod(self.shape)
 
     @property
     def end(self) -> int:
-        """Where in `axis` the part that exists in the full parameter ends; never before `begin`."""
+        """End of the part in `axis`, without padding; never less than `begin`."""
         axis = self.axis
         return max(self.begin, min(self.begin + self.shape[axis], self.full_shape[axis]))
 
 
 def whole(shape: tuple[int, ...]) -> Shard:
-    """All of a parameter."""
+    """The shard that is the full parameter."""
     return Shard(full_shape=shape, shape=shape, dim=None, begin=0)
 
 
 def shards_of(model: nn.Module, mesh: Mesh, vocab_size: int) -> dict[str, Shard]:
-    """The part that this rank holds of every parameter of its model (or pipeline stage).
+    """Shards that this rank holds of all parameters of its model or pipeline stage.
 
     Args:
         model: parameters carry megatron-core's `tensor_model_parallel` and `partition_dim`; under
             ZeRO 3 they may be partitioned.
-        mesh: this rank's place.
-        vocab_size: ids that exist; the embedding's rows from there on are padding.
+        mesh: this rank's position in the mesh.
+        vocab_size: unpadded vocabulary size; later rows of the embedding are padding.
     """
     shards = {}
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""What `--load` says of the run before anything is built: a few small files, no tensor."""
+"""Settings read from the checkpoint of `--load` before anything is built; no tensor is read."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from megatron_eslm.selection.options import Scope
 
 
 def holds_nothing_yet(options: CheckpointOptions) -> bool:
-    """Whether the run is the first of a job that continues itself when it is requeued."""
+    """Whether this is the first start of a requeued job, with no checkpoint in --load yet."""
     load = options.load
     return load is not None and options.continues_itself and not list_checkpoints(Path(load))
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a run takes from the checkpoint that it starts from, where flags leave it open."""
+    """Settings that a run takes from its checkpoint if no flag gives them."""
 
     shape: ModelShape
     scope: Scope | None
-    """--eslm-scope; None where no run is continued."""
+    """--eslm-scope; None if no run is continued."""
 
 
 def stored_run(options: CheckpointOptions) -> Stored | None:
-    """That of the newest checkpoint of --load that tells it; None where none does.
+    """Read the settings of the newest readable checkpoint of --load; None if there is none.
 
-    Whether that checkpoint is whole, and which one a run starts from, is found out later.
+    Does not verify that checkpoint; `find_start` later chooses the one to start from.
     """
     if options.load is None:
         return None

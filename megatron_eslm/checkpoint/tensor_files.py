@@ -1,11 +1,10 @@
-"""Tensors of a checkpoint on disk: a safetensors file for each rank that wrote, and an index.
+"""Tensors of a checkpoint on disk: one safetensors file per rank, and an index.
 
-A file holds `weight/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>` in float32, where <name> is a
-parameter's name in the whole model. Of a tensor-parallel parameter a file holds one shard; the
-index (tensor_index.py) says which files hold its pieces and where in it they lie. Nothing in either
-depends on the layout that saved them. Beside adapters (model/lora.py) the weights are frozen and
-have no moments; whoever reads such weights gets them with the adapters merged, unless they ask for
-the parts.
+A file contains `weight/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>` in float32, where <name>
+is a parameter's name in the full model. A file contains one shard of a tensor-parallel parameter;
+the index (tensor_index.py) locates all pieces. A checkpoint can be read in any layout. With
+adapters (model/lora.py), the weights are frozen and have no moments; readers get them with the
+adapters merged, unless they ask for the separate tensors.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from megatron_eslm.model.lora import adapter_names, is_adapter
 
 
 def file_name(rank: int) -> str:
-    """The file that a rank writes."""
+    """Name of the file that a rank writes."""
     return f"tensors_{rank:05d}.safetensors"
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """The name of a tensor that holds nan or infinity; None where all are finite."""
+    """Name of the first tensor with nan or infinity; None if all are finite."""
     return next((n for n, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
 def write_file(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors on the CPU as safetensors; OSError where the disk does not take them."""
+    """Write CPU tensors as a safetensors file; OSError if the disk fails."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -45,19 +44,19 @@ def write_file(
     mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata)
-    except SafetensorError as error:  # it wraps the disk's own errors
+    except SafetensorError as error:  # wraps the disk's errors
         raise OSError(str(error)) from error
-    path.chmod(mode)  # safetensors leaves a file that only its owner may read
+    path.chmod(mode)  # safetensors makes the file readable by its owner only
 
 
 def metadata_of(stamp: Stamp) -> dict[str, str]:
-    """What a file of a checkpoint says of it."""
+    """Safetensors metadata that identifies the checkpoint."""
     return {"run_id": stamp.run_id, "iteration": str(stamp.iteration)}
 
 
 @contextmanager
 def _reading(folder: Path, file: str) -> Iterator[None]:
-    """What goes wrong with a file in the block is told of it as a ConfigError."""
+    """Turn an error in the block into a ConfigError that names the file."""
     from safetensors import SafetensorError
 
     try:
@@ -67,7 +66,7 @@ def _reading(folder: Path, file: str) -> Iterator[None]:
 
 
 def _open(folder: Path, file: str, index: TensorIndex) -> Any:
-    """A safetensors file of this checkpoint; ConfigError if it is another's."""
+    """Open a safetensors file; ConfigError if it belongs to another checkpoint."""
     from safetensors import safe_open
 
     handle = safe_open(folder / file, framework="pt")
@@ -84,12 +83,12 @@ def check_file(folder: Path, file: str, index: TensorIndex, *, moments: bool) ->
 
     Args:
         folder: the checkpoint.
-        file: in it.
-        index: its tensors.json.
-        moments: whether Adam's moments are there.
+        file: name of the file.
+        index: the checkpoint's tensors.json.
+        moments: whether Adam's moments are expected.
 
     Raises:
-        ConfigError: the file is another checkpoint's, or other tensors are in it.
+        ConfigError: the file belongs to another checkpoint or has other tensors.
     """
     expected = {
         f"{kind}/{name}": list(shape)
@@ -108,24 +107,24 @@ def check_file(folder: Path, file: str, index: TensorIndex, *, moments: bool) ->
 
 
 def _slice(folder: Path, file: str, handle: Any, name: str, shape: list[int]) -> Any:
-    """A tensor to be read in parts; ConfigError unless it is what the index says."""
+    """Open a tensor for partial reads; ConfigError unless it matches the index."""
     part = handle.get_slice(name)
     found, dtype = part.get_shape(), part.get_dtype()
     if (found, dtype) != (shape, "F32"):
-        raise damaged(folder, f"{name} in {file} is {dtype} {found} and should be F32 {shape}")
+        raise damaged(folder, f"{name} in {file} is {dtype} {found} but should be F32 {shape}")
     return part
 
 
 class TensorReader:
-    """Reads parts of parameters, from whichever files hold them.
+    """Reads parts of parameters from the files that contain them.
 
     Args:
         folder: a checkpoint.
-        merged: add adapters to the weights that they belong to; else they are parameters beside
-            them, as in training.
+        merged: merge adapters into their weights; otherwise they are separate parameters, as in
+            training.
 
     Raises:
-        ConfigError: the index, or a file that it names, is not as it was written.
+        ConfigError: the index, or a file that it names, is damaged.
     """
 
     def __init__(self, folder: Path, *, merged: bool = True) -> None:
@@ -141,13 +140,13 @@ class TensorReader:
         return self._index.scalars
 
     def check_holds(self, shards: dict[str, Shard]) -> None:
-        """ConfigError unless these parts can be read from here."""
+        """Raise ConfigError unless the checkpoint contains all these parameters."""
         missing = sorted(shards.keys() - self._names())
         if missing:
             raise ConfigError(
-                f"{self.folder} does not hold {', '.join(missing[:3])} ({len(missing)} parameters "
-                "in all) of this model. Start with the same model flags, or load another "
-                "checkpoint."
+                f"{self.folder} does not contain {', '.join(missing[:3])} ({len(missing)} "
+                "parameters in all) of this model. Start with the same model flags, or load "
+                "another checkpoint."
             )
         for name, shard in shards.items():
             there = self._stored[name].shape
@@ -160,13 +159,14 @@ class TensorReader:
     def read(
         self, kind: str, name: str, shard: Shard, begin: int = 0, end: int | None = None
     ) -> torch.Tensor:
-        """Elements `begin` to `end` of a flattened shard; no more than its rows is read from disk.
+        """Read elements `begin` to `end` of a flattened shard; reads only their rows from disk.
 
         Args:
             kind: one of KINDS.
-            name: of the parameter.
-            shard: the part of it that is meant; what lies beyond the parameter (padding) is zero.
-            begin, end: of the flattened shard; None is its end.
+            name: parameter name.
+            shard: the shard to read; elements beyond the parameter (padding) are zero.
+            begin: first element of the flattened shard.
+            end: one past the last element; None is the end of the shard.
 
         Returns:
             float32 [end - begin].
@@ -174,7 +174,7 @@ class TensorReader:
         end = shard.numel if end is None else end
         width = shard.numel // shard.shape[0]
         first, last = begin // width, -(-end // width)
-        # What is wanted, as ranges of the full parameter's dimensions.
+        # Requested ranges in the dimensions of the full parameter.
         wanted = [(first, last), *((0, size) for size in shard.shape[1:])]
         low, high = wanted[shard.axis]
         wanted[shard.axis] = (low + shard.begin, high + shard.begin)
@@ -192,28 +192,28 @@ class TensorReader:
                     tensor = _slice(self.folder, piece.file, handle, f"{kind}/{name}", shape)
                     out.narrow(axis, start - low, stop - start).copy_(tensor[tuple(source)])
         if odd := not_finite({f"{kind}/{name}": out}):
-            raise damaged(self.folder, f"{odd} holds numbers that are not finite")
+            raise damaged(self.folder, f"{odd} has values that are not finite")
         if self._merged and self._is_adapted(name):
             assert kind == "weight"
             out += self._adapter(name, *(slice(*ends) for ends in wanted))
         return out.view(-1)[begin - first * width : end - first * width]
 
     def read_whole(self, kind: str) -> dict[str, torch.Tensor]:
-        """Every full tensor of a kind, float32, by parameter name."""
+        """Read every full tensor of a kind, float32, by parameter name."""
         shapes = {name: self._stored[name].shape for name in sorted(self._names())}
         return {
             name: self.read(kind, name, whole(shape)).view(shape) for name, shape in shapes.items()
         }
 
     def _names(self) -> set[str]:
-        """Parameters that can be read."""
+        """Names of the parameters that can be read."""
         return {name for name in self._stored if not (self._merged and is_adapter(name))}
 
     def _is_adapted(self, name: str) -> bool:
         return name.endswith(".weight") and adapter_names(name)[0] in self._stored
 
     def _adapter(self, name: str, rows: slice, columns: slice) -> torch.Tensor:
-        """What its adapter adds to these rows and columns of a weight."""
+        """The adapter's contribution to these rows and columns of a weight."""
         lora_a, lora_b = (
             self.read("weight", part, whole(self._stored[part].shape)).view(
                 self._stored[part].shape

@@ -1,4 +1,4 @@
-"""tensors.json: which tensors a checkpoint holds, in which files they lie, and where in them."""
+"""tensors.json: index of a checkpoint's tensors and of the files that contain them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a parameter in one file: `begin` to `end` of the dimension that is cut."""
+    """Part of a parameter in one file: `begin` to `end` of the sharded dimension."""
 
     __pydantic_config__ = STRICT
 
@@ -36,13 +36,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Stored:
-    """One parameter."""
+    """Shape and pieces of one parameter."""
 
     __pydantic_config__ = STRICT
 
     shape: Annotated[tuple[Size, ...], pydantic.Field(min_length=1, max_length=2)]
     dim: Annotated[int, pydantic.Field(ge=0, le=1)] | None
-    """Dimension along which the pieces follow each other; None: one piece that is all of it."""
+    """Dimension along which the pieces are concatenated; None for a single full piece."""
     pieces: tuple[Piece, ...]
 
     def __post_init__(self) -> None:
@@ -51,11 +51,11 @@ class Stored:
         ends = [0, *(piece.end for piece in self.pieces)]
         begins = [*(piece.begin for piece in self.pieces), self.shape[self.axis]]
         if ends != begins or any(piece.begin >= piece.end for piece in self.pieces):
-            raise ConfigError("pieces are only parts of it, or overlap")
+            raise ConfigError("pieces overlap or do not cover the parameter")
 
     @property
     def axis(self) -> int:
-        """`dim`, or 0 where nothing is cut."""
+        """`dim`, or 0 if unsharded."""
         return self.dim or 0
 
     def piece_shape(self, piece: Piece) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class LossScale:
-    """State of fp16's dynamic loss scaler, by DeepSpeed's names."""
+    """State of fp16's dynamic loss scaler, with DeepSpeed's names."""
 
     __pydantic_config__ = STRICT
 
@@ -79,29 +79,29 @@ class LossScale:
 
 @dataclass(frozen=True)
 class Scalars:
-    """What the optimizer keeps beside tensors."""
+    """Optimizer state other than tensors."""
 
     adam_step: int = 0
-    """Steps that Adam's bias correction counts."""
+    """Step count of Adam's bias correction."""
     loss_scale: LossScale | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorIndex(Stamp):
-    """What tensors.json holds."""
+    """Contents of tensors.json."""
 
     __pydantic_config__ = STRICT
 
     adam_step: Count
     loss_scale: LossScale | None
     lora_scale: Annotated[float, pydantic.Field(gt=0)] | None
-    """What the products of adapters are multiplied by; None without adapters."""
+    """Factor on the products of adapters; None without adapters."""
     tensors: dict[str, Stored]
-    """By parameter name."""
+    """Parameters by name."""
 
     @property
     def scalars(self) -> Scalars:
-        """What the optimizer keeps beside tensors."""
+        """Optimizer state other than tensors."""
         return Scalars(self.adam_step, self.loss_scale)
 
     @property
@@ -110,7 +110,7 @@ class TensorIndex(Stamp):
         return {piece.file for stored in self.tensors.values() for piece in stored.pieces}
 
     def tensors_of(self, file: str) -> dict[str, tuple[int, ...]]:
-        """Shapes in a file, by parameter name."""
+        """Shapes of the tensors in a file, by parameter name."""
         return {
             name: stored.piece_shape(piece)
             for name, stored in self.tensors.items()
@@ -119,7 +119,7 @@ class TensorIndex(Stamp):
         }
 
     def has_moments(self, name: str) -> bool:
-        """Whether a run trains a parameter: beside adapters (model/lora.py) weights are frozen."""
+        """Whether a parameter is trained; with adapters (model/lora.py) all others are frozen."""
         return self.lora_scale is None or is_adapter(name)
 
 
@@ -129,13 +129,13 @@ def index_of(
     scalars: Scalars,
     lora_scale: float | None = None,
 ) -> TensorIndex:
-    """The index of what was written.
+    """Build the index from the shards that were written.
 
     Args:
-        stamp: of the checkpoint.
-        shares: each file with the parts that were written to it.
-        scalars: stored with it.
-        lora_scale: what the products of adapters are multiplied by; None without adapters.
+        stamp: stamp of the checkpoint.
+        shares: file names and the shards written to each.
+        scalars: optimizer state other than tensors.
+        lora_scale: factor on the products of adapters; None without adapters.
     """
     pieces: dict[str, list[Piece]] = {}
     shards: dict[str, Shard] = {}
@@ -159,15 +159,15 @@ def index_of(
 
 
 def write_index(folder: Path, index: TensorIndex) -> None:
-    """Write tensors.json; OSError where the disk does not take it."""
+    """Write tensors.json; OSError if the disk fails."""
     (folder / TENSORS).write_text(json.dumps(asdict(index), indent=1) + "\n")
 
 
 def read_index(folder: Path) -> TensorIndex:
-    """What tensors.json holds.
+    """Read tensors.json.
 
     Raises:
-        ConfigError: it is missing or not as it was written.
+        ConfigError: it is missing or damaged.
     """
     try:
         return read_as(TensorIndex, folder / TENSORS)
@@ -180,37 +180,38 @@ def read_index(folder: Path) -> TensorIndex:
 def check_holds_model(
     folder: Path, index: TensorIndex, shape: ModelShape, lora: Lora | None
 ) -> None:
-    """ConfigError unless the parameters are those of a model of this shape, neither more nor less.
+    """Raise ConfigError unless the index has exactly the parameters of a model of this shape.
 
     Args:
         folder: the checkpoint, for messages.
-        index: of it.
-        shape, lora: what run.json says of the model; nothing of that size is made here.
+        index: index of the checkpoint.
+        shape: model shape in run.json; untrusted, so nothing of that size is allocated.
+        lora: adapters in run.json.
     """
     weights = {name: s.shape for name, s in index.tensors.items() if not is_adapter(name)}
-    if len(weights) != num_weights(shape):  # before the names of 10 million layers are made
+    if len(weights) != num_weights(shape):  # before generating the names of 10 million layers
         raise damaged(
             folder,
-            f"{TENSORS} lists {len(weights)} weights, and a model of {shape.num_layers} layers has "
+            f"{TENSORS} lists {len(weights)} weights, but a model of {shape.num_layers} layers has "
             f"{num_weights(shape)}",
         )
     expected = weight_sizes(replace(shape, padded_vocab_size=shape.vocab_size))
     if lora is not None:
         expected |= _adapter_sizes(expected, lora.rank)
     if (lora and lora.scale) != index.lora_scale:
-        raise damaged(folder, f"{TENSORS} scales adapters otherwise than the options of the run")
+        raise damaged(folder, f"{TENSORS} has another adapter scale than the options of the run")
     there = {name: stored.shape for name, stored in index.tensors.items()}
     for name in sorted(expected.keys() | there.keys()):
         if expected.get(name) != there.get(name):
             raise damaged(
                 folder,
-                f"{TENSORS} has {name} as {there.get(name)}, and a model of its shape has it as "
+                f"{TENSORS} has {name} as {there.get(name)}, but a model of its shape has it as "
                 f"{expected.get(name)}",
             )
 
 
 def _adapter_sizes(weights: dict[str, tuple[int, ...]], rank: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the adapters of all linear layers of the blocks."""
+    """Shapes of the adapters of all linear layers in the blocks."""
     sizes: dict[str, tuple[int, ...]] = {}
     for name, size in weights.items():
         if name.startswith("blocks.") and len(size) == 2:

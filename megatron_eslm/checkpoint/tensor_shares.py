@@ -1,8 +1,8 @@
-"""Who writes which tensors of a checkpoint: every parameter once, shared out over all ranks.
+"""Assign the writing of a checkpoint's tensors to ranks, so that each is written once.
 
-A tensor-parallel shard is written by the rank that holds it, anything else by tensor-parallel rank
-0; a tied copy in another pipeline stage not at all. What the data-parallel replicas hold in common
-is dealt out among them.
+A tensor-parallel shard is written by the rank that holds it, and any other parameter by
+tensor-parallel rank 0. A tied copy in another pipeline stage is not written. Data-parallel replicas
+divide their common tensors among themselves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def deal(sizes: dict[str, int], num_ranks: int) -> dict[str, int]:
-    """Give every name to a rank: the largest first, each to the rank that has least so far."""
+    """Assign names to ranks: largest first, each to the rank with the smallest load so far."""
     loads = [0] * num_ranks
     owners = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -31,9 +31,9 @@ def deal(sizes: dict[str, int], num_ranks: int) -> dict[str, int]:
 def gather_share(
     engine: Engine, state: OptimizerState, vocab_size: int
 ) -> tuple[dict[str, Shard], dict[str, torch.Tensor]]:
-    """What this rank writes. Collective over the data-parallel group.
+    """Gather the tensors that this rank writes. Collective over the data-parallel group.
 
-    Holds one parameter beyond the share at a time.
+    Memory holds at most one parameter besides the share.
 
     Returns:
         (shards by parameter name, tensors on the CPU by their name in the file); the tensors may be
@@ -45,7 +45,7 @@ def gather_share(
         for name, shard in shards_of(engine.model, mesh, vocab_size).items()
         if (shard.dim is not None or mesh.tp_rank == 0)
         and not getattr(parameters[name], "ds_pipe_replicated", False)
-        and shard.end > shard.begin  # not all of it padding
+        and shard.end > shard.begin  # skip pure padding
     }
     owners = deal({name: shard.numel for name, shard in written.items()}, mesh.dp_size)
     tensors = {}

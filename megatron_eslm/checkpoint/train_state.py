@@ -1,4 +1,4 @@
-"""What changes during a run, all of it: this is what a checkpoint saves beside the weights."""
+"""All mutable state of a run besides weights and optimizer, as saved in a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Amount = Annotated[float, pydantic.Field(ge=0)]
 
 @dataclass
 class TrainState:
-    """Progress of a run. Mutable, in one place; options never change."""
+    """Progress of a run. The only mutable state; options never change."""
 
     __pydantic_config__ = STRICT
 
     selection: SelectionState
     run_id: RunId
-    """Which run this is, wherever and however often it is continued."""
+    """ID of the run, kept whenever and wherever it is continued."""
     iteration: Count = 0
     """Optimizer steps done."""
     consumed_samples: Count = 0
-    """Sequences read: the data position."""
+    """Sequences consumed, which is the data position."""
     tokens: Count = 0
     """Valid tokens read."""
     tokens_trained: Count = 0
@@ -41,30 +41,30 @@ class TrainState:
     """Steps that were skipped because scores or gradients were not finite."""
     nonfinite_in_a_row: Count = 0
     best_valid_loss: float | None = None
-    """Of those that were finite."""
+    """Lowest finite validation loss."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for state.json."""
+        """Convert to plain values for state.json."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any, where: str) -> TrainState:
-        """The inverse of to_dict.
+        """Inverse of to_dict.
 
         Args:
-            values: what state.json holds, whatever that is.
+            values: contents of state.json, not yet validated.
             where: the file, for messages.
 
         Raises:
-            ConfigError: a value is missing, unknown, or no such value.
+            ConfigError: a value is missing, unknown, or of the wrong type.
         """
         state = parse_as(cls, values, where)
-        # What a run starts with is no answer to where a run has been.
+        # Defaults are for new runs; a stored state must have every field.
         for there, name in ((values, ""), (values["selection"], "selection.")):
             part = state.selection if name else state
             for field in dataclasses.fields(part):
                 if field.name not in there:
                     raise ConfigError(
-                        f"{where} is not as it was written: {name}{field.name} is missing."
+                        f"{where} has invalid contents: {name}{field.name} is missing."
                     )
         return state

@@ -1,11 +1,11 @@
-"""Full weights of a checkpoint, whatever layout it was saved from."""
+"""Read and write full weights, independent of the layout that saved them."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,30 +20,25 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.init import WORD_EMBEDDING
 from megatron_eslm.model.shape import ModelShape
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Weights:
-    """Full weights on the CPU, whatever the layout they were saved from."""
+    """Full weights on the CPU, with shape, tokenizer and origin."""
 
     weights: dict[str, torch.Tensor]
-    """float32, by parameter name; the vocabulary's padding rows are zero, adapters are merged."""
+    """float32 by parameter name; padding rows of the vocabulary are zero, adapters are merged."""
     shape: ModelShape
     tokenizer_dir: Path | None
     iteration: int
     data: dict[str, Any] | None = None
-    """How the run that saved them read its data (`data_record`); None where that is not known."""
+    """Data record (`data_record`) of the run that saved them; None if unknown."""
 
 
 def read_weights(load: str | Path, tag: str | None = None) -> Weights:
-    """Full float32 weights of a checkpoint of any kind and layout, for export and generation.
-
-    Adapters are merged.
+    """Read full float32 weights of a checkpoint of any kind and layout, with adapters merged.
 
     Raises:
-        ConfigError: no complete checkpoint there.
+        ConfigError: there is no complete checkpoint.
     """
     found = find_checkpoint(load, tag)
     shape = found.shape
@@ -63,19 +58,19 @@ def write_weights(
     source: str,
     iteration: int = 0,
 ) -> Path:
-    """Write a weights-only checkpoint that `--load` starts a run from.
+    """Write a weights-only checkpoint, from which `--load` can start a run.
 
     Args:
-        save: folder to hold it; must hold no checkpoint.
-        weights: float32, by parameter name; the vocabulary's padding rows are left out.
-        shape: of the model.
-        tokenizer_dir: what its ids mean; a folder that `Tokenizer.save` made.
-        source: where they come from, for run.json.
-        iteration: which gives the checkpoint its name.
+        save: folder for the checkpoint; must not contain any yet.
+        weights: float32 by parameter name; padding rows of the vocabulary are not written.
+        shape: shape of the model.
+        tokenizer_dir: tokenizer of the model, a folder written by `Tokenizer.save`.
+        source: origin of the weights, for run.json.
+        iteration: iteration in the checkpoint's name.
 
     Raises:
-        ConfigError: checkpoints are there already, it cannot be written, or the weights are not
-            finite or not of that shape.
+        ConfigError: the folder has checkpoints already or cannot be written, or the weights are
+            not finite or do not match the shape.
     """
     stamp = Stamp(run_id=new_run_id(), iteration=iteration)
     weights = {**weights, WORD_EMBEDDING: weights[WORD_EMBEDDING][: shape.vocab_size]}
@@ -85,7 +80,7 @@ def write_weights(
     tensor_index.check_holds_model(Path(source), index, shape, lora=None)
     tensors = {f"weight/{n}": t.contiguous() for n, t in weights.items()}
     if odd := tensor_files.not_finite(tensors):
-        raise ConfigError(f"{source}: {odd} holds numbers that are not finite; it is damaged.")
+        raise ConfigError(f"{source} is damaged: {odd} has values that are not finite.")
     folder = Path(save) / manifests.checkpoint_name(iteration)
     saves = SaveFolder(save)
     saves.take(load=None)

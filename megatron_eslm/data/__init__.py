@@ -1,1 +1,1 @@
-"""Text becomes token files, and these become batches."""
+"""From text to token files, and from token files to batches."""

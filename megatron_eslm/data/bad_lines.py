@@ -1,4 +1,4 @@
-"""What happens to a document that cannot be read: an error, or it is left out and counted."""
+"""Policy for unreadable documents: raise an error, or skip and count them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_LOGGED = 5
 
 
 class BadLines:
-    """Takes every error about a single document (a line, a row, a `.txt` file) of the input."""
+    """Handles every error about a single input document (a line, a row, a `.txt` file)."""
 
     def __init__(self, policy: OnBadLine = "fail") -> None:
         """Args:
@@ -24,7 +24,7 @@ class BadLines:
         self.policy = policy
         self.count = 0
         self.first = ""
-        """What was wrong with the first one."""
+        """Message of the first error."""
 
     def found(self, error: ConfigError) -> None:
         """Raise `error` or count it.
@@ -55,19 +55,19 @@ _NAMES: dict[type, str] = {
 
 
 def text_of(value: object, text_key: str, where: str) -> str:
-    """`value` if it is text.
+    """Return `value` if it is text.
 
     Args:
-        value: what the field holds.
-        text_key: the field.
+        value: content of the field.
+        text_key: name of the field.
         where: file and line or row, for messages.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: it is not text.
     """
     if not isinstance(value, str):
         raise ConfigError(
             f"{where}: field {text_key!r} holds {_NAMES.get(type(value), type(value).__name__)}, "
-            "not text. Name another field with --text-key or mend the input."
+            "not text. Name another field with --text-key or fix the input."
         )
     return value

@@ -1,4 +1,4 @@
-"""What is read in a micro-step, and what of it enters the loss."""
+"""Contents of a micro-batch, and which labels enter the loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 class Batch(NamedTuple):
     """The micro-batch of one data-parallel rank: M rows, T positions.
 
-    A tuple of tensors, so that engines can carry it.
+    A tuple of tensors, so that engines can pass it on.
     """
 
     tokens_MU: torch.Tensor
@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     valid_MT: torch.Tensor
     """bool [M, T], whether label t counts."""
     labels_MT: torch.Tensor
-    """int64 [M, T]: the next tokens, or what --label-noise made of them."""
+    """int64 [M, T]: the next tokens, permuted in part under --label-noise."""
     reference_MT: torch.Tensor
     """float32 [M, T], losses of a reference model that were scored beforehand; else [M, 0]."""
     num_valid_M: torch.Tensor
@@ -57,10 +57,10 @@ class Batch(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Which rows a rank has of those that are scored together, whatever the layout."""
+    """This rank's rows among all rows that are scored together, in any layout."""
 
     first: int
     """Number of its first row; the others follow."""
     num_rows: int
     total: int
-    """Over all ranks."""
+    """Number of rows over all ranks."""

@@ -12,16 +12,16 @@ from megatron_eslm.errors import ConfigError
 class BatchSchedule:
     """The batch size as a function of the position (consumed samples) alone.
 
-    So a resumed run goes on with the batches of the uninterrupted one, and a run that changes its
-    batch size goes on where the other one stopped reading.
+    So a resumed run has the same batches as an uninterrupted one, and a run that changes its batch
+    size continues reading where the earlier run stopped.
     """
 
     global_batch_size: int
     rampup: tuple[int, ...] = ()
-    """(start, increment, samples), or empty: every batch is the global one."""
+    """(start, increment, samples); empty for a constant batch size."""
 
     def __call__(self, position: int) -> int:
-        """Sequences of the step that begins at `position`: Megatron-LM's rule, in whole numbers.
+        """Batch size of the step that begins at `position`, by Megatron-LM's rule in integers.
 
         start + floor(position * n / samples) * increment with n = (global - start) / increment.
         """
@@ -46,10 +46,10 @@ class BatchSchedule:
         return (self.global_batch_size - start) // increment
 
     def end(self, position: int, steps: int, skipped: SkippedSamples) -> int:
-        """The position behind `steps` steps that begin at `position`."""
+        """The position after `steps` steps that begin at `position`."""
         ramp_end = self.rampup[2] if self.rampup else 0
         while steps and position < ramp_end:
-            # All steps of one batch size at once: a ramp may be as long as a run.
+            # Take all steps of one batch size at once, since a ramp may be as long as a run.
             size, change = self(position), self._next_change(position)
             unread = change - position - skipped.between(position, change)
             several = min(steps, max(1, -(-unread // size)))
@@ -58,13 +58,13 @@ class BatchSchedule:
         return skipped.after(position, steps * self.global_batch_size)
 
     def _next_change(self, position: int) -> int:
-        """The first position behind one within the ramp that has another batch size."""
+        """The next position with another batch size; `position` must be within the ramp."""
         samples = self.rampup[2]
         increment = position * self._increments // samples
         return -(-(increment + 1) * samples // self._increments)
 
     def check(self, micro_batch_size: int, dp_size: int) -> None:
-        """ConfigError unless the ramp ends at the global batch size and every batch can be cut
+        """Raise ConfigError unless the ramp ends at the global batch size and every batch divides
         into micro-batches of all data-parallel ranks."""
         rows, total = micro_batch_size * dp_size, self.global_batch_size
         rows_text = (
@@ -80,7 +80,7 @@ class BatchSchedule:
         flag = f"--rampup-batch-size {' '.join(map(str, self.rampup))}"
         if start >= total:
             raise ConfigError(
-                f"{flag} starts at {start} sequences, and --global-batch-size {total} is not "
+                f"{flag} starts at {start} sequences, but --global-batch-size {total} is not "
                 "larger. Lower START, or leave the ramp out."
             )
         if rest := (total - start) % increment:

@@ -1,4 +1,4 @@
-"""What a pair holds, compared with what is known of it: the facts and the tokenizer beside it."""
+"""Checks of a `.bin/.idx` pair against its metadata and its tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SAMPLED_ENDS = 256
 
 
 def check_meta(index: IndexFile, meta: DataMeta) -> None:
-    """Compare the counts stored beside a pair with the pair.
+    """Compare the counts in the metadata with the pair.
 
     Raises:
         ConfigError: they differ.
@@ -31,8 +31,8 @@ def check_meta(index: IndexFile, meta: DataMeta) -> None:
     ):
         if stored != found:
             raise ConfigError(
-                f"--data-path {index.prefix}: {index.prefix}.meta.json says {stored} {what}, the "
-                f"files have {found}. They are not of one run; copy all of them again or "
+                f"--data-path {index.prefix}: {index.prefix}.meta.json says {stored} {what}, but "
+                f"the files have {found}. They are not from one run; copy all of them again or "
                 "preprocess with --overwrite."
             )
 
@@ -45,7 +45,7 @@ def check_sum(prefix: str, suffix: str, stored: str) -> None:
     """
     if sha256_of(f"{prefix}{suffix}") != stored:
         raise ConfigError(
-            f"{prefix}{suffix} is damaged or of another run: its checksum is not the one in "
+            f"{prefix}{suffix} is damaged or from another run: its checksum differs from "
             f"{prefix}.meta.json. Copy the files again or preprocess with --overwrite."
         )
 
@@ -70,24 +70,24 @@ def check_ids(index: IndexFile, tokenizer: Tokenizer) -> int:
         raise ConfigError(
             f"{index.prefix}.bin holds the id {int(part[where])} at position {begin + where}, "
             f"outside the vocabulary of {tokenizer.vocab_size} of the {tokenizer.name} in use. "
-            "Name the tokenizer that the data was made with (--tokenizer-type and its files)."
+            "Name the tokenizer with which the data was made (--tokenizer-type and its files)."
         )
     return largest
 
 
 def check_ends(index: IndexFile, meta: DataMeta, eod: int, *, every: bool) -> None:
-    """Data written with --append-eod has the end-of-document id last in each document.
+    """Check that documents written with --append-eod end in the end-of-document id.
 
-    Where text of another run lies under this index it has not.
+    They do not if the index belongs to the text of another run.
 
     Args:
-        index: of the pair.
-        meta: its facts.
-        eod: the tokenizer's.
-        every: look at all documents, not only at some hundred spread over the file.
+        index: index of the pair.
+        meta: metadata of the pair.
+        eod: the tokenizer's end-of-document id.
+        every: check all documents, instead of a few hundred spread over the file.
 
     Raises:
-        ConfigError: names the first document that ends otherwise.
+        ConfigError: names the first document with another ending.
     """
     if not meta.append_eod:
         return
@@ -98,17 +98,17 @@ def check_ends(index: IndexFile, meta: DataMeta, eod: int, *, every: bool) -> No
             raise ConfigError(
                 f"--data-path {index.prefix}: document {first + int(wrong[0]) * step} does not end "
                 f"in the end-of-document id {eod}, though {index.prefix}.meta.json says that all "
-                "do. The files are damaged or not of one run; copy all of them again or preprocess "
-                "with --overwrite."
+                "do. The files are damaged or not from one run; copy all of them again or "
+                "preprocess with --overwrite."
             )
 
 
 def fingerprint(index: IndexFile, meta: DataMeta | None) -> str:
-    """Changes with the contents of one pair."""
+    """Fingerprint of the contents of one pair."""
     if meta is not None:
         return json.dumps([meta.bin_sha256, meta.idx_sha256])
-    # Without stored sums: the whole index and both ends of the ids; reading all of a large .bin
-    # at every start would be too slow.
+    # Without stored checksums, hash the full index and both ends of the ids; reading all of a
+    # large .bin at every start would be too slow.
     digest = hashlib.sha256()
     with open(f"{index.prefix}.idx", "rb") as file:
         while block := file.read(_SCAN_IDS):

@@ -1,7 +1,7 @@
-"""The corpus that every Python carries: its own library's source and its documentation.
+"""Demo corpus from Python's own standard library; nothing is downloaded.
 
-Two domains: `python_source` is the code of the standard library without its docstrings,
-`python_docs` is pydoc's topics and those docstrings. Nothing is downloaded.
+Two domains: `python_source` is the code of the standard library without docstrings, `python_docs`
+is pydoc's topics and these docstrings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _SOURCE_BYTES = 12_000_000
 _DOCS_BYTES = 4_000_000
-# Tests repeat each other, encodings are tables, pydoc_data is the other domain.
+# Tests are repetitive, encodings are tables, pydoc_data belongs to the other domain.
 _SKIPPED_FOLDERS = {
     "__pycache__",
     "dist-packages",
@@ -40,19 +40,19 @@ _DOMAINS = ("python_source", "python_docs")
 
 
 def prepare_demo_corpus(directory: str, vocab_size: int = 4096) -> list[str]:
-    """Make the demo corpus in `directory`, or find it there.
+    """Build the demo corpus in `directory`, unless it is already there.
 
     Trains a byte-level BPE tokenizer on the text and preprocesses both domains with it. A second
-    call reads the files and compares them with their checksums. Several jobs may call this at once.
-    Of the ranks of a job, rank 0 calls it first (`rank_zero_first`).
+    call only verifies the checksums of the files. Several jobs may call this at once. Within a
+    job, rank 0 must call it first (`rank_zero_first`).
 
     Args:
-        directory: made if missing.
-        vocab_size: of the tokenizer.
+        directory: created if missing.
+        vocab_size: vocabulary size of the tokenizer.
 
     Returns:
-        Words for `--data-path`: weight and prefix of each domain, the weights being the numbers of
-        tokens, so that all text is read equally often.
+        Words for `--data-path`: weight and prefix of each domain. The weights are token counts, so
+        that all text is read equally often.
 
     Raises:
         ConfigError: the library's source is not installed, or `directory` cannot be written.
@@ -87,7 +87,7 @@ def _build(folder: Path, vocab_size: int) -> None:
         if docstrings and docs_bytes < _DOCS_BYTES:
             docs.append(docstrings)
             docs_bytes += len(docstrings)
-    # By content hash: the splits are runs of documents, and should look alike.
+    # Sort by content hash: the splits are consecutive documents and should look alike.
     domains = {
         name: sorted(t, key=_digest) for name, t in zip(_DOMAINS, (source, docs), strict=True)
     }
@@ -109,18 +109,18 @@ def _digest(text: str) -> bytes:
 
 
 def _library_files() -> Iterator[tuple[str, str]]:
-    """Module name and text of the standard library's files, in an order of no meaning."""
+    """Yield module name and text of the standard library's files, in hash order."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [
         path
         for path in root.rglob("*.py")
         if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
-        and not path.name.startswith("_sysconfigdata")  # full of this machine's paths
+        and not path.name.startswith("_sysconfigdata")  # contains paths of this machine
     ]
     if not files:
         raise ConfigError(
-            f"The demo corpus is made of Python's standard library, and there is no source in "
-            f"{root}. Use a Python that carries it, or give your own text with --data-path."
+            f"The demo corpus is made from Python's standard library, but there is no source in "
+            f"{root}. Use a Python that includes it, or give your own text with --data-path."
         )
     names = {path.relative_to(root).as_posix(): path for path in files}
     for name in sorted(names, key=_digest):
@@ -132,7 +132,7 @@ def _library_files() -> Iterator[tuple[str, str]]:
 
 
 def _topics() -> list[str]:
-    """pydoc's topics; some distributions package them apart."""
+    """Return pydoc's topics, which some distributions package separately."""
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
@@ -142,9 +142,9 @@ def _topics() -> list[str]:
 
 
 def split_docstrings(module: str, text: str) -> tuple[str, str]:
-    """The code of a module without its docstrings, and the docstrings under their names.
+    """Split a module into its code and its docstrings, each with its qualified name.
 
-    Text that does not parse is returned as it is, with no docstrings.
+    Text that does not parse is returned unchanged, without docstrings.
     """
     try:
         tree = ast.parse(text)
@@ -164,7 +164,7 @@ def split_docstrings(module: str, text: str) -> tuple[str, str]:
         begin, end = first.lineno - 1, (first.end_lineno or first.lineno) - 1
         before, after = lines[begin][: first.col_offset], lines[end][first.end_col_offset :]
         whole_lines = not before.strip() and not after.strip()
-        # A body of nothing but its docstring still needs a statement.
+        # A body with only a docstring still needs a statement.
         lines[begin : end + 1] = [] if has_more and whole_lines else [before + b"..." + after]
     return b"\n".join(lines).decode(), "\n".join(documentation)
 
@@ -172,7 +172,7 @@ def split_docstrings(module: str, text: str) -> tuple[str, str]:
 def _definitions(
     tree: ast.Module, module: str
 ) -> Iterator[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """The module, its classes and functions with their full names, in order of appearance."""
+    """Yield the module, its classes and its functions with their qualified names."""
     yield module, tree
     stack: list[tuple[str, ast.AST]] = [(module, tree)]
     while stack:

@@ -1,4 +1,4 @@
-"""Whether documents end in the end-of-document id, without which they run into each other."""
+"""Check that documents are separated by the end-of-document id."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def check_document_ends(
 ) -> None:
     """Warn of domains that were written without --append-eod.
 
-    Where no facts lie beside a pair, it counts as such if its first few million ids hold no `eod`.
+    A pair without metadata counts as such if there is no `eod` among its first few million ids.
 
     Args:
-        domains: the pairs and the facts about them.
+        domains: the pairs and their metadata.
         eod: the tokenizer's end-of-document id.
         eod_mask_loss: whether the run relies on that id.
 
     Raises:
-        ConfigError: there is such a domain and the run relies on it, as in that domain
-            --eod-mask-loss would do nothing.
+        ConfigError: the run relies on the id, but --eod-mask-loss would have no effect in such a
+            domain.
     """
     without = [index.prefix for index, meta in domains if not _has_ends(index, meta, eod)]
     if not without:
         return
-    what = f"{', '.join(without)}: no end-of-document id ({eod}) stands behind the documents"
+    what = f"{', '.join(without)}: no end-of-document id ({eod}) follows the documents"
     remedy = "preprocess again with --append-eod"
     if eod_mask_loss:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Text to ids in a pool of processes, in the order of the text."""
+"""Tokenization in a pool of processes, in input order."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096
 _BATCHES_AHEAD_PER_WORKER = 3
 MOST_WORKERS = 1024
-"""More than any machine has use for. All are started at once, so a typo must not pass."""
+"""More than any machine can use. All start at once, so a typo must not get through."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch of documents as ids."""
+    """A tokenized batch of documents."""
 
     ids: np.ndarray
-    """All documents of the batch end to end, in the type of the file."""
+    """Ids of all documents, concatenated, in the dtype of the file."""
     lengths: list[int]
-    """Ids of each document."""
+    """Number of ids of each document."""
     text_bytes: int
     empty: int
-    """Documents without ids, which are left out."""
+    """Number of documents without ids, which are left out."""
     max_id: int
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What a worker needs to encode a batch."""
+    """Everything a worker needs to encode a batch."""
 
     tokenizer: Tokenizer
     append_eod: bool
     dtype: type[np.integer]
 
     def encode(self, texts: list[str]) -> Encoded:
-        """One batch."""
+        """Encode one batch."""
         texts = [clean_text(text) for text in texts]
         arrays = [ids for ids in self.tokenizer.encode_arrays(texts) if len(ids)]
         eod = np.array([self.tokenizer.eod])
@@ -65,23 +65,23 @@ class Encoder:
 
 @contextmanager
 def encoding(texts: Iterable[str], encoder: Encoder, workers: int) -> Iterator[Iterator[Encoded]]:
-    """The texts in batches of about a megabyte, encoded, in their order.
+    """Encode texts in batches of about a megabyte and yield the batches in input order.
 
-    A pool has only so many batches under way, so memory is bounded. Its processes are gone when the
-    block ends, and end with this process if it is killed.
+    The number of batches in flight is limited, so memory is bounded. The pool's processes end with
+    the block, or with this process if it is killed.
 
     Args:
         texts: documents.
         encoder: encodes a batch.
-        workers: processes; 1 works in this one.
+        workers: number of processes; 1 encodes in this process.
 
     Raises:
-        ConfigError: (while iterating) a worker was killed, or the system starts no more of them.
+        ConfigError: (while iterating) a worker was killed, or the system cannot start the workers.
     """
     if workers == 1:
         yield map(encoder.encode, _batches(texts))
         return
-    # fork: workers have the tokenizer at once and need not import anything.
+    # fork: workers inherit the tokenizer and need no imports.
     pool = ProcessPoolExecutor(
         workers,
         multiprocessing.get_context("fork"),
@@ -92,7 +92,7 @@ def encoding(texts: Iterable[str], encoder: Encoder, workers: int) -> Iterator[I
         yield _in_order(pool, _batches(texts), workers * _BATCHES_AHEAD_PER_WORKER)
     except BrokenProcessPool as error:
         raise ConfigError(
-            f"One of the --workers {workers} processes was killed, most likely for want of memory. "
+            f"One of the --workers {workers} processes was killed, most likely for lack of memory. "
             "Use fewer workers."
         ) from error
     finally:
@@ -112,13 +112,13 @@ def _in_order(
 
 
 def _submit(pool: ProcessPoolExecutor, batch: list[str]) -> Future[Encoded]:
-    """As the pool does it. The first call starts all its processes, which the system may refuse."""
+    """Submit a batch. The first call starts all processes, which the system may refuse."""
     others = set(multiprocessing.active_children())
     try:
         with signals_wait():
             return pool.submit(_encode_in_worker, batch)
     except OSError as error:
-        # The pool forgets those that it has started, and the interpreter would wait for them.
+        # The pool loses track of those already started, and the interpreter would wait for them.
         started = set(multiprocessing.active_children()) - others
         for process in started:
             process.kill()

@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub: told from mistyped paths, and fetched into the hub's cache."""
+"""Hugging Face hub names: distinguish them from mistyped paths, and download them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _FILE_SUFFIXES = {
     ".bz2",
     ".xz",
 }
-_ANSWER_SECONDS = 3.0  # tried twice by the library
+_ANSWER_SECONDS = 3.0  # per attempt; the library tries twice
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this can be meant for the hub: `gpt2` or `openai-community/gpt2`, and no path.
+    """Whether `name` can be a hub name, such as `gpt2` or `openai-community/gpt2`.
 
-    Paths are what exists, what lies in a folder that exists, what begins with `.`, `/` or `~`, and
-    what ends like a file.
+    It is a path if it exists, if its parent folder exists, if it begins with `.`, `/` or `~`, or if
+    it has a file suffix.
     """
     path = Path(name)
     if not _NAME.fullmatch(name) or path.suffix in _FILE_SUFFIXES or path.exists():
@@ -44,18 +44,18 @@ def is_hub_name(name: str) -> bool:
 
 
 def model_folder(flag: str, name: str, files: Sequence[str]) -> Path:
-    """What `name` stands for: a local path, or a model on the hub, whose files are fetched.
+    """Resolve `name` to a local folder, downloading it from the hub if necessary.
 
     Args:
-        flag: that gives the name, for messages.
-        name: a path, or a name on the hub.
-        files: the files to fetch; `*` stands for anything.
+        flag: the flag that gives the name, for messages.
+        name: a path or a hub name.
+        files: patterns of the files to download.
 
     Returns:
-        The path itself (there or not) unless `is_hub_name`; else the folder in the hub's cache.
+        The folder in the hub's cache if `is_hub_name`; otherwise the path, existing or not.
 
     Raises:
-        ConfigError: the hub knows no such model, or neither hub nor cache can give it.
+        ConfigError: the hub has no such model, or neither hub nor cache can provide it.
     """
     if not is_hub_name(name):
         return Path(name)
@@ -68,22 +68,22 @@ def model_folder(flag: str, name: str, files: Sequence[str]) -> Path:
         )
     except Exception as error:  # sockets, files that are not in the cache, a full disk
         raise _unreachable(flag, name, "model", trouble or first_line(error)) from error
-    logger.info("%s %s: no path here; the Hugging Face model of that name is used", flag, name)
+    logger.info("%s %s: not a local path; using the Hugging Face model of that name", flag, name)
     return Path(folder)
 
 
 def check_data_set(flag: str, name: str) -> None:
-    """Ask the hub for a data set, once and for a few seconds, before a library asks many times.
+    """Check with a short timeout that the hub has a data set; `datasets` would retry many times.
 
     Raises:
-        ConfigError: the hub knows no such data set, or cannot be reached.
+        ConfigError: the hub has no such data set, or cannot be reached.
     """
     if trouble := _ask(flag, name, "dataset"):
         raise _unreachable(flag, name, "data set", trouble)
 
 
 def _ask(flag: str, name: str, kind: str) -> str:
-    """Why the hub cannot be reached; "" if it has a repository of that name, ConfigError if not."""
+    """Return why the hub cannot be reached, "" if it has the repository; ConfigError if not."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -91,8 +91,8 @@ def _ask(flag: str, name: str, kind: str) -> str:
         HfApi().repo_info(name, repo_type=kind, timeout=_ANSWER_SECONDS)
     except RepositoryNotFoundError as error:
         raise ConfigError(
-            f"{flag} {name} is no path here, and the Hugging Face hub has no {kind} of that name "
-            "(or none that you may see; then log in to the hub). Correct the path or the name."
+            f"{flag} {name} is not a local path, and the Hugging Face hub has no {kind} of that "
+            "name that you can access (private ones need a login). Correct the path or the name."
         ) from error
     except Exception as error:  # HF_HUB_OFFLINE, sockets, proxies, a hub that is down
         return first_line(error)
@@ -101,7 +101,7 @@ def _ask(flag: str, name: str, kind: str) -> str:
 
 def _unreachable(flag: str, name: str, what: str, reason: str) -> ConfigError:
     return ConfigError(
-        f"{flag} {name} is no path here, and as a {what} of the Hugging Face hub it cannot be "
-        f"fetched ({reason}). Correct the path, or fetch the {what} where there is a network and "
-        "name its folder."
+        f"{flag} {name} is not a local path, and the {what} of that name cannot be downloaded from "
+        f"the Hugging Face hub ({reason}). Correct the path, or download the {what} on a machine "
+        "with network access and name its folder."
     )

@@ -1,9 +1,9 @@
-"""Megatron's `.idx` file read and checked before megatron-core maps it.
+"""Read and check Megatron's `.idx` file before megatron-core maps it.
 
 Layout: magic, version (u64), type code (u8), sequences S (u64), documents + 1 D (u64), lengths
-int32 [S], byte offsets int64 [S], first sequence of each document int64 [D]; a file of several
-modes adds int8 [S]. megatron-core asserts or dies of a bus error where these do not fit the `.bin`,
-or reads other text; here every such case is an error that names the file.
+int32 [S], byte offsets int64 [S], first sequence of each document int64 [D]; multimodal files
+add int8 [S]. If these do not fit the `.bin`, megatron-core fails an assertion, dies of a bus error
+or reads wrong text; here every such case is an error that names the file.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _DTYPES: dict[int, type[np.integer]] = {
     8: np.uint16,
 }
 _CHUNK = 1 << 20
-"""Entries that are checked at a time, so that memory does not grow with the file."""
+"""Entries checked at a time, so that memory does not grow with the file."""
 
 
 @dataclass(frozen=True)
 class IndexFile:
-    """What `prefix.idx` says, after it was found to agree with `prefix.bin`."""
+    """Contents of `prefix.idx`, checked against `prefix.bin`."""
 
     prefix: str
     dtype: type[np.integer]
@@ -53,9 +53,9 @@ class IndexFile:
         return np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r", shape=(self.tokens,))
 
     def last_ids(self, step: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-        """The last id of every `step`-th sequence; (number of the first, ids [n]) a chunk.
+        """Yield the last id of every `step`-th sequence, in chunks of (first sequence, ids [n]).
 
-        A sequence without tokens has -1.
+        An empty sequence gives -1.
         """
         ids, begin = self.ids(), 0
         for first, lengths in _chunks(self.lengths):
@@ -71,12 +71,12 @@ def read_index(prefix: str, *, trust: bool = False) -> IndexFile:
     """Read `prefix.idx` and check it against itself and against the size of `prefix.bin`.
 
     Args:
-        prefix: path without ending.
-        trust: skip the entries, which another call has checked in this run: header and sizes only.
+        prefix: path without suffix.
+        trust: check header and sizes only, because another call in this run checked the entries.
 
     Raises:
-        ConfigError: a file is missing, cannot be read, is no Megatron file, is truncated, does not
-            belong to the other, or there is no token in it.
+        ConfigError: a file is missing, unreadable, not a Megatron file, truncated or empty, or the
+            two do not belong together.
     """
     with _open(prefix, ".bin", "token ids") as file:
         bin_bytes = os.fstat(file.fileno()).st_size
@@ -99,7 +99,7 @@ def read_index(prefix: str, *, trust: bool = False) -> IndexFile:
         )
     expected = _HEADER_BYTES + 12 * sequences + 8 * bounds
     if idx_bytes not in (expected, expected + sequences):
-        raise _damaged(prefix, f"{idx} has {idx_bytes} bytes, its header asks for {expected}")
+        raise _damaged(prefix, f"{idx} has {idx_bytes} bytes, but its header implies {expected}")
     check_documents(prefix, sequences)
     if sequences == 0 or bin_bytes == 0 or bounds == 0:
         raise ConfigError(
@@ -124,7 +124,7 @@ def _open(prefix: str, suffix: str, role: str) -> BinaryIO:
     except FileNotFoundError as error:
         hint = ""
         if prefix.endswith((".bin", ".idx")):
-            hint = f" Give the prefix without its ending: {prefix[:-4]}."
+            hint = f" Give the prefix without its suffix: {prefix[:-4]}."
         raise ConfigError(
             f"--data-path {prefix}: there is no file {prefix}{suffix} ({role}).{hint} "
             "tools/preprocess_data.py --output-prefix writes the pair."
@@ -134,7 +134,7 @@ def _open(prefix: str, suffix: str, role: str) -> BinaryIO:
 
 
 def _check_lengths(prefix: str, lengths: np.ndarray, bin_bytes: int, itemsize: int) -> None:
-    """Lengths are not negative and fill the `.bin`."""
+    """Check that lengths are not negative and fill the `.bin`."""
     tokens = 0
     for first, part in _chunks(lengths):
         if int(part.min()) < 0:
@@ -151,7 +151,7 @@ def _check_lengths(prefix: str, lengths: np.ndarray, bin_bytes: int, itemsize: i
 
 
 def _check_offsets(prefix: str, lengths: np.ndarray, offsets: np.ndarray, itemsize: int) -> None:
-    """Each sequence begins where the one before it ends."""
+    """Check that each sequence begins where the previous one ends."""
     begin = 0
     for first, part in _chunks(lengths):
         ends = begin + np.cumsum(part, dtype=np.int64) * itemsize
@@ -162,13 +162,13 @@ def _check_offsets(prefix: str, lengths: np.ndarray, offsets: np.ndarray, itemsi
             raise _damaged(
                 prefix,
                 f"{prefix}.idx has sequence {where} at byte {int(offsets[where])}, which is not "
-                "where the one before it ends",
+                "where the previous one ends",
             )
         begin = int(ends[-1])
 
 
 def _check_boundaries(prefix: str, starts: np.ndarray, sequences: int) -> None:
-    """Documents begin at sequence 0, in order, and end with the last sequence."""
+    """Check that documents begin at sequence 0, are in order, and end with the last sequence."""
     before = 0
     for first, part in _chunks(starts):
         wrong = np.diff(part, prepend=before) < 0
@@ -196,6 +196,6 @@ def _chunks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 def _damaged(prefix: str, what: str) -> ConfigError:
     return ConfigError(
-        f"--data-path {prefix} is damaged: {what}. Copy the files again or write them anew with "
+        f"--data-path {prefix} is damaged: {what}. Copy the files again or rewrite them with "
         "tools/preprocess_data.py --overwrite."
     )

@@ -1,4 +1,4 @@
-"""The files of a folder that hold documents."""
+"""Find the input files in a folder."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from megatron_eslm.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _ABOUT = {"citation", "copying", "licence", "license", "notice", "readme"}
-"""Names of files that tell about a corpus and are no part of it."""
+"""Names of files that describe a corpus and are not part of it."""
 
 
 def find_files(folder: Path, endings: Sequence[str]) -> list[Path]:
-    """The files with one of the endings in a folder and its subfolders, sorted by path.
+    """Find the files with one of the suffixes in a folder and its subfolders, sorted by path.
 
-    Links to files and folders are followed. Hidden names (`.git`, macOS's `._x`), names such as
-    README and LICENSE, and other endings are left out, with a warning that says so.
+    Follows links to files and folders. Leaves out hidden names (`.git`, macOS's `._x`), names such
+    as README and LICENSE, and other suffixes, with a warning.
 
     Args:
         folder: an existing folder.
-        endings: of the names, such as `.jsonl.gz`; none is the end of another.
+        endings: suffixes such as `.jsonl.gz`; none may be a suffix of another.
 
     Raises:
-        ConfigError: there is no such file; a folder cannot be read; a link leads nowhere; or the
-            same text would be read twice (through a link, or from two files of the same name but
-            for the ending).
+        ConfigError: there is no such file; a folder cannot be read; a link is broken; or the same
+            text would be read twice (through a link, or from two files whose names differ only in
+            the suffix).
     """
     files: list[Path] = []
     left_out: list[Path] = []
@@ -73,23 +73,23 @@ def _is_folder(path: Path) -> bool:
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except OSError as error:
-        what = "is a link that leads nowhere" if path.is_symlink() else "cannot be read"
+        what = "is a broken link" if path.is_symlink() else "cannot be read"
         raise ConfigError(
-            f"{path} {what} ({error.strerror}). Mend or remove it, or name the files one by one."
+            f"{path} {what} ({error.strerror}). Fix or remove it, or name the files one by one."
         ) from error
 
 
 def _see(path: Path, real: str, seen: dict[str, Path]) -> None:
     if real in seen:
         raise ConfigError(
-            f"{seen[real]} and {path} are the same by a link, so its text would be read twice. "
-            "Remove the link, or name the files one by one."
+            f"{seen[real]} and {path} are the same through a link, so the text would be read "
+            "twice. Remove the link, or name the files one by one."
         )
     seen[real] = path
 
 
 def _stem(path: Path, endings: Sequence[str]) -> str:
-    """The name without its ending; empty if it has none of them."""
+    """The name without its suffix; empty if it has none of the suffixes."""
     for ending in endings:
         if path.name.endswith(ending):
             return path.name.removesuffix(ending)
@@ -102,7 +102,7 @@ def _refuse_twins(files: Sequence[Path], endings: Sequence[str]) -> None:
         stem = path.with_name(_stem(path, endings))
         if stem in by_stem:
             raise ConfigError(
-                f"{by_stem[stem]} and {path} have one name in two forms, so they may hold the same "
+                f"{by_stem[stem]} and {path} differ only in the suffix, so they may hold the same "
                 "text twice. Remove one, or name the files one by one."
             )
         by_stem[stem] = path

@@ -1,4 +1,4 @@
-"""JSON lines, compressed or not: one object a line, one of its fields the text."""
+"""Read JSON lines, compressed or not: one object per line, with the text in one of its fields."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_eslm.errors import ConfigError
 _LIBRARIES = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
 
 COMPRESSIONS = ("", *_LIBRARIES, ".zst")
-"""Endings that `decompressed` knows."""
+"""Suffixes that `decompressed` supports."""
 
 _CHUNK_BYTES = 1 << 17
 _TWICE = object()
@@ -23,19 +23,19 @@ _TWICE = object()
 def read_json_lines(
     lines: Iterable[bytes], name: str, text_key: str, bad: BadLines
 ) -> Iterator[str]:
-    """Yield the text of each line; empty lines are passed over.
+    """Yield the text of each line, skipping empty lines.
 
-    A field that is given twice counts with its last value, as for most readers of JSON, unless it
-    is the text.
+    A duplicate text field is an error. For other duplicate fields the last value counts, as in most
+    JSON readers.
 
     Args:
         lines: UTF-8, with or without a byte order mark.
         name: the file, for messages.
         text_key: field that holds the text.
-        bad: takes the errors about single lines.
+        bad: handles the errors about single lines.
 
     Raises:
-        ConfigError: from `bad`; or all lines are bad, whatever the policy.
+        ConfigError: raised by `bad`, or all lines are bad, whatever its policy.
     """
     decoder = _decoder(text_key)
     any_good, bad_here, first = False, 0, ""
@@ -44,8 +44,8 @@ def read_json_lines(
             continue
         if number == 1 and (stripped.startswith(b"[") or stripped == b"{"):
             raise ConfigError(
-                f"{name} begins like a single JSON value; wanted are JSON lines, an object in "
-                "each. `jq -c '.[]' FILE` makes them of an array."
+                f"{name} begins like a single JSON value; expected JSON lines, one object per "
+                "line. `jq -c '.[]' FILE` converts an array."
             )
         try:
             text = _text_of_line(line, decoder, text_key, f"{name}, line {number}")
@@ -66,7 +66,7 @@ def _decoder(text_key: str) -> json.JSONDecoder:
             values[text_key] = _TWICE
         return values
 
-    # float: numbers of thousands of digits are no reason to refuse a document.
+    # parse_int=float: a number with thousands of digits is no reason to refuse a document.
     return json.JSONDecoder(object_pairs_hook=fields, parse_int=float)
 
 
@@ -80,7 +80,7 @@ def _text_of_line(line: bytes, decoder: json.JSONDecoder, text_key: str, where: 
     except ValueError as error:
         raise ConfigError(f"{where} is not valid JSON: {error}.") from error
     if not isinstance(record, dict):
-        raise ConfigError(f"{where} is no JSON object (it has no fields at all).")
+        raise ConfigError(f"{where} is not a JSON object (it has no fields).")
     if text_key not in record:
         raise ConfigError(
             f"{where} has no field {text_key!r} (it has {', '.join(map(repr, record))}). Name the "
@@ -92,7 +92,7 @@ def _text_of_line(line: bytes, decoder: json.JSONDecoder, text_key: str, where: 
 
 
 def decompressed(file: IO[bytes], name: str, compression: str) -> Iterator[bytes]:
-    """Lines of a compressed file.
+    """Yield the lines of a file, decompressed.
 
     Args:
         file: open at its start.
@@ -101,7 +101,7 @@ def decompressed(file: IO[bytes], name: str, compression: str) -> Iterator[bytes
 
     Raises:
         ConfigError: (while iterating) it is damaged or ends too early.
-        OSError: (while iterating) the disk does not give it.
+        OSError: (while iterating) the disk fails.
     """
     if compression == ".zst":
         yield from _zst_lines(file, name)
@@ -120,10 +120,10 @@ def decompressed(file: IO[bytes], name: str, compression: str) -> Iterator[bytes
 
 
 def _zst_lines(file: IO[bytes], name: str) -> Iterator[bytes]:
-    """Lines of a file of one or more zstandard frames.
+    """Yield the lines of a file of one or more zstandard frames.
 
-    zstandard's own stream reader takes a truncated file for a complete one, so frames are followed
-    here: a file that ends inside one is an error.
+    Tracks frames and raises an error if the file ends inside one; zstandard's own stream reader
+    would take a truncated file for a complete one.
     """
     import zstandard
 

@@ -1,7 +1,7 @@
-"""Label noise: a share of each sequence's next-token targets, permuted among themselves.
+"""Label noise: permutes a share of each sequence's next-token targets.
 
-As in the paper's robustness experiment, which permutes 5% of the targets. Which targets, and how,
-is a function of the seed and the sample's number in the run, so no layout and no resume changes it.
+The paper's robustness experiment permutes 5% of the targets. The permutation depends only on the
+seed and the sample's number in the run, so it is independent of layout and resume.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from megatron_eslm.parallel.seeding import generator
 
 @dataclass(frozen=True, kw_only=True)
 class LabelNoise:
-    """`noise(labels, valid, sample)` permutes a share of the labels that count."""
+    """`noise(labels, valid, sample)` permutes a share of the valid labels."""
 
     share: float
     seed: int
 
     def __call__(self, labels_T: torch.Tensor, valid_T: torch.Tensor, sample: int) -> torch.Tensor:
-        """The labels of one sequence with noise.
+        """Add noise to the labels of one sequence.
 
         Args:
             labels_T: int64 [T]; not changed.
-            valid_T: bool [T], which of them count; the others are left as they are.
+            valid_T: bool [T], which labels count; the others are left unchanged.
             sample: number of the sequence in the run.
 
         Returns:
-            int64 [T]. Of the n valid labels round(share * n), drawn without replacement, each take
-            the label of another one of them, in one cycle. Where the two are the same token nothing
-            changes.
+            int64 [T]. Draws round(share * n) of the n valid labels without replacement and shifts
+            them along one cycle. A label does not change if the other is the same token.
         """
         places_N = valid_T.nonzero().squeeze(1)
         rng = generator(self.seed, "label noise", sample)
@@ -44,9 +43,9 @@ class LabelNoise:
 
 
 def check_label_noise(share: float, seq_length: int) -> None:
-    """ConfigError where a share is so small that no sequence of `seq_length` has any noise."""
+    """Raise ConfigError if `share` is so small that no sequence of `seq_length` gets any noise."""
     if share > 0 and round(share * seq_length) < 2:
         raise ConfigError(
-            f"--label-noise {share:g} of --seq-length {seq_length} is less than two targets a "
+            f"--label-noise {share:g} of --seq-length {seq_length} is less than two targets per "
             f"sequence, and one alone cannot be permuted. Use at least {2 / seq_length:.3g}."
         )

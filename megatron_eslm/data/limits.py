@@ -1,4 +1,4 @@
-"""What megatron-core's data sets can count, asked before anything wraps around."""
+"""Integer limits of megatron-core's data sets, checked before anything overflows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_eslm.errors import ConfigError
 
 
 def check_documents(prefix: str, documents: int) -> None:
-    """Refuse a pair whose documents cannot be numbered: megatron-core does it in int32.
+    """Refuse a pair with more documents than megatron-core's int32 can number.
 
     Raises:
         ConfigError: 2^31 documents or more.
@@ -16,12 +16,12 @@ def check_documents(prefix: str, documents: int) -> None:
     if documents >= 2**31:
         raise ConfigError(
             f"--data-path {prefix} has {documents:,} documents; megatron-core numbers them in 32 "
-            f"bits, so {2**31 - 1:,} is the most. Cut it into several pairs and mix them."
+            f"bits, so {2**31 - 1:,} is the most. Split it into several pairs and mix them."
         )
 
 
 def check_domains(count: int) -> None:
-    """Refuse a mixture whose domains cannot be numbered: the blending rule does it in int16.
+    """Refuse a mixture with more domains than the blending rule's int16 can number.
 
     Raises:
         ConfigError: more than 2^15 domains.
@@ -39,10 +39,10 @@ def check_order(
     """Refuse a run whose order of samples cannot be computed.
 
     Args:
-        seed: of the shuffling.
+        seed: shuffling seed.
         seq_length: T.
         train_samples: sequences that the run reads.
-        epochs: how often it reads each prefix.
+        epochs: how often the run reads each prefix.
 
     Raises:
         ConfigError: names the flag whose value is out of range.
@@ -58,7 +58,7 @@ def check_order(
         )
     if train_samples >= 2**53:  # the blending rule counts in float64
         raise ConfigError(
-            f"The run reads {train_samples:,} sequences, more than can be put in order "
+            f"The run reads {train_samples:,} sequences, more than can be ordered "
             f"({2**53 - 1:,}). Lower --train-iters or the batch size."
         )
     for prefix, times in epochs.items():

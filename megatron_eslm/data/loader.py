@@ -1,4 +1,4 @@
-"""Batches of one data-parallel rank, in the order of Megatron's sampler."""
+"""Data loader of one data-parallel rank, in the order of Megatron's sampler."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def build_loader(
     pin_memory: bool = False,
     skipped: SkippedSamples | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The next `num_samples` samples from `start_sample` on that are not skipped, of one rank.
+    """Load this rank's share of the `num_samples` unskipped samples from `start_sample` on.
 
-    Global micro-batch g holds the M*DP samples behind the first g*M*DP of them; rank r takes rows
-    r*M to (r+1)*M of it. To resume, start where the run stopped, whatever M and DP were then.
+    Global micro-batch g holds samples g*M*DP to (g+1)*M*DP of these, and rank r takes rows r*M to
+    (r+1)*M of it. To resume, start where the run stopped, whatever M and DP were then.
 
     Args:
         dataset: from `build_datasets`.
@@ -39,21 +39,21 @@ def build_loader(
         micro_batch_size: M.
         dp_rank: r.
         dp_size: DP.
-        num_workers: processes that load; 0 loads in this one.
-        timeout_seconds: how long to wait for one of them.
-        pin_memory: batches in page-locked memory.
-        skipped: samples that are passed over.
+        num_workers: loader processes; 0 loads in this process.
+        timeout_seconds: how long to wait for a batch of a loader process.
+        pin_memory: put batches into page-locked memory.
+        skipped: samples to skip.
 
     Yields:
-        {"tokens": int64 [M, T+1], "valid": bool [M, T], "samples": int64 [M]}, `samples` being the
-        numbers of the samples in the whole run; and, where the data set has them, "labels": int64
-        [M, T] and "reference": float32 [M, T].
+        {"tokens": int64 [M, T+1], "valid": bool [M, T], "samples": int64 [M]}, where `samples` are
+        sample numbers in the run; and, if the data set has them, "labels": int64 [M, T] and
+        "reference": float32 [M, T].
 
     Raises:
-        ValueError: the range does not fit the data set or the batches, before anything is loaded.
-        ConfigError: no process can be started; (while iterating) an id outside the vocabulary,
-            with the sample's number.
-        LoaderError: (while iterating) a process has ended, or hands nothing over.
+        ValueError: the range does not fit the data set or the batches; nothing is loaded then.
+        ConfigError: no process can be started; (while iterating) a sample, named by its number,
+            has an id outside the vocabulary.
+        LoaderError: (while iterating) a process has died or delivers nothing.
     """
     rows, skipped = micro_batch_size * dp_size, skipped or SkippedSamples()
     if num_samples % rows:
@@ -79,16 +79,16 @@ def build_loader(
 def read_batch(
     dataset: Mixture, numbers: Sequence[int], *, pin_memory: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The samples of these numbers, as `build_loader` yields them, read here and now.
+    """Read the samples with these numbers in this process, as `build_loader` yields them.
 
     Raises:
-        ConfigError: an id outside the vocabulary, with the sample's number.
+        ConfigError: a sample, named by its number, has an id outside the vocabulary.
     """
     return _checked(_tensors(_collate(dataset, numbers), pin_memory), dataset)
 
 
 class _RankBatches:
-    """Sample numbers of each micro-batch of a rank; lazily, for runs of any length."""
+    """Sample numbers of each micro-batch of a rank, computed lazily for runs of any length."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class _RankBatches:
 
 
 def _collate(dataset: Mixture, numbers: Sequence[int]) -> dict[str, np.ndarray]:
-    """Arrays, which a loader process sends as the 100 kB that they are."""
+    """Stack samples into arrays, which pickle compactly (unlike tensors)."""
     items: list[dict[str, Any]] = [dataset[i] for i in numbers]
     stacked = ("tokens", "valid", "labels", "reference")
     return {
@@ -132,8 +132,8 @@ def _tensors(batch: dict[str, np.ndarray], pin_memory: bool) -> dict[str, torch.
 
 
 def _checked(batch: dict[str, torch.Tensor], dataset: Mixture) -> dict[str, torch.Tensor]:
-    """Ids are checked here, where it costs microseconds: an embedding split over tensor-parallel
-    ranks would silently take an id beyond the vocabulary for zeros."""
+    """Check the ids of a batch, which takes microseconds. A tensor-parallel embedding would
+    silently return zeros for an id beyond the vocabulary."""
     vocab_size = dataset.source.tokenizer.vocab_size
     low, high = (int(x) for x in batch["tokens"].aminmax())
     if low < 0 or high >= vocab_size:
@@ -142,7 +142,7 @@ def _checked(batch: dict[str, torch.Tensor], dataset: Mixture) -> dict[str, torc
         prefix = dataset.source.domains[dataset[sample]["domain"]].prefix
         raise ConfigError(
             f"Sample {sample}, from --data-path {prefix}, holds an id outside the vocabulary "
-            f"of {vocab_size} ({high if high >= vocab_size else low}). The files were changed "
-            "after they were checked; run tools/verify_data.py on them."
+            f"of {vocab_size} ({high if high >= vocab_size else low}). The files have changed "
+            "since they were checked; run tools/verify_data.py on them."
         )
     return batch

@@ -1,9 +1,9 @@
-"""Batches from processes of our own, which end when they are told to, or with this one.
+"""Loader processes that end on request or together with the training process.
 
-Process w of W makes batches w, w + W, w + 2W, ... and writes them into a pipe of its own, which the
-training process reads in turn. Nothing else is between them: no shared memory, of which containers
-have little, and no lock that one process could take with it. So whatever becomes of a process, the
-other side sees it at the pipe: it breaks off, or nothing comes.
+Process w of W makes batches w, w + W, w + 2W, ... and writes them into its own pipe; the training
+process reads the pipes in turn. There is no shared memory, which is scarce in containers, and no
+lock that a dying process could leave locked. So a failed process always shows at its pipe: the pipe
+closes, or nothing arrives.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from megatron_eslm.watchdog.process import Process
 from megatron_eslm.watchdog.stopwatch import Stopwatch
 
 LOOK_SECONDS = 1.0
-"""Between two looks at a process from which nothing comes."""
+"""Interval between two looks at a process that delivers nothing."""
 STOPPED_SECONDS = 15.0
 """How long a process may be stopped by a signal; at most half the timeout."""
 
 Numbers = list[int]
-"""Of the samples of a batch."""
+"""Sample numbers of a batch."""
 
 
 class Batches(Protocol):
-    """Of a rank: so many, and the same each time that they are iterated."""
+    """Sized collection of a rank's batches; every iteration yields the same ones."""
 
     def __len__(self) -> int: ...
 
@@ -48,7 +48,7 @@ class Batches(Protocol):
 
 _SIZE = struct.Struct("<Q")
 _PIPE_BYTES = 1 << 20
-"""What a process may be ahead, besides the batch that it is making."""
+"""Pipe capacity: how far a process may work ahead of the current batch."""
 _LIKELY = {
     signal.SIGKILL: "Most likely the machine ran out of memory; --num-workers 0 loads in the "
     "training process and needs the least.",
@@ -57,11 +57,11 @@ _LIKELY = {
 
 
 class LoaderError(RuntimeError):
-    """A loader process has ended, or hands nothing over. The message is one paragraph."""
+    """A loader process has died or delivers nothing. The message is one paragraph."""
 
 
 class RemoteTraceback(Exception):
-    """The traceback of a loader process, as the cause of the error that it had."""
+    """Traceback from a loader process, attached as the cause of its error."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -71,26 +71,27 @@ class RemoteTraceback(Exception):
 class _Worker:
     process: Process
     reader: int
-    """The end of its pipe that this process reads."""
+    """Read end of its pipe."""
 
 
 class LoaderProcesses:
-    """An iterator over `make(numbers)` for all `batches`, in their order.
+    """Iterator over `make(numbers)` for all `batches`, in order.
 
         loader = LoaderProcesses(make, [[0, 1], [2, 3]], workers=2, timeout_seconds=600)
         for batch in loader: ...
 
-    To be made by a thread that lasts as long as the process: the kernel ends the others with it.
+    Create it in a thread that lives as long as the process, because the kernel ends the loader
+    processes together with the thread that forked them.
 
     Args:
-        make: what the processes do; inherited by fork, so it need not be picklable. Its result is.
+        make: makes a batch. Inherited by fork, so it need not be picklable, but its result must be.
         batches: sample numbers of each batch; iterated here and in every process.
-        workers: how many processes, at least one; no more are started than there are batches.
+        workers: number of processes, at least one; at most one per batch is started.
         timeout_seconds: how long to wait for a batch.
 
     Raises:
-        ConfigError: at once, where the system starts no more processes.
-        LoaderError: while iterating, about a process that ended or from which nothing comes.
+        ConfigError: the system cannot start the processes.
+        LoaderError: (while iterating) a process has died or delivers nothing.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class LoaderProcesses:
             started = len(self._workers)
             self.close()
             raise ConfigError(
-                f"--num-workers {workers}: the system starts no more than {started} loader "
+                f"--num-workers {workers}: the system can start only {started} loader "
                 f"processes here ({error.strerror}). Use fewer; 0 loads in the training process."
             ) from error
 
@@ -133,12 +134,12 @@ class LoaderProcesses:
         return result
 
     def close(self) -> None:
-        """End the processes, stopped ones too."""
+        """End the processes, including stopped ones."""
         workers, self._workers = self._workers, []
         for worker in workers:
             os.close(worker.reader)
             with contextlib.suppress(ChildProcessError):
-                # Not while its number could be another's: until it is waited for, it is not.
+                # Kill only an unreaped child: its PID cannot have been reused yet.
                 if os.waitpid(worker.process.pid, os.WNOHANG) == (0, 0):
                     os.kill(worker.process.pid, signal.SIGKILL)
                     os.waitpid(worker.process.pid, 0)
@@ -147,7 +148,7 @@ class LoaderProcesses:
         self.close()
 
     def _receive(self, w: int, numbers: Numbers) -> bytearray:
-        """What process w hands over next; it should be the batch of `numbers`."""
+        """Receive the next result of process w, which should be the batch of `numbers`."""
         watch = _Watch(self._workers[w].process, self._timeout_seconds)
         (size,) = _SIZE.unpack(self._read(w, numbers, _SIZE.size, watch))
         return self._read(w, numbers, size, watch)
@@ -169,7 +170,7 @@ class LoaderProcesses:
         return data
 
     def _end(self, w: int) -> str:
-        """How a process ended whose pipe broke off."""
+        """Say how a process ended whose pipe has closed."""
         try:
             _, status = os.waitpid(self._workers[w].process.pid, 0)
         except ChildProcessError:
@@ -186,13 +187,13 @@ class LoaderProcesses:
         self.close()
         stop = "" if trouble.endswith(".") else "."
         raise LoaderError(
-            f"{who}, which was to hand over samples {numbers[0]} to {numbers[-1]}, "
+            f"{who}, which was to deliver samples {numbers[0]} to {numbers[-1]}, "
             f"{trouble}{stop} {HOW_TO_GO_ON}"
         )
 
 
 class _Watch:
-    """Looks at a process from which nothing comes."""
+    """Monitors a process that delivers nothing."""
 
     def __init__(self, process: Process, timeout_seconds: float) -> None:
         self._process, self._timeout_seconds = process, timeout_seconds
@@ -200,7 +201,7 @@ class _Watch:
         self._stopped_since: float | None = None
 
     def look(self) -> str | None:
-        """What is wrong, if anything is."""
+        """Return what is wrong; None if nothing is."""
         self._clock.look()
         now = self._clock.seconds
         if self._process.state() != "stopped":
@@ -211,8 +212,8 @@ class _Watch:
             return f"has been stopped by a signal for {now - self._stopped_since:.0f} s"
         if now >= self._timeout_seconds:
             return (
-                f"has handed nothing over for {now:.0f} s (--distributed-timeout-minutes "
-                f"{self._timeout_seconds / 60:g}). The disk may be slow, or hang"
+                f"has delivered nothing for {now:.0f} s (--distributed-timeout-minutes "
+                f"{self._timeout_seconds / 60:g}). The disk may be slow or hung"
             )
         return None
 
@@ -221,11 +222,11 @@ def _start(make: Callable[[Numbers], Any], batches: Batches, w: int, workers: in
     """Fork process w of `workers`, which writes its batches into a pipe.
 
     Raises:
-        OSError: no more processes, files or memory.
+        OSError: the system is out of processes, file descriptors or memory.
     """
     parent = os.getpid()
     reader, writer = os.pipe()
-    # A signal in between would find the handlers of the training process in the new one.
+    # Block signals: the new process still has the signal handlers of the training process.
     signals = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -246,11 +247,11 @@ def _start(make: Callable[[Numbers], Any], batches: Batches, w: int, workers: in
 def _serve(
     make: Callable[[Numbers], Any], batches: Iterator[Numbers], writer: int, parent: int
 ) -> NoReturn:
-    """Life of a loader process."""
+    """Run a loader process; never returns."""
     code = 1
     try:
         heed_parent_only(parent)
-        torch.set_num_threads(1)  # The threads of a pool are not forked with it.
+        torch.set_num_threads(1)  # The threads of torch's pool are not forked.
         with contextlib.suppress(OSError):
             fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         for numbers in batches:
@@ -263,7 +264,7 @@ def _serve(
             _write(writer, _SIZE.pack(len(data)) + data)
         code = 0
     finally:
-        # Whatever happens, it is not to go on as the training process.
+        # Never return: the child would continue as a second training process.
         os._exit(code)
 
 

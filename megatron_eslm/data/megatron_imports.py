@@ -1,4 +1,4 @@
-"""megatron-core's data modules, imported late (seconds) and without their notices."""
+"""Import megatron-core's data modules lazily (they take seconds) and without their warnings."""
 
 from __future__ import annotations
 

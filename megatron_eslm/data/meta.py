@@ -1,4 +1,4 @@
-"""`prefix.meta.json`: what preprocessing knows about a pair and its reader cannot see."""
+"""`prefix.meta.json`: metadata that preprocessing stores beside a pair."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megatron_eslm.files.schema import STRICT, Count, Size, parse_as
 FORMAT_VERSION = 1
 
 Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
-"""A checksum, or the identity of a tokenizer."""
+"""A SHA-256 in hex: a checksum, or the identity of a tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFacts:
-    """What `Tokenizer.describe()` says, as data and models store it."""
+    """Result of `Tokenizer.describe()`, as stored beside data and models."""
 
     __pydantic_config__ = STRICT
     type: str
@@ -34,11 +34,11 @@ class TokenizerFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class DataMeta:
-    """The stored facts about one `.bin/.idx` pair."""
+    """Metadata of one `.bin/.idx` pair."""
 
     __pydantic_config__ = STRICT
     tokenizer: dict[str, Any]
-    """`Tokenizer.describe()`; what `read_meta` returns fits TokenizerFacts."""
+    """`Tokenizer.describe()`; `read_meta` checks that it fits TokenizerFacts."""
     documents: Count
     tokens: Count
     max_token_id: Count
@@ -56,24 +56,24 @@ class DataMeta:
 
 
 def read_meta(prefix: str) -> DataMeta | None:
-    """The facts stored beside `prefix`; None where no such file lies (Megatron-LM's own tool).
+    """Read the metadata of a pair; None if there is no such file (Megatron-LM writes none).
 
     Raises:
-        ConfigError: the file is there and cannot be read, or is not as `DataMeta.write` wrote it.
+        ConfigError: the file cannot be read or does not match the schema.
     """
     path = Path(f"{prefix}.meta.json")
     try:
         fields = read_json(path)
         version = fields.get("format_version") if isinstance(fields, dict) else None
         if type(version) is int and version != FORMAT_VERSION:
-            raise ConfigError(f"{path} has format version {version}, this reads {FORMAT_VERSION}.")
+            raise ConfigError(f"{path} has format version {version}, not {FORMAT_VERSION}.")
         meta = parse_as(DataMeta, fields, str(path))
         parse_as(TokenizerFacts, meta.tokenizer, f"{path} (tokenizer)")
     except FileNotFoundError:
         return None
     except ConfigError as error:
         raise ConfigError(
-            f"{error} Write the data anew with tools/preprocess_data.py --overwrite, or delete "
+            f"{error} Rewrite the data with tools/preprocess_data.py --overwrite, or delete "
             "this file and name the tokenizer with --tokenizer-type."
         ) from error
     return meta

@@ -1,10 +1,10 @@
-"""Domains mixed by weight into the fixed order of sequences that training and validation read.
+"""Mix domains by weight into the fixed order of sequences that training and validation read.
 
-Packing and shuffling within a domain are megatron-core's GPTDataset, the interleaving of domains
-its blending rule (the domain that lags its weight most comes next). The order is a function of
-(data, seed, sequence length, split, weights) and never of ranks, micro-batches or workers. While
-no domain is read more than once, a longer run begins with the samples of a shorter one; several
-epochs are shuffled together by megatron-core, and the order depends on their number.
+megatron-core's GPTDataset packs and shuffles within a domain, and its blending rule interleaves the
+domains (the domain furthest behind its weight comes next). The order is a function of (data, seed,
+sequence length, split, weights) and never of ranks, micro-batches or workers. As long as no domain
+is read more than once, a longer run begins with the samples of a shorter one. Several epochs are
+shuffled together by megatron-core, so the order then depends on their number.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.ranks import rank_zero_first
 
 VALIDATION_SEED = 1234
-"""Validation sequences are the same whatever --seed is: runs of several seeds are compared."""
+"""Independent of --seed, so that runs with different seeds can be compared."""
 
 _CACHE_FORMAT = 2
-"""Enters the names of cache folders: raise it where they are to be built anew."""
+"""Part of the cache folders' names; increase it to rebuild all caches."""
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -46,8 +46,8 @@ class Mixture(torch.utils.data.Dataset):
 
     `mixture[i]` is {"tokens": int64 [T+1], "valid": bool [T], "domain": int}; `valid[t]` is False
     where the label `tokens[t+1]` is padding and, under --eod-mask-loss, where `tokens[t]` ends a
-    document. A training split also has "labels": int64 [T] where there is label noise, and
-    "reference": float32 [T], the stored losses of a reference model, where these are asked for.
+    document. A training split also has "labels": int64 [T] under label noise, and "reference":
+    float32 [T], the stored losses of a reference model, if requested.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Mixture(torch.utils.data.Dataset):
         reference: ReferenceLosses | None = None,
         noise: LabelNoise | None = None,
     ) -> None:
-        # GPTDataset keeps its IndexedDataset, whose arrays die with it, alive.
+        # GPTDataset keeps its IndexedDataset alive, which owns the arrays.
         self._parts = tuple(parts)
         self._domain_of = domain_of
         self._index_in_domain = index_in_domain
@@ -74,14 +74,14 @@ class Mixture(torch.utils.data.Dataset):
         return self._num_samples
 
     def part(self, begin: int, end: int) -> Mixture:
-        """Samples `begin` to `end` of this one, as a validation set of their own."""
+        """Return samples `begin` to `end` as a separate validation set."""
         assert self._noise is None and 0 <= begin <= end <= self._num_samples
         part = copy.copy(self)
         part._first, part._num_samples = self._first + begin, end - begin
         return part
 
     def domain_of(self, i: int) -> int:
-        """The domain that sample `i` is of, without reading it."""
+        """The domain of sample `i`; does not read the sample."""
         return 0 if self._domain_of is None else int(self._domain_of[self._first + i])
 
     def __getitem__(self, i: int) -> dict[str, Any]:
@@ -106,20 +106,20 @@ class Mixture(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Datasets:
-    """What training reads."""
+    """The data sets of a run."""
 
     train: Mixture
     valid: Mixture | None
-    """None where no validation sample was asked for."""
+    """None if no validation samples were requested."""
     report: MixtureReport
     alignment: Mixture | None = None
-    """Sequences of the validation split behind those of `valid`, for policies that choose by
-    them: what is chosen by must not be what is evaluated. None where it was not asked for."""
+    """Sequences of the validation split after those of `valid`, for policies that select by
+    gradient alignment; selection must not use the evaluated sequences. None if not requested."""
 
 
 @dataclass(frozen=True)
 class _DatasetTokenizer:
-    """What GPTDataset wants to know; the fingerprint enters megatron-core's cache key by it."""
+    """Interface that GPTDataset expects; puts the fingerprint into megatron-core's cache key."""
 
     vocab_size: int
     eod: int
@@ -138,26 +138,26 @@ def build_datasets(
     aligns: int = 0,
     reference: ReferenceLosses | None = None,
 ) -> Datasets:
-    """The training and validation sequences.
+    """Build the training and validation data sets.
 
-    Where torch.distributed is initialized every rank has to call this: rank 0 builds the index
-    cache, the others read it. An error on any rank is raised on all.
+    If torch.distributed is initialized, every rank must call this: rank 0 builds the index cache,
+    the others read it. An error on any rank is raised on all.
 
     Args:
         source: from `open_data`.
         options: split, cache folder, --eod-mask-loss and --label-noise are used.
         seq_length: T; samples have T+1 ids.
-        train_samples: samples that the run reads or passes over.
-        valid_samples: at most so many are in the validation set, the same at every evaluation;
-            fewer where one epoch of the domains, in proportion to their weights, has no more.
-        seed: of the shuffling of training sequences and of the label noise.
-        aligns: sequences for gradient alignment that are wanted at least: they get what validation
-            leaves of its split, or half of it. 0 for none.
-        reference: stored losses for training to read with its tokens.
+        train_samples: samples that the run reads or skips.
+        valid_samples: maximum size of the validation set, which is the same at every evaluation.
+            It is smaller if one epoch of the domains, in proportion to their weights, has less.
+        seed: seed of the shuffling of training sequences and of the label noise.
+        aligns: minimum number of sequences for gradient alignment; 0 for none. They get what
+            validation leaves of its split, or half of the split if that would be fewer.
+        reference: stored losses to read with the training tokens.
 
     Raises:
-        ConfigError: a split too small for one sequence, more than can be counted, or a cache folder
-            that cannot be used.
+        ConfigError: a split is too small for one sequence, a size exceeds an integer limit, or the
+            cache folder cannot be used.
     """
     report = plan_mixture(
         source,
@@ -212,8 +212,8 @@ def _build_split(
     parts = []
     for domain, plan in zip(source.domains, report.domains, strict=True):
         have, need = plan.sequences[split], plan.samples_needed[split]
-        # Whole epochs, whatever the run reads of the last one, so that runs of any length share
-        # the order (and the cache); None is one.
+        # Round up to full epochs, so that runs of any length share the order and the cache. None
+        # is one epoch.
         count = None if need <= have else -(-need // have) * have
         key = [source.fingerprint, domain.prefix, split, count, report.seq_length, seed]
         key += [canonical_split(options.split), options.eod_mask_loss]
@@ -282,7 +282,7 @@ def _gpt_dataset(
 
 
 def _blend(folder: str, weights: list[float], num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which domain each sample comes from (int16) and its number there (int64), [num_samples]."""
+    """Domain of each sample (int16) and its number in the domain (int64), both [num_samples]."""
     paths = [os.path.join(folder, name) for name in ("domain.npy", "index.npy")]
     if not all(map(os.path.exists, paths)):
         from megatron.core.datasets import helpers
@@ -298,31 +298,31 @@ def _blend(folder: str, weights: list[float], num_samples: int) -> tuple[np.ndar
 
 
 def _check_arrays(folder: Path) -> None:
-    """ValueError unless all arrays in a folder are whole.
+    """Raise ValueError unless all arrays in a folder are complete and free of pickled objects.
 
-    And plain: megatron-core would run code that an array of objects holds.
+    megatron-core would unpickle arrays of objects, which can execute code.
     """
     for path in folder.glob("*.npy"):
         np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _cached(root: str, label: str, key: list[Any], make: Callable[[str], Any]) -> Any:
-    """`make(folder)` of a folder in `root` that all runs of this key share.
+    """Return `make(folder)` for a cache folder in `root` shared by all runs with this key.
 
     `make` writes its indices into an empty folder and reads them from a complete one.
     """
     key = [_CACHE_FORMAT, *key]
     name = f"{label}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}"
     folder = Path(root, name)
-    where = "name one by --data-cache-path"
+    where = "name one with --data-cache-path"
 
     def build(aside: Path) -> None:
         make(str(aside))
         try:
             _check_arrays(aside)
         except ValueError as error:
-            # NumPy does not notice where a full disk takes only a part of an array.
-            raise OSError(errno.ENOSPC, f"the disk has not taken all of it ({error})") from error
+            # NumPy does not notice when a full disk truncates an array.
+            raise OSError(errno.ENOSPC, f"the disk took only part of it ({error})") from error
 
     try:
         shared_folder(folder, build, where)
@@ -330,18 +330,17 @@ def _cached(root: str, label: str, key: list[Any], make: Callable[[str], Any]) -
         return make(str(folder))
     except OSError as error:
         raise ConfigError(
-            f"The index cache {folder} cannot be written or read: {error}. Name a folder with room "
-            "and permission by --data-cache-path."
+            f"The index cache {folder} cannot be written or read: {error}. With --data-cache-path, "
+            "name a folder with free space and write permission."
         ) from error
     except MemoryError as error:
         raise ConfigError(
             f"The index cache {folder} cannot be built: {error or 'out of memory'}. Train on fewer "
-            "samples or use a machine of more memory."
+            "samples or use a machine with more memory."
         ) from error
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"The index cache {folder} is not as it was written ({error}). Delete it; it is built "
-            "again."
+            f"The index cache {folder} is damaged ({error}). Delete it; the next run rebuilds it."
         ) from error

@@ -1,4 +1,4 @@
-"""How much of each domain a run reads, computed from the `.idx` files alone."""
+"""Plan how much of each domain a run reads, from the `.idx` files alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class DomainPlan:
-    """One domain. The dictionaries are by split: `train`, `valid`, `test`."""
+    """Plan of one domain. The dictionaries have the keys `train`, `valid` and `test`."""
 
     name: str
     prefix: str
@@ -27,25 +27,25 @@ class DomainPlan:
     documents: dict[str, int]
     tokens: dict[str, int]
     sequences: dict[str, int]
-    """Whole sequences in one epoch."""
+    """Full sequences in one epoch."""
     samples_needed: dict[str, int]
-    """Upper bound of the sequences that the run reads or passes over (`train`, `valid`)."""
+    """Upper bound of the sequences that the run reads or skips (`train`, `valid`)."""
     epochs: float
     """How often training reads the domain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureReport:
-    """What a run reads."""
+    """Plan of everything that a run reads."""
 
     domains: tuple[DomainPlan, ...]
     seq_length: int
     train_samples: int
     valid_samples: int
-    """Samples in the validation set; may be fewer than asked for."""
+    """Samples in the validation set; may be fewer than requested."""
     alignment_samples: int = 0
-    """Samples of the validation split that are not in the validation set, for gradient alignment;
-    0 where they were not asked for."""
+    """Samples of the validation split outside the validation set, for gradient alignment; 0 if not
+    requested."""
 
 
 def plan_mixture(
@@ -57,19 +57,19 @@ def plan_mixture(
     *,
     aligns: int = 0,
 ) -> MixtureReport:
-    """Count documents, tokens and sequences by split, and what the run needs of them.
+    """Count documents, tokens and sequences by split, and how many sequences the run needs.
 
     Args:
         source: from `open_data`.
         options: `split` is used.
-        seq_length: T; a sequence takes T ids and the first of the next.
-        train_samples: samples that the run reads or passes over, from the first one on.
-        valid_samples: samples wanted for validation; 0 for none.
-        aligns: samples wanted at least of what validation leaves of its split; 0 for none. Where
-            it would leave fewer, it gets half of the split.
+        seq_length: T; a sequence takes T ids plus the first of the next sequence.
+        train_samples: samples that the run reads or skips, from the first one on.
+        valid_samples: samples requested for validation; 0 for none.
+        aligns: minimum number of samples for gradient alignment; 0 for none. They get what
+            validation leaves of its split, or half of the split if that would be fewer.
 
     Raises:
-        ConfigError: a split that is needed holds less than one sequence of a domain.
+        ConfigError: a domain has less than one sequence in a split that is needed.
     """
     if train_samples < 1 or seq_length < 2:
         raise ConfigError(
@@ -101,7 +101,7 @@ def plan_mixture(
     why = "one epoch by weight has no more"
     if valid_reach - evaluated < aligns:
         evaluated = min(evaluated, valid_reach // 2)
-        why = "the other half of its split is what sequences are chosen by"
+        why = "the other half of its split is reserved for gradient alignment"
     if evaluated < valid_samples:
         logger.info(
             "validation reads %d sequences instead of %d: %s", evaluated, valid_samples, why
@@ -135,7 +135,7 @@ def plan_mixture(
 
 
 def check_epochs(report: MixtureReport, max_epochs: float) -> None:
-    """Refuse a run that reads a domain more often than was consented to.
+    """Refuse a run that reads a domain more often than --max-epochs allows.
 
     Raises:
         ConfigError: names the domain read most often.
@@ -146,16 +146,16 @@ def check_epochs(report: MixtureReport, max_epochs: float) -> None:
             f"The run reads {most.prefix} {most.epochs:.2f} times ({most.samples_needed['train']} "
             f"sequences of {report.seq_length} ids, one epoch of its training split has "
             f"{most.sequences['train']}), more than --max-epochs {max_epochs:g} allows. Raise "
-            f"--max-epochs to consent to the repetition, lower --train-iters or the batch size, "
+            f"--max-epochs to allow the repetition, lower --train-iters or the batch size, "
             "lower the weight of this domain, or add data."
         )
 
 
 def check_skipped(report: MixtureReport, max_epochs: float, skipped: SkippedSamples) -> None:
-    """Refuse ranges of samples that reach beyond the data.
+    """Refuse ranges of skipped samples that reach beyond the data.
 
     Raises:
-        ConfigError: names the range and where the data end.
+        ConfigError: names the range and the last sample.
     """
     end = min(
         _samples_within(math.floor(max_epochs * domain.sequences["train"]), domain.weight)
@@ -165,13 +165,13 @@ def check_skipped(report: MixtureReport, max_epochs: float, skipped: SkippedSamp
         if last > end:
             raise ConfigError(
                 f"--skip-samples {first}:{last} reaches beyond the data: with --max-epochs "
-                f"{max_epochs:g} and these weights they end with sample {end - 1}. Give a range "
-                "that ends before."
+                f"{max_epochs:g} and these weights, sample {end - 1} is the last. Give a range "
+                "that ends earlier."
             )
 
 
 def document_ranges(split: str, documents: int) -> dict[str, tuple[int, int]]:
-    """First and one past the last document of each split, as megatron-core cuts them."""
+    """Half-open range of documents of each split, computed as in megatron-core."""
     shares = parse_split(split)
     edges = [0.0]
     for share in shares:
@@ -182,21 +182,21 @@ def document_ranges(split: str, documents: int) -> dict[str, tuple[int, int]]:
 
 _LONG = {"train": "training", "valid": "validation", "test": "test"}
 
-# megatron-core's blending rule gives sample i to the domain for which weight * i - (samples so far)
-# is largest, and that is never negative; so of n samples a domain gets at most
-# weight * (n - 1) + 1. The epsilon absorbs the rounding of normalized weights.
+# megatron-core's blending rule takes sample i from the domain with the largest
+# weight * i - (samples so far). This maximum is never negative, so of n samples a domain gives at
+# most weight * (n - 1) + 1. The epsilon absorbs the rounding of normalized weights.
 _EPSILON = 1e-6
 
 
 def _samples_at_most(num_samples: int, weight: float) -> int:
-    """Most samples that a domain gives to a blend of `num_samples`."""
+    """Maximum number of samples that a domain gives to a blend of `num_samples`."""
     if num_samples == 0:
         return 0
     return min(num_samples, math.floor(weight * (num_samples - 1) + 1 + _EPSILON))
 
 
 def _samples_within(sequences: int, weight: float) -> int:
-    """Largest blend to which a domain gives at most `sequences`."""
+    """Size of the largest blend to which a domain gives at most `sequences`."""
     if sequences == 0:
         return 0
     return max(1, math.floor((sequences - 2 * _EPSILON) / weight) + 1)

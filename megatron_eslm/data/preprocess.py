@@ -1,10 +1,10 @@
-"""Text to Megatron's `.bin/.idx`, with the tokenizer and the facts about it stored beside.
+"""Convert text to Megatron's `.bin/.idx` pairs, with tokenizer and metadata beside them.
 
     documents -> batches of about a megabyte -> tokenizer (in a pool of processes) -> builder
 
-The order of documents is the order of the input for any number of workers, so the bytes written
-are the same. Everything is written into a folder of its own and renamed at the end, the `.idx`
-last: a run that is killed leaves nothing that a reader would take for data.
+Documents keep the input order for any number of workers, so the output bytes are the same.
+Everything is written into a staging folder and renamed at the end, the `.idx` last, so a killed run
+leaves nothing that a reader would take for data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessReport:
-    """What was written and how fast."""
+    """Counts and duration of a preprocessing run."""
 
     prefix: str
     documents: int
@@ -45,7 +45,7 @@ class PreprocessReport:
     seconds: float
     empty_documents: int
     bad_documents: int
-    """Left out by `on_bad_line="skip"`."""
+    """Documents left out by `on_bad_line="skip"`."""
 
 
 def preprocess(
@@ -64,27 +64,27 @@ def preprocess(
     """Tokenize `inputs` into `output_prefix.bin/.idx`, `.meta.json` and `.tokenizer/`.
 
     Args:
-        inputs: as `read_documents` takes them; stored as the sources.
-        output_prefix: path without ending; its folder is made.
-        tokenizer: tokenizes, and is stored.
-        workers: processes that tokenize; 1 works in this process.
+        inputs: inputs of `read_documents`; stored as the sources.
+        output_prefix: path without suffix; its folder is created.
+        tokenizer: the tokenizer, which is also stored.
+        workers: tokenizing processes; 1 tokenizes in this process.
         append_eod: write the tokenizer's `eod` after each document.
         text_key: field or column that holds the text.
-        on_bad_line: `fail` at a document that cannot be read, or `skip` and count it.
+        on_bad_line: `fail` at an unreadable document, or `skip` and count it.
         overwrite: replace an existing pair.
-        log_interval_seconds: how often progress goes to the log.
-        documents: the text itself; `inputs` then only names where it came from.
+        log_interval_seconds: interval of progress messages.
+        documents: the documents; `inputs` then only names their sources.
 
     Raises:
-        ConfigError: bad input, existing output, another process that writes it, no document, a full
-            disk, no permission. Nothing is left behind.
+        ConfigError: bad input, existing output, another process writing it, no documents, a full
+            disk, or no permission. No partial output is left behind.
     """
     if workers < 1:
-        raise ConfigError(f"--workers {workers}: at least one process has to work.")
+        raise ConfigError(f"--workers {workers} must be 1 or more.")
     if workers > MOST_WORKERS:
         raise ConfigError(
-            f"--workers {workers} is more than {MOST_WORKERS}; give one for each processor core, "
-            f"of which there are {os.cpu_count()} here."
+            f"--workers {workers} is more than {MOST_WORKERS}; use one per processor core "
+            f"({os.cpu_count()} here)."
         )
     if log_interval_seconds < 0:
         raise ConfigError(f"--log-interval {log_interval_seconds:g} must be 0 seconds or more.")
@@ -103,15 +103,15 @@ def preprocess(
             lock.take(f"--output-prefix {prefix}", "Wait for it or choose another prefix.")
             _refuse_existing(prefix, overwrite)
             with aside_folder(prefix) as folder:
-                indexed_dataset()  # imports, which takes seconds that are not the text's
+                indexed_dataset()  # import now, so that its seconds do not count as tokenization
                 totals = _Totals(prefix, log_interval_seconds)
                 _write_pair(folder, list(inputs), texts, tokenizer, workers, append_eod, totals)
-                _refuse_existing(prefix, overwrite)  # not everything that writes there locks it
+                _refuse_existing(prefix, overwrite)  # not every writer takes the lock
                 _publish(folder, prefix)
-    except OSError as error:  # readers and tokenizers turn theirs into ConfigError
+    except OSError as error:  # readers and tokenizers raise ConfigError instead
         raise ConfigError(
-            f"--output-prefix {prefix} cannot be written: {error}. Make room or choose another "
-            "place."
+            f"--output-prefix {prefix} cannot be written: {error}. Free some space or choose "
+            "another place."
         ) from error
     totals.log()
     if totals.empty or bad.count:
@@ -137,13 +137,13 @@ def _refuse_existing(prefix: Path, overwrite: bool) -> None:
     existing = [f"{prefix}{s}" for s in (".bin", ".idx") if os.path.exists(f"{prefix}{s}")]
     if existing and not overwrite:
         raise ConfigError(
-            f"--output-prefix {prefix}: {' and '.join(existing)} exists already. Choose another "
+            f"--output-prefix {prefix}: {' and '.join(existing)} already exists. Choose another "
             "prefix or pass --overwrite."
         )
 
 
 class _Totals:
-    """Sums over all batches, told to the log from time to time."""
+    """Sums over all batches, logged periodically."""
 
     def __init__(self, prefix: Path, log_interval_seconds: float) -> None:
         self.documents = self.tokens = self.text_bytes = self.empty = 0
@@ -200,11 +200,11 @@ def _write_pair(
                     position += length
                 totals.add(batch)
         if totals.documents == 0:
-            raise ConfigError(f"{', '.join(sources)}: no document with any text.")
+            raise ConfigError(f"{', '.join(sources)}: there is no document with any text.")
         if totals.max_id >= tokenizer.vocab_size:
             raise ConfigError(
-                f"The tokenizer made the id {totals.max_id} beyond its vocabulary of "
-                f"{tokenizer.vocab_size}; its files do not fit together."
+                f"The tokenizer produced the id {totals.max_id}, beyond its vocabulary of "
+                f"{tokenizer.vocab_size}; its files do not belong together."
             )
         builder.finalize(str(folder / "idx"))
     finally:
@@ -226,10 +226,10 @@ def _write_pair(
 
 
 def _publish(folder: Path, prefix: Path) -> None:
-    """Move the finished files to their names; the pair becomes readable with the last of them.
+    """Rename the finished files; the pair becomes readable with the last one, the `.idx`.
 
-    At every moment, also after a power failure, there is no index or all else is on the disk. Old
-    and new parts that meet all the same are told apart by the sums in `.meta.json`.
+    At any time, even after a power failure, an existing `.idx` means that all other files are on
+    disk. If old and new files mix all the same, the checksums in `.meta.json` reveal it.
     """
     for path in (*folder.glob("tokenizer/*"), *folder.iterdir()):
         (sync_folder if path.is_dir() else sync_file)(path)

@@ -1,7 +1,7 @@
-"""Documents out of files, folders and Hugging Face data sets, one at a time.
+"""Read documents from files, folders and Hugging Face data sets, one at a time.
 
-Every reader is a generator: memory holds one document (or one parquet batch), never a file. Only
-`.txt` is read whole, because there one file is one document.
+Every reader is a generator, so memory holds one document (or one parquet batch), never a file. A
+`.txt` file is one document and is read at once.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from megatron_eslm.files.regular import open_regular
 logger = logging.getLogger(__name__)
 
 Reader = Callable[[BinaryIO, str, str, BadLines], Iterator[str]]
-"""Takes an open file, its name for messages, the text's field and what to do with bad lines."""
+"""Takes an open file, its name for messages, the text field and the handler of bad lines."""
 
 
 def read_documents(
     paths: Sequence[str], text_key: str = "text", bad: BadLines | None = None
 ) -> Iterator[str]:
-    """Yield the documents of every input in the order given.
+    """Yield the documents of all inputs in the order given.
 
     Args:
-        paths: each a `.jsonl`/`.json` file (one JSON object a line; also `.gz`, `.bz2`, `.xz` and
-            `.zst`), `-` for such lines from standard input, a `.parquet` file, a `.txt` file (the
-            whole file is one document), a folder of those (as `find_files` reads it), a folder
-            written by `datasets.save_to_disk`, or the name of a Hugging Face data set as
+        paths: each a `.jsonl`/`.json` file (one JSON object per line; also `.gz`, `.bz2`, `.xz` and
+            `.zst`), `-` for such lines from standard input, a `.parquet` file, a `.txt` file (one
+            document), a folder of such files (see `find_files`), a folder written by
+            `datasets.save_to_disk`, or the name of a Hugging Face data set as
             `NAME[:CONFIG[:SPLIT]]` (split `train` by default).
         text_key: field or column that holds the text.
-        bad: takes the errors about single documents; by default the first one is raised.
+        bad: handles the errors about single documents; by default the first one is raised.
 
     Raises:
-        ConfigError: an input is missing, unreadable, broken, without the field, or without any
-            document; names the file and, where there is one, the line.
+        ConfigError: an input is missing, unreadable, broken, or has no such field or no documents;
+            names the file and, if known, the line.
     """
     if not paths:
-        raise ConfigError("No input was given; name at least one file, folder or data set.")
+        raise ConfigError("No input given; name at least one file, folder or data set.")
     if list(paths).count("-") > 1:
-        raise ConfigError("--input names standard input (-) twice; it can be read once.")
+        raise ConfigError("--input names standard input (-) twice, but it can be read only once.")
     bad = bad or BadLines()
     for name in paths:
         count, bad_before = 0, bad.count
@@ -72,7 +72,7 @@ def _read_input(name: str, text_key: str, bad: BadLines) -> Iterator[str]:
     mode = _mode(path)
     if mode is None:
         if _reader_of(path) or not is_hub_name(name.partition(":")[0]):
-            # Never ask a server for what was evidently meant as a path.
+            # Never ask a server for something that is evidently a path.
             raise ConfigError(f"There is no file or folder {name}.")
         yield from _read_hub_dataset(name, text_key, bad)
     elif not stat.S_ISDIR(mode):
@@ -85,7 +85,7 @@ def _read_input(name: str, text_key: str, bad: BadLines) -> Iterator[str]:
 
 
 def _mode(path: Path) -> int | None:
-    """What lies at `path`; None if nothing does."""
+    """File mode of `path`; None if it does not exist."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -97,7 +97,7 @@ def _mode(path: Path) -> int | None:
 def _read_standard_input(text_key: str, bad: BadLines) -> Iterator[str]:
     if sys.stdin is None or sys.stdin.isatty():
         raise ConfigError(
-            "--input - reads JSON lines from standard input, and none is connected; pipe them in."
+            "--input - reads JSON lines from standard input, but nothing is piped in."
         )
     try:
         yield from read_json_lines(sys.stdin.buffer, "standard input", text_key, bad)
@@ -116,7 +116,7 @@ def _read_file(path: Path, text_key: str, bad: BadLines) -> Iterator[str]:
     reader = _reader_of(path)
     if reader is None:
         raise ConfigError(
-            f"{path} is of no kind that can be read; its name should end in one of "
+            f"{path} has an unsupported file type; its name should end in one of "
             f"{', '.join(_READERS)}."
         )
     try:
@@ -149,11 +149,11 @@ def _read_parquet(file: BinaryIO, name: str, text_key: str, bad: BadLines) -> It
             for row, value in enumerate(values, start=1):
                 yield from _one(value, text_key, f"{name}, row {row}", bad)
     except pyarrow.ArrowException as error:
-        raise ConfigError(f"{name} is not a parquet file that can be read: {error}.") from error
+        raise ConfigError(f"{name} is not a readable parquet file: {error}.") from error
 
 
 def _one(value: object, text_key: str, where: str, bad: BadLines) -> Iterator[str]:
-    """The document in a field, if it is one."""
+    """Yield the document in a field, or report that it is not text."""
     try:
         text = text_of(value, text_key, where)
     except ConfigError as error:
@@ -201,12 +201,12 @@ def _rows(dataset, where: str, text_key: str, bad: BadLines) -> Iterator[str]:
             yield from _one(record[text_key], text_key, f"{where}, row {row}", bad)
     except ConfigError:
         raise
-    except Exception as error:  # the network, a damaged shard: many kinds
+    except Exception as error:  # many kinds: the network, a damaged shard
         raise ConfigError(f"{where} cannot be read beyond row {row}: {error}.") from error
 
 
 def _read_saved_dataset(path: Path, text_key: str, bad: BadLines) -> Iterator[str]:
-    """A folder written by `save_to_disk`; of several splits the one named `train`."""
+    """Read a folder written by `save_to_disk`; if it has several splits, read `train`."""
     import datasets
 
     try:
@@ -216,7 +216,7 @@ def _read_saved_dataset(path: Path, text_key: str, bad: BadLines) -> Iterator[st
     if isinstance(loaded, datasets.DatasetDict):
         if "train" not in loaded:
             raise ConfigError(
-                f"{path} holds the splits {', '.join(loaded)} but no `train`; give the folder of "
+                f"{path} has the splits {', '.join(loaded)} but no `train`; give the folder of "
                 "one split."
             )
         loaded = loaded["train"]
@@ -224,18 +224,18 @@ def _read_saved_dataset(path: Path, text_key: str, bad: BadLines) -> Iterator[st
 
 
 def _read_hub_dataset(name: str, text_key: str, bad: BadLines) -> Iterator[str]:
-    """`NAME[:CONFIG[:SPLIT]]`, streamed: nothing but the part in hand is downloaded."""
+    """Stream the data set `NAME[:CONFIG[:SPLIT]]`, downloading only the current part."""
     import datasets
 
     repository, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
     check_data_set("--input", repository)
-    logger.info("%s is no file here; asking for the Hugging Face data set of that name", name)
+    logger.info("%s is not a local file; using the Hugging Face data set of that name", name)
     try:
         dataset = datasets.load_dataset(
             repository, config or None, split=split or "train", streaming=True
         )
-    except Exception as error:  # network, unknown name, unknown split: many kinds
+    except Exception as error:  # many kinds: network, unknown name, unknown split
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"{name} is neither a file or folder here nor a Hugging Face data set that can be "

@@ -1,10 +1,10 @@
-"""Losses of a reference model, stored beside the tokens that they are of.
+"""Losses of a reference model, stored beside the tokens.
 
 `PREFIX.reference-NAME.npy` is float16 [tokens of PREFIX.bin]: entry i is the loss, in nats, of
-predicting token i from what precedes it. So one file serves every mixture, seed, epoch and split.
-`PREFIX.reference-NAME.json` says of which data and which weights they are, how many are there, and
-their checksum: a writer that was killed goes on where this says, and nobody reads a file that is
-not complete.
+predicting token i from the tokens before it. So one file serves every mixture, seed, epoch and
+split. `PREFIX.reference-NAME.json` records the data, the weights, the number of losses written and
+their checksum. From it, a killed writer continues where it stopped and readers refuse incomplete
+files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from megatron_eslm.files.schema import STRICT, Count, Size, read_as
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceMeta:
-    """What one file of losses is of."""
+    """Metadata of one file of losses."""
 
     __pydantic_config__ = STRICT
     data: str
@@ -45,18 +45,18 @@ class ReferenceMeta:
     weights: str
     """Fingerprint of the reference model's weights."""
     seq_length: Size
-    """Tokens that were predicted from one context, at most."""
+    """Maximum number of tokens predicted from one context."""
     dtype: str
-    """In which the reference model computed."""
+    """Compute dtype of the reference model."""
     tokens: Count
     scored: Count = 0
-    """Tokens whose losses are in the file; it is complete where that is `tokens`."""
+    """Number of losses in the file, which is complete when this equals `tokens`."""
     crc32: Count | None = None
-    """Of these losses; None in files of versions that did not store it."""
+    """Checksum of these losses; None in files of older versions, which did not store it."""
     format_version: Literal[1] = 1
 
     def differences(self, other: ReferenceMeta) -> list[str]:
-        """What makes two files other losses, in words."""
+        """Describe the fields in which two files differ, progress aside."""
         return [
             f"{f.name}: {getattr(self, f.name)} there, {getattr(other, f.name)} here"
             for f in dataclasses.fields(self)
@@ -65,12 +65,12 @@ class ReferenceMeta:
 
 
 def losses_path(prefix: str, name: str) -> Path:
-    """Where the losses `name` of a pair are."""
+    """Path of the losses `name` of a pair."""
     return Path(f"{prefix}.reference-{name}.npy")
 
 
 def data_fingerprint(index: IndexFile) -> str:
-    """Of one pair, as ReferenceMeta has it."""
+    """Fingerprint of one pair for ReferenceMeta."""
     return hashlib.sha256(fingerprint(index, read_meta(index.prefix)).encode()).hexdigest()
 
 
@@ -81,19 +81,19 @@ class ReferenceWriter:
             while writer.scored < meta.tokens:
                 writer.append(losses)
 
-    Each `append` is on the disk, and counted, when it returns.
+    When `append` returns, its losses are on disk and counted.
 
     Raises:
-        ConfigError: other losses have this name, another process writes them, or the disk refuses.
+        ConfigError: this name has other losses, another process writes them, or the disk fails.
     """
 
     def __init__(self, prefix: str, name: str, meta: ReferenceMeta, overwrite: bool = False):
         """
         Args:
-            prefix: of the pair.
-            name: of the losses.
-            meta: what they are of, `scored` aside.
-            overwrite: begin anew, whatever is there.
+            prefix: prefix of the pair.
+            name: name of the losses.
+            meta: metadata of the losses; `scored` is ignored.
+            overwrite: start over, replacing existing losses.
         """
         self._path = losses_path(prefix, name)
         self._json = self._path.with_suffix(".json")
@@ -105,25 +105,25 @@ class ReferenceWriter:
                 self._file = self._open()
             except OSError as error:
                 raise _disk_error(self._path, error) from error
-            stack.pop_all()  # all is well: the lock is kept
+            stack.pop_all()  # success: keep the lock
 
     @property
     def scored(self) -> int:
-        """Tokens that are done."""
+        """Number of tokens scored so far."""
         return self._meta.scored
 
     def _begin(self, meta: ReferenceMeta, overwrite: bool) -> ReferenceMeta:
-        """Where to go on: what is counted and found as it was written, or nothing."""
+        """Return the metadata to continue from: the verified stored one, or a new one."""
         stored = None if overwrite else _read_meta(self._json)
         if stored is not None and (differences := stored.differences(meta)):
             raise ConfigError(
-                f"{self._path} holds losses of something else ({'; '.join(differences)}). Choose "
+                f"{self._path} holds losses from another source ({'; '.join(differences)}). Choose "
                 "another --name, or replace them with --overwrite."
             )
         if stored is not None and stored.scored:
             _check_losses(self._path, stored)
             return stored
-        # Removed, not emptied: a run may have the old file mapped.
+        # Remove instead of truncating: a run may have the old file mapped.
         self._json.unlink(missing_ok=True)
         self._path.unlink(missing_ok=True)
         return dataclasses.replace(meta, scored=0, crc32=0)
@@ -132,7 +132,7 @@ class ReferenceWriter:
         file = self._path.open("r+b" if self._meta.scored else "w+b")
         header = {"descr": "<f2", "fortran_order": False, "shape": (self._meta.tokens,)}
         np.lib.format.write_array_header_1_0(file, header)
-        # What was written after it was last counted is written again.
+        # Drop losses that were written but not yet counted.
         file.truncate(file.tell() + 2 * self._meta.scored)
         file.seek(0, os.SEEK_END)
         self._write_meta()
@@ -143,7 +143,7 @@ class ReferenceWriter:
         if not np.isfinite(losses).all():
             raise ConfigError(
                 f"The reference model gives losses that are not finite, at token {self.scored} of "
-                f"{self._path} or soon after. Its weights are of no use as a reference."
+                f"{self._path} or soon after. Its weights cannot serve as a reference."
             )
         if self.scored + len(losses) > self._meta.tokens:
             raise ValueError(f"{self.scored} + {len(losses)} of {self._meta.tokens} losses")
@@ -175,27 +175,27 @@ class ReferenceWriter:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceLosses:
-    """The losses of every domain of a mixture, ready to be read."""
+    """The reference losses of all domains of a mixture."""
 
     name: str
     by_domain: tuple[np.ndarray, ...]
     """float16 [tokens of the domain], memory maps, in the order of the domains."""
     weights: str
-    """Fingerprint of the reference model."""
+    """Fingerprint of the reference model's weights."""
     seq_length: int
 
     def of_sample(self, domain: int, part: Any, index: int) -> np.ndarray:
-        """float32 [T]: the losses of the labels of one sequence of a domain's GPTDataset."""
+        """Read the losses of the labels of one sequence of a domain's GPTDataset, float32 [T]."""
         positions_S = positions_of(part, index)
         losses_T = self.by_domain[domain][np.maximum(positions_S[1:], 0)].astype(np.float32)
         return np.where(positions_S[1:] >= 0, losses_T, 0.0).astype(np.float32)
 
 
 def open_reference_losses(source: DataSource, name: str) -> ReferenceLosses:
-    """The stored losses `name` of all domains.
+    """Open the stored losses `name` of all domains.
 
     Raises:
-        ConfigError: a domain has none, or has incomplete, damaged or other losses.
+        ConfigError: losses of a domain are missing, incomplete, damaged or from another source.
     """
     opened = [_open_domain(domain.prefix, name) for domain in source.domains]
     metas = [meta for meta, _ in opened]
@@ -209,7 +209,7 @@ def open_reference_losses(source: DataSource, name: str) -> ReferenceLosses:
             raise ConfigError(
                 f"--reference-losses {name}: {source.domains[0].prefix} and {domain.prefix} were "
                 f"scored with different {' and '.join(differing)}, so their excess losses cannot "
-                "be compared. Score them with one reference model in one way."
+                "be compared. Score them with the same reference model and settings."
             )
     return ReferenceLosses(
         name=name,
@@ -225,26 +225,26 @@ def _open_domain(prefix: str, name: str) -> tuple[ReferenceMeta, np.ndarray]:
     meta = _read_meta(path.with_suffix(".json"))
     if meta is None or not path.exists():
         raise ConfigError(
-            f"--reference-losses {name}: there is no {path} with its .json. Score the text with "
+            f"--reference-losses {name}: {path} or its .json is missing. Score the text with "
             f"{command} --load and a reference model, or use --reference."
         )
     _check_text(path, meta, index)
     if meta.scored < meta.tokens:
         raise ConfigError(
             f"--reference-losses {name}: {path} has {meta.scored} of {meta.tokens} tokens. Run the "
-            "tools/score_reference.py command that began it again; it goes on from there."
+            "same tools/score_reference.py command again; it continues from there."
         )
     return meta, _map_losses(path, meta)
 
 
 def verify_losses(index: IndexFile) -> Iterator[str]:
-    """Compare all losses beside a pair with its text and their checksums.
+    """Verify all losses beside a pair against its text and their checksums.
 
     Yields:
-        The name of each that is complete.
+        The names of complete losses.
 
     Raises:
-        ConfigError: one is damaged, or of other text.
+        ConfigError: losses are damaged or belong to other text.
     """
     folder, before = Path(index.prefix).parent, f"{Path(index.prefix).name}.reference-"
     for path in sorted(folder.iterdir()):
@@ -259,16 +259,16 @@ def verify_losses(index: IndexFile) -> Iterator[str]:
 
 
 def _check_text(path: Path, meta: ReferenceMeta, index: IndexFile) -> None:
-    """ConfigError where the losses are not of this pair."""
+    """Raise ConfigError if the losses do not belong to this pair."""
     if meta.data != data_fingerprint(index) or meta.tokens != index.tokens:
         raise ConfigError(
-            f"{path} was made of other text than {index.prefix}.bin. Score it again with "
+            f"{path} was made from other text than {index.prefix}.bin. Score it again with "
             "tools/score_reference.py --overwrite."
         )
 
 
 def _map_losses(path: Path, meta: ReferenceMeta) -> np.ndarray:
-    """The losses of a file, a memory map; ConfigError where it is not as long as it should be."""
+    """Memory-map the losses of a file; ConfigError if its dtype or length is wrong."""
     try:
         open_regular(path).close()
         losses = np.load(path, mmap_mode="r")
@@ -280,7 +280,7 @@ def _map_losses(path: Path, meta: ReferenceMeta) -> np.ndarray:
 
 
 def _check_losses(path: Path, meta: ReferenceMeta) -> None:
-    """Compare the counted losses with their checksum; ConfigError where they are damaged."""
+    """Compare the counted losses with their checksum; ConfigError if they are damaged."""
     counted = 2 * meta.scored
     try:
         with open_regular(path) as file:
@@ -307,8 +307,8 @@ def _damaged(path: Path, what: str) -> ConfigError:
 
 def _disk_error(path: Path, error: OSError) -> ConfigError:
     return ConfigError(
-        f"{path} cannot be written: {error.strerror or error}. Make room or get permission, and "
-        "run the same command again: what was scored is kept."
+        f"{path} cannot be written: {error.strerror or error}. Free some space or get permission, "
+        "and run the same command again; it keeps the losses already scored."
     )
 
 
@@ -327,29 +327,29 @@ def _read_meta(path: Path) -> ReferenceMeta | None:
 
 
 def positions_of(part: Any, index: int) -> np.ndarray:
-    """Where in the `.bin` each token of a sequence stands.
+    """Position in the `.bin` of each token of a sequence.
 
     Args:
         part: a megatron-core GPTDataset.
-        index: number of the sequence in it.
+        index: number of the sequence in the data set.
 
     Returns:
-        int64 [T+1]; -1 where the sequence is filled up.
+        int64 [T+1]; -1 for padding.
     """
-    # The dataset puts a sequence together from spans of documents, in ways of its own. Given spans
-    # of positions instead of ids, it does the same with them.
+    # GPTDataset assembles a sequence from spans of documents. A copy that reads positions instead
+    # of ids assembles the positions in the same way.
     twin = copy.copy(part)
     twin.dataset = _Positions(part.dataset)
     twin._pad_token_id = -1
     positions_S, _ = twin._query_document_sample_shuffle_indices(index)
-    # It builds its maps of the indices on first use.
+    # Keep the index maps, which it builds on first use.
     for name in ("document_index", "sample_index", "shuffle_index"):
         setattr(part, name, getattr(twin, name))
     return positions_S
 
 
 class _Positions:
-    """Has positions where an IndexedDataset has ids."""
+    """An IndexedDataset that returns positions instead of ids."""
 
     def __init__(self, indexed: Any) -> None:
         self._index = indexed.index

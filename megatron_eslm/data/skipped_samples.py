@@ -1,7 +1,7 @@
-"""Ranges of the training order that are passed over: `--skip-samples A:B ...`.
+"""Ranges of samples that training skips: `--skip-samples A:B ...`.
 
-A position is a number of consumed samples: sample `position` comes next, and those before it have
-been read or passed over. Skipped samples keep their numbers, so nothing behind them moves.
+A position is a number of consumed samples: sample `position` comes next, and all samples before it
+have been read or skipped. Skipped samples keep their numbers, so later samples do not move.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 def parse_ranges(words: Sequence[str]) -> Ranges:
-    """The ranges that the words of `--skip-samples` name, in their order.
+    """Parse the words of `--skip-samples`, in their order.
 
     Raises:
         ConfigError: a word is not A:B, or A is not below B.
@@ -41,7 +41,7 @@ def parse_ranges(words: Sequence[str]) -> Ranges:
 
 
 def _union(ranges: Sequence[tuple[int, int]]) -> Ranges:
-    """The same samples in ranges that are sorted and do not touch."""
+    """Merge ranges into sorted ranges that do not touch."""
     united: list[tuple[int, int]] = []
     for begin, end in sorted(ranges):
         if united and begin <= united[-1][1]:
@@ -53,14 +53,14 @@ def _union(ranges: Sequence[tuple[int, int]]) -> Ranges:
 
 @dataclass(frozen=True)
 class SkippedSamples:
-    """Which samples of the training order are not trained on."""
+    """The set of samples that training skips."""
 
     ranges: Ranges = ()
     """Sorted; no two touch."""
 
     @classmethod
     def of(cls, *several: Ranges) -> SkippedSamples:
-        """All samples of several lists of ranges."""
+        """Union of several lists of ranges."""
         return cls(_union([part for ranges in several for part in ranges]))
 
     def covers(self, begin: int, end: int) -> bool:
@@ -68,7 +68,7 @@ class SkippedSamples:
         return any(first <= begin and end <= last for first, last in self.ranges)
 
     def after(self, position: int, count: int) -> int:
-        """The position behind the next `count` samples that are read from `position` on."""
+        """The position after reading the next `count` samples from `position` on."""
         for begin, end in self.ranges:
             if end <= position:
                 continue
@@ -79,7 +79,7 @@ class SkippedSamples:
         return position + count
 
     def numbers(self, position: int, count: int) -> list[int]:
-        """The numbers of the next `count` samples that are read from `position` on."""
+        """The numbers of the next `count` samples to read from `position` on."""
         found: list[int] = []
         for begin, end in self.ranges:
             if end <= position:
@@ -100,12 +100,12 @@ class SkippedSamples:
 
 
 def join_skipped(given: Ranges, recorded: Ranges, position: int) -> SkippedSamples:
-    """What a run skips: the ranges that it was given, and those that its checkpoint carries on.
+    """Join the ranges given to a run with those recorded in its checkpoint.
 
     Args:
-        given: by `--skip-samples`.
-        recorded: in the checkpoint; they may lie before the position.
-        position: where the run goes on.
+        given: ranges of `--skip-samples`.
+        recorded: ranges in the checkpoint; they may lie before the position.
+        position: position from which the run continues.
 
     Raises:
         ConfigError: a given range begins before the position and is not among the recorded ones.
@@ -117,7 +117,7 @@ def join_skipped(given: Ranges, recorded: Ranges, position: int) -> SkippedSampl
             remedy = f"Skip {position}:{end}" if end > position else "Leave it out"
             raise ConfigError(
                 f"--skip-samples {begin}:{end} begins before sample {position}, where the "
-                f"checkpoint of --load goes on, and samples {begin} to {last} were consumed "
-                f"before. {remedy}, or load a checkpoint from before sample {begin}."
+                f"checkpoint of --load continues, but samples {begin} to {last} were already "
+                f"consumed. {remedy}, or load a checkpoint from before sample {begin}."
             )
     return SkippedSamples.of(given, recorded)

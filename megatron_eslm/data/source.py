@@ -1,4 +1,4 @@
-"""`--data-path` opened: every file checked, one tokenizer for all, a fingerprint of the whole."""
+"""Open `--data-path`: check every file, find the common tokenizer, compute a fingerprint."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ class Domain:
     prefix: str
     weight: float
     """Share of the training tokens; the weights of a source add up to 1. Equal proportions give
-    the same numbers, however they were typed."""
+    equal numbers, however they are written."""
     documents: int
     tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """What `--data-path` stands for."""
+    """The data of a run: domains, weights and tokenizer."""
 
     tokenizer: Tokenizer
     domains: tuple[Domain, ...]
     weights: tuple[int, ...]
-    """Of the domains, in lowest terms: 1, 2, 7 for 0.1, 0.2, 0.7."""
+    """Weights of the domains in lowest terms: 1, 2, 7 for 0.1, 0.2, 0.7."""
     fingerprint: str
-    """Changes with the contents of any file and with the tokenizer, not with the place of either,
-    nor with weights. A checkpoint compares it at resume."""
+    """Depends on the contents of all files and on the tokenizer, not on paths or weights. Checked
+    against the checkpoint at resume."""
 
 
 def open_data(options: DataOptions) -> DataSource:
-    """Check everything that can be checked before training and return what it is.
+    """Run all checks that are possible before training and return the data source.
 
-    Where torch.distributed is initialized every rank has to call this. Whole files are read by rank
-    0 and by the first rank of each other machine; the others trust them. An error on any rank is
-    raised on all, other data on another machine being one.
+    If torch.distributed is initialized, every rank must call this. Rank 0 and the first rank of
+    each other machine read all files in full; the others trust them. An error on any rank, such as
+    different data on another machine, is raised on all.
 
     Raises:
         ConfigError: anything about `--data-path`, its files or the tokenizer flags is wrong.
@@ -72,7 +72,7 @@ def open_data(options: DataOptions) -> DataSource:
 def _check_same(source: DataSource, expected: str) -> None:
     if source.fingerprint != expected:
         raise ConfigError(
-            f"--data-path {' '.join(domain.prefix for domain in source.domains)} is other data "
+            f"--data-path {' '.join(domain.prefix for domain in source.domains)} is different data "
             "here than on the machine of rank 0. Copy the same files to all machines, or name a "
             "folder that they share."
         )
@@ -120,7 +120,7 @@ def _open(options: DataOptions, *, trust: bool) -> DataSource:
 def _check_contents(index: IndexFile, meta: DataMeta | None, tokenizer: Tokenizer) -> None:
     if meta is None:
         logger.warning(
-            "%s has no %s.meta.json: that its tokenizer is the given %s cannot be verified",
+            "%s has no %s.meta.json, so it cannot be verified that its tokenizer is the given %s",
             index.prefix,
             os.path.basename(index.prefix),
             tokenizer.name,
@@ -137,10 +137,10 @@ def _check_contents(index: IndexFile, meta: DataMeta | None, tokenizer: Tokenize
 
 
 def lowest_terms(numbers: Sequence[Fraction]) -> tuple[int, ...]:
-    """Whole numbers in the same proportion without a common factor; not all may be 0.
+    """Convert to integers in the same proportion without a common factor; not all may be 0.
 
-    Weights and shares are compared, and become floats, in this form alone: 0.1 0.2 0.7, 1 2 7 and
-    0.3 0.6 2.1 differ as floats, and one rounding is enough for another order of samples.
+    Weights and shares are compared and converted to floats only in this form: 0.1 0.2 0.7, 1 2 7
+    and 0.3 0.6 2.1 differ as floats, and a single rounding error can change the order of samples.
     """
     scale = math.lcm(*(number.denominator for number in numbers))
     whole = [int(number * scale) for number in numbers]
@@ -149,7 +149,7 @@ def lowest_terms(numbers: Sequence[Fraction]) -> tuple[int, ...]:
 
 
 def _exact(word: str) -> Fraction | None:
-    """The number that a word says; None for nan and infinity. ValueError where it says none."""
+    """Parse an exact number; None for nan and infinity, ValueError if it is not a number."""
     rounded = float(word)  # also keeps exponents within bounds
     if not math.isfinite(rounded):
         return None
@@ -160,8 +160,8 @@ def parse_data_path(words: Sequence[str]) -> list[tuple[Fraction, str]]:
     """`prefix` or `weight1 prefix1 weight2 prefix2 ...` as (weight, prefix) pairs.
 
     Raises:
-        ConfigError: nothing given, an odd number of words, a weight that is no positive number, or
-            a prefix given twice.
+        ConfigError: no words, an odd number of words, a weight that is not a positive number, or a
+            prefix given twice.
     """
     if not words:
         raise ConfigError("--data-path is empty; give a prefix, or weight and prefix pairs.")
@@ -179,13 +179,13 @@ def parse_data_path(words: Sequence[str]) -> list[tuple[Fraction, str]]:
             weight = _exact(word)
         except ValueError:
             raise ConfigError(
-                f"--data-path: {word!r} before {prefix} should be that prefix's weight, and is not "
+                f"--data-path: {word!r} before {prefix} should be that prefix's weight, but is not "
                 "a number. Write weight1 prefix1 weight2 prefix2."
             ) from None
         if weight is None or weight <= 0:
             raise ConfigError(
                 f"--data-path: the weight {word} of {prefix} must be positive; leave out a domain "
-                "that is not to be read."
+                "that should not be read."
             )
         real = os.path.realpath(prefix)
         if real in seen:
@@ -199,7 +199,7 @@ def parse_data_path(words: Sequence[str]) -> list[tuple[Fraction, str]]:
 
 
 def canonical_data_path(words: Sequence[str]) -> str:
-    """The words of `--data-path` with weights in lowest terms: one form of all equal mixtures."""
+    """Canonical form of `--data-path`, with weights in lowest terms; equal for equal mixtures."""
     pairs = parse_data_path(words)
     if len(pairs) == 1:
         return pairs[0][1]
@@ -210,7 +210,7 @@ def canonical_data_path(words: Sequence[str]) -> str:
 
 
 def split_parts(split: str) -> tuple[int, int, int]:
-    """The shares of training, validation and test that `--split` names, in lowest terms.
+    """Parse `--split` into the shares of training, validation and test, in lowest terms.
 
     Raises:
         ConfigError: not one to three numbers, a negative one, or nothing for training.
@@ -237,14 +237,14 @@ def split_parts(split: str) -> tuple[int, int, int]:
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
-    """Shares of training, validation and test, adding up to 1; ConfigError as `split_parts`."""
+    """Shares of training, validation and test, adding up to 1; errors as in `split_parts`."""
     train, valid, test = split_parts(split)
     total = train + valid + test
     return train / total, valid / total, test / total
 
 
 def canonical_split(split: str) -> str:
-    """The one form of all equal splits: 40,9,1 for 0.8,0.18,0.02 and for 80,18,2."""
+    """Canonical form, the same for equal splits: 40,9,1 for 0.8,0.18,0.02 and for 80,18,2."""
     return ",".join(map(str, split_parts(split)))
 
 
@@ -257,7 +257,7 @@ def _common_tokenizer(
         given = build_tokenizer(options.tokenizer_type, *files)
     elif any(file is not None for file in files):
         raise ConfigError(
-            "--vocab-file, --merge-file and --tokenizer-model say nothing without "
+            "--vocab-file, --merge-file and --tokenizer-model have no effect without "
             "--tokenizer-type; add it, or leave them out to use the tokenizer stored beside the "
             "data."
         )

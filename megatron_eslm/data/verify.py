@@ -1,4 +1,4 @@
-"""Read a `.bin/.idx` pair from end to end and compare it with everything known about it."""
+"""Verify a `.bin/.idx` pair in full against its metadata."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from megatron_eslm.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedData:
-    """A pair in which nothing is wrong."""
+    """A pair that has passed all checks."""
 
     prefix: str
     documents: int
     tokens: int
     dtype: str
     tokenizer: Tokenizer | None
-    """None where no facts lie beside the pair: then ids and sums could not be compared."""
+    """None for a pair without metadata, whose ids and checksums cannot be verified."""
     sample: str
-    """The first 200 characters."""
+    """First 200 characters of the text."""
     losses: tuple[str, ...]
-    """Names of the reference losses beside it, which are whole, too."""
+    """Names of the complete reference losses beside the pair, also verified."""
 
 
 def verify_data(prefix: str) -> VerifiedData:
     """Check sizes, offsets, boundaries, checksums, ids and ends of documents of one pair.
 
     Raises:
-        ConfigError: the first thing that is wrong.
+        ConfigError: names the first problem found.
     """
     index, meta = read_index(prefix), read_meta(prefix)
     tokenizer, sample = None, ""
@@ -45,13 +45,13 @@ def verify_data(prefix: str) -> VerifiedData:
         tokenizer = load_tokenizer(f"{prefix}.tokenizer")
         if tokenizer.identity != meta.tokenizer["identity"]:
             raise ConfigError(
-                f"{prefix}.tokenizer is not the tokenizer that the data was made with; put the "
+                f"{prefix}.tokenizer is not the tokenizer with which the data was made; put the "
                 "original folder back."
             )
         largest = check_ids(index, tokenizer)
         if largest != meta.max_token_id:
             raise ConfigError(
-                f"{prefix}.meta.json says that the largest id is {meta.max_token_id}, and it is "
+                f"{prefix}.meta.json says that the largest id is {meta.max_token_id}, but it is "
                 f"{largest}. The file was changed; copy it again or preprocess with --overwrite."
             )
         check_ends(index, meta, tokenizer.eod, every=True)

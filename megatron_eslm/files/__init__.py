@@ -1,1 +1,1 @@
-"""Files that other processes may share, cut short or forge: read strictly, written whole."""
+"""Strict reading and atomic writing of files that other processes may share or damage."""

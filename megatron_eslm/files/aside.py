@@ -1,4 +1,4 @@
-"""A folder to build something in, beside the place where it will appear when it is complete."""
+"""Staging folders: build next to the target, then publish by rename."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_eslm.files.lock import FileLock
 logger = logging.getLogger(__name__)
 
 BUILDER_LOCK = ".building.lock"
-"""Ending of a lock beside a folder that only one process builds at a time."""
+"""Suffix of the lock next to a folder that only one process may build at a time."""
 
 _LOCK = ".lock"
 _OURS = re.compile(r"\..+\.building(-[0-9a-f]{12})?\.lock")
@@ -24,10 +24,11 @@ _OURS = re.compile(r"\..+\.building(-[0-9a-f]{12})?\.lock")
 
 @contextmanager
 def aside_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, on the same file system, gone when the block ends.
+    """Yield an empty staging folder next to `target`, on the same file system.
 
-    Move what was built out of it (or the folder itself) to publish it. Folders that killed
-    processes left beside it are removed; those of living ones are not.
+    To publish, move the contents or the folder itself. What remains is removed when the block
+    ends. Also removes the staging folders that killed processes left next to `target`, but not
+    those of live processes.
 
     Raises:
         OSError: the folder cannot be made.
@@ -44,9 +45,9 @@ def aside_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_stale(target: Path) -> None:
-    """Remove what processes that are gone left of `aside_folder`, for any target beside this one.
+    """Remove the staging folders that dead processes left in the parent folder of `target`.
 
-    For any: the same target may never be built again.
+    This covers all targets in that folder, since the same target may never be built again.
     """
     for path in list(target.parent.iterdir()):
         if not _OURS.fullmatch(path.name):
@@ -62,7 +63,7 @@ def remove_stale(target: Path) -> None:
 
 
 def _own_name(target: Path) -> tuple[Path, FileLock]:
-    # The lock comes before the folder, so that no folder is ever seen without its lock.
+    # Lock first, so that no process ever sees the folder without its lock.
     while True:
         folder = target.with_name(f".{target.name}.building-{uuid.uuid4().hex[:12]}")
         lock = FileLock(folder.with_name(folder.name + _LOCK))

@@ -1,8 +1,8 @@
 """Folders that are built once and then shared by any number of jobs.
 
-A folder appears by one rename, complete and on disk, with a record of the size and checksum of each
-file. Whoever opens it compares it with the record, so what a power failure or a bad copy damaged
-is built again instead of being used.
+A folder is published by one rename, complete and synced to disk, with a record of the size and
+checksum of each file. Readers verify the folder against the record, so that a folder damaged by a
+power failure or a bad copy is rebuilt instead of used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_eslm.files.schema import STRICT, Count, read_as
 logger = logging.getLogger(__name__)
 
 RECORD = "built.json"
-"""The record's name in the folder."""
+"""File name of the record."""
 
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST}
 _SILENT_SECONDS = 0.5
@@ -41,7 +41,7 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class _File:
-    """What a file was when it was written."""
+    """Size and checksum of a file when it was written."""
 
     __pydantic_config__ = STRICT
     bytes: Count
@@ -50,7 +50,7 @@ class _File:
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
-    """What a folder was when it was published."""
+    """Contents of a folder when it was published."""
 
     __pydantic_config__ = STRICT
     key: str
@@ -65,19 +65,19 @@ def built_once(
     key: str = "",
     patience_seconds: float = 600.0,
 ) -> None:
-    """See to it that `folder` holds what `build` makes, whole.
+    """Make sure that `folder` holds the complete output of `build`.
 
     Any number of processes may call this at once: one builds, the others wait and use its folder.
-    A folder that does not agree with its record is moved to `NAME.replaced`, where those who have
-    it open keep it, and built again. Files that were added to the folder later are not checked.
+    A folder that does not match its record is moved to `NAME.replaced`, so that processes that
+    have it open can keep reading, and is rebuilt. Files added to the folder later are not checked.
 
     Args:
-        folder: the place to build.
-        build: fills the empty folder that it is given.
-        key: what the contents depend on, where the folder's name does not say it; a folder of
+        folder: the folder to build.
+        build: called with an empty folder, which it fills.
+        key: everything that the contents depend on beyond the folder's name; a folder with
             another key is replaced.
-        patience_seconds: how long to wait for another process that builds; after that this one
-            builds, too, and the first to finish publishes.
+        patience_seconds: how long to wait while another process builds. Then this process builds
+            too, and the first to finish publishes.
 
     Raises:
         OSError: the folder cannot be written.
@@ -103,19 +103,20 @@ def built_once(
 def built_elsewhere(
     folder: Path, remedy: str, *, key: str = "", contents: bool = True, wait_seconds: float = 60.0
 ) -> None:
-    """Wait until the folder that another process has built is whole on this machine, too.
+    """Wait until the folder that another process has built is complete on this machine too.
 
-    Network file systems show new names late; after `wait_seconds` this one is not shared.
+    Network file systems show new names late. A folder still missing after `wait_seconds` is not on
+    a shared file system.
 
     Args:
-        folder: the same as for `built_once` in that process.
-        remedy: what to do where it does not appear, a sentence.
+        folder: the `folder` that the other process passed to `built_once`.
+        remedy: a sentence that says what to do if it does not appear.
         key: as for `built_once`.
-        contents: whether to compare checksums; otherwise names and sizes only.
+        contents: also compare checksums, not only names and sizes.
         wait_seconds: how long it may take to appear.
 
     Raises:
-        ConfigError: it is not here, or not whole.
+        ConfigError: the folder is missing or incomplete.
     """
     deadline = time.monotonic() + wait_seconds
     while (problem := _problem(folder, key, contents=contents)) is not None:
@@ -125,15 +126,15 @@ def built_elsewhere(
 
 
 def _look_again(folder: Path) -> None:
-    """Wait a moment and have clients of NFS ask for the names beside the folder again."""
+    """Wait a moment, then list the parent folder so that an NFS client refreshes its names."""
     time.sleep(_POLL_SECONDS)
     with contextlib.suppress(OSError):
         os.listdir(folder.parent)
 
 
 def _take_turn(lock: FileLock, folder: Path, patience_seconds: float) -> None:
-    """Wait until no other process builds the folder, or until patience is lost."""
-    # Another user's lock cannot be opened; two who build at once do no harm.
+    """Wait until no other process builds the folder, or until `patience_seconds` have passed."""
+    # Another user's lock cannot be opened; two builds at once do no harm.
     with contextlib.suppress(PermissionError):
         if lock.acquire(wait_seconds=_SILENT_SECONDS):
             return
@@ -143,7 +144,7 @@ def _take_turn(lock: FileLock, folder: Path, patience_seconds: float) -> None:
 
 
 def _problem(folder: Path, key: str, *, contents: bool = True) -> str | None:
-    """What keeps a folder from being used, a clause; None where nothing does."""
+    """Say in a clause why a folder cannot be used; None if it can."""
     try:
         record = read_as(_Record, folder / RECORD)
     except FileNotFoundError:
@@ -151,7 +152,7 @@ def _problem(folder: Path, key: str, *, contents: bool = True) -> str | None:
     except ConfigError as error:
         return str(error).removesuffix(".")
     if record.key != key:
-        return f"{folder} was built of something else ({record.key}, not {key})"
+        return f"{folder} was built from something else ({record.key}, not {key})"
     for name, expected in record.files.items():
         path = folder / name
         try:
@@ -169,7 +170,7 @@ def _problem(folder: Path, key: str, *, contents: bool = True) -> str | None:
 
 
 def _seal(folder: Path, key: str) -> None:
-    """Write the record of all files, everything forced to disk."""
+    """Write the record of all files and force everything to disk."""
     files: dict[str, _File] = {}
     folders = [folder]
     for path in sorted(folder.rglob("*")):
@@ -189,9 +190,9 @@ def _seal(folder: Path, key: str) -> None:
 
 
 def _publish(aside: Path, folder: Path, key: str) -> None:
-    """Give the finished folder its name, unless another process has built a whole one meanwhile.
+    """Rename the finished folder to `folder`, unless another process was faster.
 
-    That happens where file systems have no locks and where patience was lost.
+    Another process can be faster on a file system without locks, or if it ran out of patience.
     """
     deadline = time.monotonic() + _PUBLISH_SECONDS
     while True:
@@ -205,7 +206,7 @@ def _publish(aside: Path, folder: Path, key: str) -> None:
                 folder.rename(before)
             aside.rename(folder)
         except OSError as error:
-            # Another process was faster: its folder may not be seen here yet.
+            # Another process was faster; its folder may not be visible here yet.
             faster = error.errno in _TAKEN or (error.errno == errno.ENOENT and aside.exists())
             if not faster or time.monotonic() >= deadline:
                 raise

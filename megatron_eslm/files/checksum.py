@@ -14,9 +14,9 @@ _BLOCK_BYTES = 2**22
 
 
 def crc32_of(file: BinaryIO, count: int | None = None) -> int:
-    """CRC-32 of the next `count` bytes of an open file, or of its rest.
+    """CRC-32 of the next `count` bytes of an open file; None means up to its end.
 
-    Finds damage, not forgery.
+    Detects damage, not forgery.
     """
     crc = 0
     for block in _blocks(file, count):

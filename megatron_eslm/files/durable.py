@@ -1,4 +1,4 @@
-"""Bytes that are on the disk before anyone is told of them."""
+"""Durable writes: contents and names are on disk before the call returns."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-# What network and FUSE file systems answer that cannot force a folder to disk.
+# Errors of network and FUSE file systems that cannot sync a folder.
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
 _warned = False
 
 
 def sync_file(path: Path) -> None:
-    """Force a file's contents to disk; OSError where the disk does not take them."""
+    """Force a file's contents to disk; OSError if the disk refuses them."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to disk, where its file system can.
+    """Force the names in a folder to disk, if its file system supports it.
 
-    A file system that cannot is said once a process: a machine that loses power may then forget
-    the newest names, which a reader can tell. Other errors are OSError.
+    Otherwise warns once per process: a power failure may then lose the newest names, which readers
+    detect. Other errors raise OSError.
     """
     global _warned
     descriptor = os.open(folder, os.O_RDONLY)
@@ -36,7 +36,7 @@ def sync_folder(folder: Path) -> None:
         if not _warned:
             _warned = True
             logger.warning(
-                "%s: its file system cannot force a folder to disk (%s); after a power failure "
+                "%s: its file system cannot sync a folder to disk (%s); after a power failure "
                 "the newest files there may be missing",
                 folder,
                 error.strerror,
@@ -46,7 +46,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there completely or, until then, as it was before."""
+    """Replace a file atomically: readers see either the old contents or all of `data`."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with draft.open("wb") as file:

@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for."""
+"""Read JSON from untrusted files."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.regular import open_regular
 
 MAX_BYTES = 2**28
-"""No file of ours comes near; a larger one is not what its name says."""
+"""Far larger than any JSON file this package reads; anything larger is something else."""
 
 
 def read_json(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
-    """The value in a JSON file.
+    """Read the value in a JSON file.
 
     Args:
         path: a regular file of UTF-8 text.
-        max_bytes: a larger file is refused before it is read.
+        max_bytes: size limit; a larger file is refused.
 
     Raises:
-        FileNotFoundError: nothing is there. The caller knows what that means.
-        ConfigError: it cannot be read, or is not JSON in the sense of `parse_json`.
+        FileNotFoundError: the file does not exist. The caller decides what that means.
+        ConfigError: it cannot be read, is too large, or is not JSON (see `parse_json`).
     """
     return parse_json(read_text(path, max_bytes=max_bytes), str(path))
 
 
 def read_text(path: str | Path, *, max_bytes: int = MAX_BYTES) -> str:
-    """The text of a regular UTF-8 file; errors as in `read_json`."""
+    """Read a regular UTF-8 file; errors as in `read_json`."""
     with open_regular(path) as file:
         try:
             data = file.read(max_bytes + 1)
@@ -36,7 +36,7 @@ def read_text(path: str | Path, *, max_bytes: int = MAX_BYTES) -> str:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     if len(data) > max_bytes:
         raise ConfigError(
-            f"{path} has more than {max_bytes} bytes, too many for what it should be."
+            f"{path} has more than {max_bytes} bytes, too many for a file of its kind."
         )
     try:
         return data.decode()
@@ -45,19 +45,19 @@ def read_text(path: str | Path, *, max_bytes: int = MAX_BYTES) -> str:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Args:
-        text: the text.
+        text: the JSON text.
         where: its file (and line), for messages.
 
     Raises:
-        ConfigError: not JSON, an object with a key twice, or nested too deep for Python.
+        ConfigError: not JSON, a duplicate key in an object, or nested too deep for Python.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
-        raise ConfigError(f"{where} is not JSON that can be read: nested too deep.") from None
+        raise ConfigError(f"{where} is not readable JSON: nested too deep.") from None
     except ValueError as error:  # not JSON, not UTF-8, or a number of thousands of digits
         raise ConfigError(f"{where} is not JSON: {error}.") from error
 

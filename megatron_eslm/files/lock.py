@@ -1,4 +1,4 @@
-"""One writer at a time: a lock that names who holds it and dies with its process."""
+"""File locks for one writer at a time. The lock names its owner and is freed when it dies."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from megatron_eslm.files.json_file import read_json
 
 logger = logging.getLogger(__name__)
 
-# What file systems answer that have no locks, among them Lustre mounted without `flock`.
+# Errors of file systems without locks, such as Lustre mounted without `flock`.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 _POLL_SECONDS = 0.1
 _held: set[FileLock] = set()
 
 
 class FileLock:
-    """The right to write something, for as long as this process lives or until `release`.
+    """Exclusive right to write, held until `release` or until this process ends.
 
-    The kernel keeps the lock (flock), so a killed process leaves none behind, only a file that says
-    who had it. Children that are forked do not hold it.
+    The kernel holds the lock (flock), so a killed process leaves no lock behind, only a file that
+    names its last owner. Forked children do not hold it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,14 +38,14 @@ class FileLock:
         """
         self.path = path
         self.excludes = True
-        """False where it was taken on a file system without locks, which keeps nobody out."""
+        """False if the file system has no locks, so that others can write at the same time."""
         self._file: int | None = None
 
     def acquire(self, *, wait_seconds: float = 0.0) -> bool:
-        """Take the lock; False where another process has it.
+        """Take the lock; return False if another process has it.
 
         Args:
-            wait_seconds: how long to wait for the other one.
+            wait_seconds: how long to wait for the other process.
 
         Raises:
             OSError: the file cannot be written.
@@ -58,15 +58,15 @@ class FileLock:
         return True
 
     def take(self, what: str, remedy: str, *, wait_seconds: float = 0.0) -> None:
-        """Take the lock or say who has it.
+        """Take the lock, or raise an error that names its owner.
 
         Args:
             what: the flag and path that the lock protects.
-            remedy: what to do instead, a sentence.
-            wait_seconds: how long to wait for the other one.
+            remedy: a sentence that says what to do instead.
+            wait_seconds: how long to wait for the other process.
 
         Raises:
-            ConfigError: another process has it; names the process.
+            ConfigError: another process has the lock.
             OSError: the file cannot be written.
         """
         if self.acquire():
@@ -83,28 +83,29 @@ class FileLock:
 
     @property
     def held(self) -> bool:
-        """Whether this process has it. It is lost when the lock's file, or its folder, is removed.
+        """Whether this process holds the lock.
 
-        Then others can take it, and so can this process, after `release`.
+        Removing the lock file or its folder loses the lock. Then any process can take it; this one
+        must call `release` first.
         """
         return self._file is not None and self._is_current(self._file)
 
     def owner(self) -> str:
         """Who holds the lock, for messages."""
         try:
-            facts = read_json(self.path, max_bytes=4096)
-            return f"process {facts['pid']} on {facts['host']}, since {facts['since']}"
+            owner = read_json(self.path, max_bytes=4096)
+            return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
         except (FileNotFoundError, ConfigError, KeyError, TypeError):
             return "another process"
 
     def release(self) -> None:
-        """Give it up."""
+        """Release the lock and remove its file."""
         if self._file is None:
             return
-        # A file that cannot be removed keeps nobody out.
+        # A leftover file locks nobody out.
         with contextlib.suppress(OSError):
-            if self._is_current(self._file):  # else it may be another's
-                # Before the lock goes: nobody else can hold it yet.
+            if self._is_current(self._file):  # else it may belong to another process
+                # Remove it while locked, when nobody else can hold it.
                 self.path.unlink(missing_ok=True)
         os.close(self._file)
         self._file = None
@@ -123,11 +124,11 @@ class FileLock:
                 self.excludes = False
                 _warn_once(self.path.parent, error.strerror)
             if not self._is_current(file):
-                return False  # the one before removed the file after we had opened it
+                return False  # the previous owner removed the file after we opened it
             since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-            facts = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+            owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
             os.ftruncate(file, 0)
-            os.pwrite(file, (json.dumps(facts) + "\n").encode(), 0)
+            os.pwrite(file, (json.dumps(owner) + "\n").encode(), 0)
             self._file, file = file, -1
             _held.add(self)
             return True
@@ -157,14 +158,14 @@ class FileLock:
 @functools.cache
 def _warn_once(folder: Path, reason: str) -> None:
     logger.warning(
-        "%s: its file system has no locks (%s); see to it that no other process writes there",
+        "%s: its file system has no locks (%s); make sure that no other process writes there",
         folder,
         reason,
     )
 
 
 def _forget() -> None:
-    """In a forked child: the lock stays with the parent, and ends with it."""
+    """Drop all locks in a forked child; the parent keeps them."""
     for lock in list(_held):
         if lock._file is not None:
             os.close(lock._file)

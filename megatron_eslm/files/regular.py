@@ -1,4 +1,4 @@
-"""Opening a file without believing that it is one."""
+"""Open regular files only; refuse pipes, devices and folders."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _KINDS = {
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file for reading.
 
-    A named pipe that nobody writes to would keep `open` waiting for ever; here it is refused.
+    Refuses anything else: `open` on a named pipe without a writer, for example, blocks forever.
 
     Raises:
-        FileNotFoundError: nothing is there. The caller knows what that means.
-        ConfigError: it is no regular file, or it cannot be opened.
+        FileNotFoundError: the file does not exist. The caller decides what that means.
+        ConfigError: it is not a regular file, or it cannot be opened.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -39,5 +39,5 @@ def open_regular(path: str | Path) -> BinaryIO:
     if not stat.S_ISREG(mode):
         os.close(descriptor)
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        raise ConfigError(f"{path} must be a regular file and is {kind}.")
+        raise ConfigError(f"{path} must be a regular file but is {kind}.")
     return os.fdopen(descriptor, "rb")

@@ -1,7 +1,7 @@
-"""From a JSON value to a dataclass, or to one message that says what does not fit.
+"""Parse JSON values into dataclasses, or raise one message with everything that does not fit.
 
 The dataclass is the schema. Its annotations are checked strictly (no "5" for 5, no true for 1, no
-unknown key), and a class attribute makes it one:
+unknown keys). Declare one with a class attribute:
 
     @dataclass(frozen=True, kw_only=True)
     class Entry:
@@ -25,29 +25,29 @@ from megatron_eslm.files.json_file import read_json
 T = TypeVar("T")
 
 STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""Types as written, no unknown keys, finite numbers."""
+"""No type coercion, no unknown keys, finite numbers only."""
 
 Count = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
-"""A number of things, which fits into 64 bits."""
+"""A count that fits into 64 bits."""
 Size = Annotated[int, pydantic.Field(ge=1, lt=2**31)]
-"""A dimension, 1 or more."""
+"""A dimension of at least 1."""
 
 
 def read_as(cls: type[T], path: str | Path) -> T:
-    """A JSON file as `cls`.
+    """Read a JSON file as `cls`.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: the file does not exist.
         ConfigError: it cannot be read or does not fit.
     """
     return parse_as(cls, read_json(path), str(path))
 
 
 def parse_as(cls: type[T], value: Any, where: str) -> T:
-    """A JSON value as `cls`.
+    """Validate a JSON value as `cls`.
 
     Args:
-        cls: a strict dataclass, or any annotation made of such.
+        cls: a strict dataclass, or an annotation composed of strict dataclasses.
         value: dicts, lists, text, numbers, true, false, null.
         where: its file, for messages.
 
@@ -56,12 +56,12 @@ def parse_as(cls: type[T], value: Any, where: str) -> T:
     """
     annotation: Any = cls
     try:
-        # As JSON: there a list stands for a tuple, which strict Python values would not.
+        # Validate as JSON, where a list may stand for a tuple; strict Python values may not.
         return _adapter(annotation).validate_json(json.dumps(value))
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{where} is not as it was written: {_reasons(error)}.") from error
+        raise ConfigError(f"{where} has invalid contents: {_reasons(error)}.") from error
     except RecursionError:
-        raise ConfigError(f"{where} is not as it was written: nested too deep.") from None
+        raise ConfigError(f"{where} has invalid contents: nested too deep.") from None
 
 
 @functools.cache
@@ -70,10 +70,10 @@ def _adapter(annotation: Any) -> pydantic.TypeAdapter:
 
 
 def _reasons(error: pydantic.ValidationError, most: int = 3) -> str:
-    """`key: what is wrong` of the first errors."""
+    """List the first errors as `key: what is wrong`."""
     found = error.errors(include_url=False, include_input=False, include_context=False)
     texts = [
-        f"{'.'.join(map(str, one['loc'])) or 'the whole'}: {_reason(one['msg'])}"
+        f"{'.'.join(map(str, one['loc'])) or 'top level'}: {_reason(one['msg'])}"
         for one in found[:most]
     ]
     more = f" and {len(found) - most} more" if len(found) > most else ""
@@ -81,6 +81,6 @@ def _reasons(error: pydantic.ValidationError, most: int = 3) -> str:
 
 
 def _reason(message: str) -> str:
-    # "Value error" is what pydantic calls the errors that a dataclass raises about itself.
+    # pydantic prefixes errors that the dataclass itself raises with "Value error".
     own = message.removeprefix("Value error, ").rstrip(".")
     return own if own != message else message[:1].lower() + message[1:]

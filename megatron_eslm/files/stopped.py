@@ -1,4 +1,4 @@
-"""A signal ends a block of code as an exception does, so that what it built aside is removed."""
+"""Turn signals into exceptions, so that cleanup code runs and staging folders are removed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 REPEAT_SECONDS = 3.0
-"""Launchers pass on what the terminal has sent already, so one request can arrive twice at once."""
+"""Launchers forward signals that the terminal has already sent, so one request can arrive twice."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -19,14 +19,15 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(f"stopped by {number.name}")
         self.exit_code = 128 + number
-        """As shells have it."""
+        """128 + signal number, as in shells."""
 
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Stopped` in the block; again, later, they end the process at once.
+    """Raise `Stopped` in the block on SIGINT or SIGTERM; a later repeat ends the process at once.
 
-    Signals that are ignored stay so, as those of a job in the background. For the main thread.
+    Signals that are already ignored stay ignored (a background job's, for example). Main thread
+    only.
     """
     first: float | None = None
 
@@ -48,7 +49,7 @@ def stopped_by_signals() -> Iterator[None]:
     try:
         yield
     except Stopped:
-        previous.clear()  # what still has to be said and left in order is not interrupted
+        previous.clear()  # keep our handlers, so that messages and cleanup are not interrupted
         raise
     finally:
         for number, handler in previous.items():
@@ -57,9 +58,9 @@ def stopped_by_signals() -> Iterator[None]:
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """SIGINT and SIGTERM arrive behind the block, in which processes are forked.
+    """Delay SIGINT and SIGTERM to the end of the block, which forks processes.
 
-    What libraries run at a fork would swallow the exception, and with it the signal.
+    The fork hooks of libraries would swallow the exception, and the signal with it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:

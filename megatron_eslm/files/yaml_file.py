@@ -1,7 +1,7 @@
-"""YAML from files that nobody vouches for: mappings, lists and text, and nothing else of YAML.
+"""Read YAML from untrusted files: mappings, lists and text, nothing else of YAML.
 
-Text stays as it is written: `1e-3`, `010`, `1:30` and `on` become what the option that they are
-for makes of them, not what YAML 1.1 does. There are no anchors, aliases and tags.
+Text stays as written: the option parses `1e-3`, `010`, `1:30` and `on`, not YAML 1.1. Anchors,
+aliases and tags are refused.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.json_file import read_text
 
 MAX_BYTES = 2**18
-"""A larger file is none that a person has written; reading it would take seconds."""
+"""No hand-written file is larger, and parsing a larger one would take seconds."""
 MAX_DEPTH = 16
-"""Nested deeper than anything that is read here."""
+"""More nesting than any file read here needs."""
 
 
 class Mapping(dict[str, "Value"]):
@@ -29,15 +29,15 @@ class Mapping(dict[str, "Value"]):
 
 
 Value = Union[None, str, list["Value"], Mapping]  # noqa: UP007 (a name in quotes)
-"""What a file says: `null`, `~` or nothing at all is None."""
+"""A parsed value; `null`, `~` and an empty value are None."""
 
 
 def read_yaml(path: str | Path) -> Value:
-    """What a YAML file says.
+    """Read a YAML file.
 
     Raises:
-        FileNotFoundError: nothing is there. The caller knows what that means.
-        ConfigError: it cannot be read, has a key twice, or uses more of YAML than is read here.
+        FileNotFoundError: the file does not exist. The caller decides what that means.
+        ConfigError: it cannot be read, has a duplicate key, or uses unsupported YAML features.
     """
     text = read_text(path, max_bytes=MAX_BYTES)
     try:
@@ -51,32 +51,33 @@ def read_yaml(path: str | Path) -> Value:
 
 
 class _Reader:
-    """Makes values of the parser's events: nothing is built that the checks have not seen."""
+    """Builds values from parser events, so that every event is checked before it is used."""
 
     def __init__(self, text: str, path: str) -> None:
-        # libyaml where PyYAML was built with it, which takes milliseconds where Python takes
-        # seconds.
+        # Prefer libyaml: milliseconds instead of seconds.
         loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
         self._events = yaml.parse(text, Loader=loader)
         self._path = path
 
     def document(self) -> Value:
-        """The value of the only document."""
+        """Parse the only document."""
         value: Value = None
         number = 0
         for event in self._events:
             if isinstance(event, yaml.DocumentStartEvent):
                 number += 1
                 if number > 1:
-                    raise self._error(event, "a second document begins; there can be one only")
+                    raise self._error(event, "a second document begins; only one is allowed")
                 value = self._value(next(self._events), 0)
         return value
 
     def _value(self, event: Any, depth: int) -> Value:
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise self._error(event, "anchors and aliases (& and *) are not read; write it out")
+            raise self._error(
+                event, "anchors and aliases (& and *) are not supported; write the value out"
+            )
         if event.tag is not None:
-            raise self._error(event, "tags (!) are not read; leave it out")
+            raise self._error(event, "tags (!) are not supported; leave the tag out")
         if depth > MAX_DEPTH:
             raise self._error(event, f"nested more than {MAX_DEPTH} deep")
         if isinstance(event, yaml.ScalarEvent):
@@ -95,7 +96,7 @@ class _Reader:
                 raise self._error(event, "a key must be text")
             if key in found:
                 first = found.lines[key]
-                raise self._error(event, f"the key {key} is given in line {first} already")
+                raise self._error(event, f"the key {key} was already given in line {first}")
             found[key] = self._value(next(self._events), depth + 1)
             found.lines[key] = line
         return found

@@ -1,1 +1,1 @@
-"""Models that only look on: references, teachers, and the objectives that need one."""
+"""Frozen models: references and teachers, and the objectives that use a teacher."""

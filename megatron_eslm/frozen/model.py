@@ -1,8 +1,8 @@
-"""A frozen GPT beside the one that trains: a teacher, or a reference model.
+"""A frozen GPT beside the trained model: a teacher or a reference model.
 
-It stands whole on the last pipeline stage, where the labels are, and shares the tensor-parallel
-group and the vocabulary of the model that trains, padding included. It is no part of that model's
-module, so that neither engine nor checkpoint sees it.
+All its layers are on the last pipeline stage, where the labels are. It shares the trained model's
+tensor-parallel group and padded vocabulary. It is not a submodule of the trained model, so neither
+the engine nor checkpoints include it.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from megatron_eslm.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class FrozenSource:
-    """Where a frozen model's weights are, and what it is; found before anything is built."""
+    """Location and shape of a frozen model, known before anything is built."""
 
     folder: Path
     shape: ModelShape
-    """Its own; beside a model that trains, with that one's padding of the vocabulary."""
+    """Shape of the frozen model; `beside` gives it the trained model's vocabulary padding."""
     is_checkpoint: bool
-    """One of ours; else a Hugging Face folder."""
+    """A checkpoint of this system; otherwise a Hugging Face folder."""
     merged: bool = True
-    """With its adapters, where it has any; else what it was without them."""
+    """Merge adapters, if any, into the weights; if False, use the base weights."""
 
     @classmethod
     def of_checkpoint(cls, found: CheckpointInfo) -> FrozenSource:
-        """The weights of a checkpoint."""
+        """Use the weights of a checkpoint."""
         return cls(found.folder, found.shape, True)
 
     def beside(self, shape: ModelShape) -> FrozenSource:
-        """The same with the padding of the vocabulary that a model beside it has."""
+        """Copy with the vocabulary padding of the trained model's `shape`."""
         padded = dataclasses.replace(self.shape, padded_vocab_size=shape.padded_vocab_size)
         return dataclasses.replace(self, shape=padded)
 
 
 class FrozenModel:
-    """A whole GPT in evaluation mode, spread over the tensor-parallel ranks of one stage.
+    """A full GPT in evaluation mode, sharded over the tensor-parallel ranks of one stage.
 
     Shape legend: T positions, M rows, E hidden, V rows of this rank's shard of the vocabulary.
     """
@@ -66,7 +66,7 @@ class FrozenModel:
         self._model = model.eval().requires_grad_(False)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's shards by the names that checkpoints have."""
+        """This rank's shards, with the names used in checkpoints."""
         return self._model.named_parameters()
 
     @property
@@ -76,7 +76,7 @@ class FrozenModel:
 
     @torch.no_grad()
     def hidden(self, tokens_MU: torch.Tensor) -> torch.Tensor:
-        """Normalised hidden states, [T, M, E] in the model's type, for int64 [M, T+1]."""
+        """Normalised hidden states [T, M, E], in the model's dtype, of tokens int64 [M, T+1]."""
         everything_MT = torch.ones_like(tokens_MU[:, 1:], dtype=torch.bool)
         hidden_TME, *_ = self._model.run(Batch.of(tokens_MU, everything_MT))
         return self._model.final_norm(hidden_TME)
@@ -85,17 +85,17 @@ class FrozenModel:
 def find_frozen(
     flag: str, folder: str, tokenizer: Tokenizer, role: str, tag: str | None = None
 ) -> FrozenSource:
-    """A model for data of this tokenizer, without reading its weights.
+    """Find a frozen model whose tokenizer matches the data; does not read its weights.
 
     Args:
-        flag: that names it, for messages.
-        folder: of checkpoints of any layout, one checkpoint, or a Hugging Face GPT-2.
-        tokenizer: of the data.
-        role: what the model is to be, for messages.
-        tag: which checkpoint; None is the newest complete one.
+        flag: flag that names the folder, for messages.
+        folder: a folder of checkpoints, one checkpoint (of any layout), or a Hugging Face GPT-2.
+        tokenizer: tokenizer of the data.
+        role: role of the model, for messages.
+        tag: name of the checkpoint; None is the newest complete one.
 
     Raises:
-        ConfigError: nothing whole is there, or its ids are not those of the data.
+        ConfigError: there is no complete model, or its token ids differ from those of the data.
     """
     what = f"{flag} {folder}"
     try:
@@ -104,27 +104,27 @@ def find_frozen(
         raise ConfigError(f"{what} cannot be used as a {role}: {error}") from error
     if source.shape.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
-            f"{what} has a vocabulary of {source.shape.vocab_size} and the data one of "
+            f"{what} has a vocabulary of {source.shape.vocab_size}, but the data has one of "
             f"{tokenizer.vocab_size} ({tokenizer.name}). Use a {role} that was trained with the "
-            "tokenizer of the data, or preprocess the text with the tokenizer of this one."
+            f"tokenizer of the data, or preprocess the text with the tokenizer of this {role}."
         )
     if not same_ids(theirs, tokenizer):
         raise ConfigError(
             f"{what} was trained with another tokenizer ({theirs.name}) than that of the data "
             f"({tokenizer.name}): the same text has other ids. Use a {role} with the tokenizer of "
-            "the data, or preprocess the text with the tokenizer of this one."
+            f"the data, or preprocess the text with the tokenizer of this {role}."
         )
     return source
 
 
 def check_fits(source: FrozenSource, run: RunConfig, what: str, otherwise: str) -> None:
-    """ConfigError unless a model can run beside that of a run, on the same sequences and ranks.
+    """Raise ConfigError unless a frozen model can run on the run's sequences and ranks.
 
     Args:
-        source: the model.
-        run: says how long sequences are and over how many ranks the model is spread.
-        what: flag and value that name it.
-        otherwise: what else could be done, the end of a sentence.
+        source: the frozen model.
+        run: gives sequence length and tensor-parallel size.
+        what: flag and value that name the model, for messages.
+        otherwise: an alternative remedy, which ends a sentence.
     """
     shape, tp = source.shape, run.engine.tensor_model_parallel_size
     if shape.max_position_embeddings < run.model.seq_length:
@@ -147,16 +147,16 @@ def check_fits(source: FrozenSource, run: RunConfig, what: str, otherwise: str) 
 def load_frozen(
     source: FrozenSource, mesh: Mesh, dtype: torch.dtype, device: torch.device
 ) -> FrozenModel:
-    """The model, on a rank of the last stage. Not collective.
+    """Load a frozen model on a rank of the last stage. Not collective.
 
     Args:
         source: from `find_frozen`.
-        mesh: this rank's place; ranks of one tensor-parallel group share the model's columns.
-        dtype: in which it computes.
-        device: where it stays.
+        mesh: this rank's position in the mesh; the model is sharded over its tensor-parallel group.
+        dtype: compute dtype.
+        device: device of the model.
 
     Raises:
-        ConfigError: its files are damaged.
+        ConfigError: the model's files are damaged.
     """
     model = bare_gpt(source.shape, mesh)
     shards = shards_of(model, mesh, source.shape.vocab_size)
@@ -175,7 +175,7 @@ def load_frozen(
 
 
 def _open(folder: Path, tag: str | None) -> tuple[FrozenSource, Tokenizer]:
-    """A model and its tokenizer; the vocabulary is padded as it happens to be there."""
+    """Open a model and its tokenizer, with the vocabulary padding found in its files."""
     if not folder.is_dir():
         raise ConfigError("there is no such folder.")
     if (folder / "config.json").is_file():
@@ -186,20 +186,20 @@ def _open(folder: Path, tag: str | None) -> tuple[FrozenSource, Tokenizer]:
         return FrozenSource(folder, shape, False), tokenizer
     if not (folder / MANIFEST).is_file() and not list_checkpoints(folder):
         raise ConfigError(
-            "it holds neither checkpoints (folders iter_0000100 and the like) nor a Hugging Face "
+            "it contains neither checkpoints (folders such as iter_0000100) nor a Hugging Face "
             "model (config.json)."
         )
     found = find_checkpoint(folder, tag)
     if found.tokenizer_dir is None:
         raise ConfigError(
-            f"{found.folder} holds no tokenizer, so that its ids may mean anything. Use a "
-            "checkpoint that was saved in training or made by tools/convert_from_hf.py."
+            f"{found.folder} has no tokenizer, so the meaning of its ids is unknown. Use a "
+            "checkpoint that was saved in training or written by tools/convert_from_hf.py."
         )
     return FrozenSource.of_checkpoint(found), load_tokenizer(found.tokenizer_dir)
 
 
 def _cut(full: torch.Tensor, shard: Shard) -> torch.Tensor:
-    """A shard of a full parameter; what lies beyond it (padding) is zero."""
+    """Cut a shard out of a full parameter; padding beyond the parameter is zero."""
     part = full.narrow(shard.axis, shard.begin, shard.end - shard.begin)
     missing = shard.shape[shard.axis] - part.shape[shard.axis]
     pad = [0, 0] * (full.dim() - 1 - shard.axis) + [0, missing]

@@ -1,4 +1,4 @@
-"""Which objective a run has, and the teacher that it may need."""
+"""Build the objective of a run, with its teacher if it needs one."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 def find_run_teacher(
     run: RunConfig, shape: ModelShape, tokenizer: Tokenizer, found: CheckpointInfo | None
 ) -> FrozenSource | None:
-    """The teacher of a run; None where it has none. Collective.
+    """Find the teacher of a run; None if it needs none. Collective.
 
     Args:
-        run: what was asked for.
-        shape: of the model that trains.
-        tokenizer: of the data.
+        run: the run.
+        shape: shape of the trained model.
+        tokenizer: tokenizer of the data.
         found: the checkpoint that the run starts from.
 
     Raises:
@@ -42,22 +42,22 @@ def find_run_teacher(
     holds = policy_traits(run.selection).holds_dropped_tokens
     if holds and found is None:
         raise ConfigError(
-            f"--selection uncertainty holds a model to what it was and --load {run.checkpoint.load}"
-            " holds no checkpoint yet. Put the weights to start from there, or --load them from "
-            "where they are."
+            "--selection uncertainty regularizes towards the starting weights, but --load "
+            f"{run.checkpoint.load} contains no checkpoint. Put the weights there, or --load them "
+            "from another folder."
         )
     if run.objective.distill_teacher is not None:
         return on_rank_zero(lambda: find_teacher(run, shape, tokenizer))
     if not holds:
         return None
     assert found is not None
-    # Frozen weights are saved in the type that computes with them.
+    # Frozen weights are saved in the compute dtype.
     kept = run.model.lora is not None and run.dtype in (torch.float32, _teacher_dtype(run))
     if found.kind == "training" and not kept:
         raise ConfigError(
-            f"--load {run.checkpoint.load} continues training, and --selection uncertainty holds a "
-            f"model to the weights that it once started from, which {found.folder.name} does not "
-            "contain. Name them with --distill-teacher."
+            f"--load {run.checkpoint.load} continues training, but --selection uncertainty "
+            "regularizes towards the weights that training started from, which "
+            f"{found.folder.name} does not contain. Name them with --distill-teacher."
         )
     return student_as_teacher(found, shape)
 
@@ -65,15 +65,15 @@ def find_run_teacher(
 def teacher_shape(
     run: RunConfig, shape: ModelShape, source: FrozenSource | None
 ) -> ModelShape | None:
-    """Shape of the teacher, for the ledgers."""
+    """Shape of the teacher, for cost estimates; None without a teacher."""
     if source is not None:
         return source.shape
-    # Of a dry run, which opens no checkpoint.
+    # A dry run opens no checkpoint; the teacher has the student's shape.
     return shape if policy_traits(run.selection).holds_dropped_tokens else None
 
 
 def build_objective(run: RunConfig, mesh: Mesh, source: FrozenSource | None) -> Objective:
-    """The objective of a run, with its teacher on the ranks of the last stage. Collective.
+    """Build the objective of a run, with its teacher on the last stage's ranks. Collective.
 
     Raises:
         ConfigError: the teacher's files are damaged.
@@ -82,7 +82,7 @@ def build_objective(run: RunConfig, mesh: Mesh, source: FrozenSource | None) -> 
 
     def teacher() -> FrozenModel | None:
         if source is None or not mesh.is_last_stage:
-            return None  # stages before it have no loss
+            return None  # earlier stages have no loss
         return load_frozen(source, mesh, _teacher_dtype(run), prepare_device())
 
     frozen = on_every_rank(teacher)

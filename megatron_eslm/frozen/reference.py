@@ -1,10 +1,10 @@
 """A frozen reference model, for selection by excess loss.
 
-Beside training (`--reference`) it stands on the last pipeline stage, whole, spread over that
-stage's tensor-parallel ranks, and scores each micro-batch in exactly the context that it is trained
-in. Before training it scores a `.bin` once (reference_scoring.py).
+During training (`--reference`) it is on the last pipeline stage, sharded over that stage's
+tensor-parallel ranks, and scores each micro-batch in exactly its training context. Before training
+it can score a `.bin` once (score.py).
 
-Shape legend: M rows, T positions, U = T + 1, D hidden, N tokens that are wanted.
+Shape legend: M rows, T positions, U = T + 1, D hidden, N tokens to score.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_eslm.parallel.mesh import Mesh
 
 
 class ReferenceModel:
-    """A frozen GPT and what it says of labels. Nobody's submodule, so no engine sees it."""
+    """A frozen GPT that scores labels. Not a submodule of any model, so no engine includes it."""
 
     def __init__(
         self, frozen: FrozenModel, shape: ModelShape, mesh: Mesh, head_kernel: HeadKernel
@@ -45,16 +45,16 @@ class ReferenceModel:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the model."""
         return self._frozen.weight_VE.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which type it computes."""
+        """Compute dtype."""
         return self._frozen.weight_VE.dtype
 
     def fingerprint(self) -> str:
-        """Of its weights, on a single rank; the padding of the vocabulary does not count."""
+        """Hash the weights, without vocabulary padding. On a single rank only."""
         digest = hashlib.sha256()
         for name, parameter in sorted(self._frozen.named_parameters()):
             real = parameter[: self.shape.vocab_size] if name == WORD_EMBEDDING else parameter
@@ -63,22 +63,22 @@ class ReferenceModel:
         return digest.hexdigest()
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """float32 [M, T]: losses of a batch's labels; 0 where they do not count."""
+        """Score a batch: float32 [M, T] losses of its labels, 0 for labels that do not count."""
         return self.losses(batch.tokens_MU, batch.labels_MT, batch.valid_MT)
 
     @torch.no_grad()
     def losses(
         self, tokens_MU: torch.Tensor, labels_MT: torch.Tensor, wanted_MT: torch.Tensor
     ) -> torch.Tensor:
-        """Losses of labels, in nats.
+        """Compute losses of labels, in nats.
 
         Args:
             tokens_MU: int64 [M, T+1]; the last column is not read.
             labels_MT: int64 [M, T].
-            wanted_MT: bool [M, T], which of them to score.
+            wanted_MT: bool [M, T], the labels to score.
 
         Returns:
-            float32 [M, T], 0 where nothing is wanted.
+            float32 [M, T], 0 for labels not scored.
         """
         normed_ND = self._frozen.hidden(tokens_MU).transpose(0, 1)[wanted_MT]
         statistics = head_statistics(
@@ -92,15 +92,15 @@ class ReferenceModel:
 def find_run_reference(
     run: RunConfig, shape: ModelShape, tokenizer: Tokenizer
 ) -> FrozenSource | None:
-    """What `--reference` names, if it fits the run; None without the flag. No tensor is read.
+    """Find the model of `--reference`; None without the flag. No tensor is read.
 
     Args:
         run: the run.
-        shape: of the model that is trained; its padding of the vocabulary suits the layout.
-        tokenizer: of the data.
+        shape: shape of the trained model, which gives the vocabulary padding.
+        tokenizer: tokenizer of the data.
 
     Raises:
-        ConfigError: no model there, or one that cannot score this run's sequences in this layout.
+        ConfigError: there is no model, or it cannot score this run's sequences in this layout.
     """
     folder = run.reference.reference
     if folder is None:
@@ -114,7 +114,7 @@ def find_run_reference(
 def find_reference(
     flag: str, folder: str, tokenizer: Tokenizer, tag: str | None = None
 ) -> FrozenSource:
-    """A reference model for data of this tokenizer; see `find_frozen`."""
+    """Find a reference model for data of this tokenizer; see `find_frozen`."""
     return find_frozen(flag, folder, tokenizer, "reference model", tag)
 
 
@@ -125,7 +125,7 @@ def load_reference(
     dtype: torch.dtype,
     head_kernel: HeadKernel = "auto",
 ) -> ReferenceModel | None:
-    """The reference model on the ranks of the last pipeline stage; None on others. Collective."""
+    """Load the reference model on the last pipeline stage; None on others. Collective."""
 
     def load() -> ReferenceModel | None:
         if not mesh.is_last_stage:

@@ -1,9 +1,9 @@
-"""A `.bin` scored once with a reference model, for `--reference-losses`.
+"""Score a `.bin` once with a reference model, for `--reference-losses`.
 
 The losses belong to tokens, not to training sequences, whose contexts depend on seed, mixture and
-sequence length; so the contexts here are their own: a document is cut into windows, and a token is
-predicted from what stands before it in its window. Training packs documents end to end and cuts
-elsewhere, so these losses approximate those that `--reference` would compute (docs/data.md).
+sequence length. So the contexts here are independent of training: each document is cut into
+windows, and a token is predicted from the earlier tokens in its window. Training packs documents
+end to end and cuts elsewhere, so these losses approximate those of `--reference` (docs/data.md).
 
 Shape legend: M rows, T positions, U = T + 1.
 """
@@ -23,12 +23,12 @@ from megatron_eslm.frozen.reference import ReferenceModel
 from megatron_eslm.model.arithmetic import forward_flops
 
 _BATCHES_A_CHUNK = 16
-"""Forward passes whose windows are sorted by length together and whose losses are stored at once:
-what a kill loses."""
+"""Forward passes per chunk. Windows are sorted by length within a chunk, and losses are stored per
+chunk, so a kill loses at most one chunk."""
 
 
 class Window(NamedTuple):
-    """Tokens of a `.bin` that are predicted from one context."""
+    """A range of tokens of a `.bin` predicted from one context."""
 
     begin: int
     end: int
@@ -37,7 +37,7 @@ class Window(NamedTuple):
 
 
 def windows(index: IndexFile, seq_length: int, begin: int = 0) -> Iterator[Window]:
-    """Each document in windows of `seq_length`, from the one on that token `begin` is first of."""
+    """Yield windows of `seq_length` tokens per document, from token `begin` on."""
     ends = np.cumsum(index.lengths, dtype=np.int64)
     for document in range(int(np.searchsorted(ends, begin, side="right")), len(ends)):
         start = int(ends[document]) - int(index.lengths[document])
@@ -48,14 +48,14 @@ def windows(index: IndexFile, seq_length: int, begin: int = 0) -> Iterator[Windo
 
 
 class Scored(NamedTuple):
-    """What scoring one pair did."""
+    """Result of scoring one pair."""
 
     tokens: int
-    """That were scored now; the others had been before."""
+    """Tokens scored in this call, without those scored earlier."""
     total_loss: float
-    """Sum of the losses of these, in nats."""
+    """Sum of the losses of these tokens, in nats."""
     flops: float
-    """Matrix products for them."""
+    """FLOPs of the matrix products for these tokens."""
 
 
 def score_pair(
@@ -69,23 +69,23 @@ def score_pair(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scored:
-    """Store the losses of all tokens of one pair, or of those that an earlier call did not reach.
+    """Score all tokens of one pair that are not scored yet and store their losses.
 
-    A document is predicted in windows of `seq_length` tokens, each from the tokens of the same
-    window before it. The first token of a document is predicted from an end-of-document id.
+    Documents are cut into windows of `seq_length` tokens, and each token is predicted from the
+    earlier tokens of its window, or from an end-of-document id if it begins a document.
 
     Args:
-        model: on any device.
-        prefix: of the pair.
-        name: of the losses.
+        model: the reference model, on any device.
+        prefix: prefix of the pair.
+        name: name of the losses.
         eod: the end-of-document id.
-        seq_length: at most the model's positions.
-        batch_size: windows in a forward pass; changes losses to rounding only.
-        overwrite: begin anew, whatever is there.
+        seq_length: window length; at most the model's number of positions.
+        batch_size: windows per forward pass; affects losses only by rounding.
+        overwrite: start over, replacing existing losses.
         progress: called with (tokens scored, tokens of the pair) after each chunk.
 
     Raises:
-        ConfigError: the pair is unusable, or other losses have this name.
+        ConfigError: the pair is unusable, or this name has other losses.
     """
     index = read_index(prefix)
     meta = ReferenceMeta(
@@ -102,7 +102,7 @@ def score_pair(
         while chunk := list(itertools.islice(todo, _BATCHES_A_CHUNK * batch_size)):
             begin = chunk[0].begin
             losses = np.empty(chunk[-1].end - begin, dtype=np.float32)
-            # Windows of like length together, so that little is filled up.
+            # Batch windows of similar length, to reduce padding.
             chunk.sort(key=lambda window: window.begin - window.end)
             for first in range(0, len(chunk), batch_size):
                 batch = chunk[first : first + batch_size]
@@ -125,7 +125,7 @@ def score_pair(
 def _score(
     model: ReferenceModel, ids: np.ndarray, batch: list[Window], eod: int
 ) -> Iterator[np.ndarray]:
-    """The losses of each window, float32, in one forward pass; the longest window is the first."""
+    """Yield the losses of each window, float32, from one forward pass; the first is the longest."""
     width = batch[0].end - batch[0].begin
     tokens_MU = np.full((len(batch), width + 1), eod, dtype=np.int64)
     wanted_MT = np.zeros((len(batch), width), dtype=bool)

@@ -1,4 +1,4 @@
-"""The teacher of a run: a frozen model whose distributions the one that trains learns from."""
+"""Find the teacher of a run: a frozen model whose output distributions the student learns."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from megatron_eslm.model.shape import ModelShape
 
 
 def find_teacher(run: RunConfig, shape: ModelShape, tokenizer: Tokenizer) -> FrozenSource:
-    """The teacher that `--distill-teacher` names, checked against the run; no tensor is read.
+    """Find the model of `--distill-teacher` and check it against the run; reads no tensor.
 
     Args:
-        run: names the folder.
-        shape: of the student.
-        tokenizer: of the data.
+        run: the run.
+        shape: shape of the student.
+        tokenizer: tokenizer of the data.
 
     Raises:
-        ConfigError: no model there, or one that cannot teach this student in this layout.
+        ConfigError: there is no model, or it cannot teach this student in this layout.
     """
     folder = run.objective.distill_teacher
     assert folder is not None
@@ -30,10 +30,10 @@ def find_teacher(run: RunConfig, shape: ModelShape, tokenizer: Tokenizer) -> Fro
 
 
 def student_as_teacher(found: CheckpointInfo, shape: ModelShape) -> FrozenSource:
-    """The weights that a run starts from, as the teacher of what it becomes.
+    """Use the weights that a run starts from as its teacher.
 
-    A run that trains adapters has these weights in its own checkpoints, too, beside the adapters;
-    one that starts from such a checkpoint as from weights begins with both merged.
+    Checkpoints of a run with adapters contain these weights unmerged, beside the adapters. A run
+    that starts from such a checkpoint as weights only (--finetune) starts from the merged weights.
     """
     source = FrozenSource.of_checkpoint(found).beside(shape)
     return dataclasses.replace(source, merged=found.kind == "weights")

@@ -1,1 +1,1 @@
-"""How the ranks of a job start, meet, and are told to stop."""
+"""Start-up of ranks: launchers, rendezvous, process groups, signals."""

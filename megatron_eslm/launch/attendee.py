@@ -1,4 +1,4 @@
-"""A rank that comes to the meeting of its job, and which job that is."""
+"""A rank at the rendezvous, and the identity of its job."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_eslm.watchdog.process import Process
 
 @dataclass(frozen=True)
 class Attendee:
-    """What a rank puts down."""
+    """The entry that a rank writes at the rendezvous."""
 
     rank: int
     world_size: int
     job: str
-    """Where the launcher says which job this is, or is one of this machine alone; else empty."""
+    """Identity of the job, if the launcher gives one or runs on this machine alone; else empty."""
     process: Process
     id: str
 
@@ -43,7 +43,7 @@ class Attendee:
 
 
 def job_name(launch: Launch, launcher: Launcher | None, process: Process) -> str:
-    """The same on all ranks of a job, and another one in another job as far as can be known."""
+    """Name the job: equal on all its ranks and, as far as can be known, different in other jobs."""
     env = os.environ
     parts = []
     if "TORCHELASTIC_RUN_ID" in env:

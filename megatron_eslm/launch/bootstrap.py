@@ -1,8 +1,7 @@
-"""What happens once: quiet imports, the device and the process group first, the end of a rank last.
+"""One-time set-up and exit of a rank: quiet imports, device, process group.
 
-megatron-core prints several warnings about optional packages when it is imported and calls
-`torch.cuda.current_device()` where it needs a device to allocate on; both are dealt with here and
-nowhere else.
+On import, megatron-core prints several warnings about optional packages. It calls
+`torch.cuda.current_device()` to find a device to allocate on. Both are handled only here.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 def quiet_imports() -> None:
     """Import deepspeed and megatron-core without their notices about optional packages."""
     if not torch.cuda.is_available():
-        # Said, it is taken without a warning that no GPU was found.
+        # Set explicitly so that DeepSpeed does not warn about a missing GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Its sequence parallelism calls collectives by names that torch is renaming.
     warnings.filterwarnings(
@@ -52,15 +51,15 @@ def init_distributed(
     meeting: Meeting | None = None,
     connect_seconds: float = RENDEZVOUS_SECONDS,
 ) -> torch.device:
-    """Form the process group of the ranks that have met; NCCL on CUDA, gloo on CPU.
+    """Initialize the process group, with NCCL on CUDA and gloo on CPU.
 
     Args:
         timeout_seconds: how long collectives wait for a rank.
-        meeting: of these ranks; by default they meet now, as the launcher describes it.
+        meeting: result of the rendezvous; by default the ranks meet now.
         connect_seconds: how long each rank may take to connect to all others.
 
     Raises:
-        ConfigError: ranks that do not meet (see `meet`) or cannot connect.
+        ConfigError: the ranks do not meet (see `meet`) or cannot connect.
     """
     import torch.distributed as dist
 
@@ -74,8 +73,8 @@ def init_distributed(
         assert meeting is not None
         _connect(meeting, device, timeout_seconds, connect_seconds)
     if device.type == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce, for inference only, on first use:
-        # half a minute, and a C++ compiler, for nothing that training calls.
+        # On first use DeepSpeed would compile a shared-memory all-reduce for inference. That takes
+        # half a minute and a C++ compiler, and training never calls it.
         backend = importlib.import_module("deepspeed.comm.torch")
         backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(
@@ -95,7 +94,7 @@ def _connect(
         meeting.store.set_timeout(collectives)
         backend, limit = "nccl", collectives
     else:
-        # gloo connects every rank with every other one, and waits for each anew.
+        # gloo connects all pairs of ranks, with this timeout for each pair.
         limit = datetime.timedelta(seconds=connect_seconds)
         meeting.store.set_timeout(limit)
         backend = "gloo"
@@ -116,8 +115,8 @@ def _connect(
             raise
         raise ConfigError(
             f"rank {meeting.rank} (host {socket.gethostname()}) cannot connect to all other ranks "
-            f"({text}). A firewall keeps machines apart, or the network interface is one that "
-            "others cannot reach: set GLOO_SOCKET_IFNAME."
+            f"({text}). Either a firewall separates the machines, or other machines cannot reach "
+            "the network interface in use; in that case set GLOO_SOCKET_IFNAME."
         ) from error
     meeting.store.set_timeout(collectives)
     if backend == "gloo":
@@ -140,7 +139,7 @@ def set_timeout_of_all_groups(seconds: float) -> None:
 
 @contextlib.contextmanager
 def single_process() -> Iterator[None]:
-    """A process group of one for tools that run the model outside a launcher."""
+    """Set up a process group of one, for tools that run the model without a launcher."""
     import torch.distributed as dist
 
     prepare_device()
@@ -156,10 +155,10 @@ def single_process() -> Iterator[None]:
 
 
 def leave(code: int = 0) -> NoReturn:
-    """End this rank, whose part is done: destroy its group, exit without the interpreter's own end.
+    """End this rank: destroy its process group and exit without interpreter finalization.
 
-    A thread of gloo's may still hold tensors of the last collective. To let go of them it needs
-    the interpreter, and aborts the process (exit code -6) if that is on its way out.
+    A gloo thread may still hold tensors of the last collective. It needs the interpreter to release
+    them and aborts the process (exit code -6) if the interpreter is being finalized.
     """
     import torch.distributed as dist
 

@@ -1,8 +1,7 @@
-"""Which rank this process is, where neither `deepspeed` nor `torchrun` has said so.
+"""Find rank and rendezvous address under launchers other than `deepspeed` and `torchrun`.
 
-Both set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each process. MPI and Slurm
-number their processes by names of their own; `discover` translates those, once, before anything
-reads the five.
+Those two set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each process. MPI and
+Slurm use variables of their own. `discover` translates these once, before anything reads the five.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ _LIMITS = {
     "MASTER_PORT": 65_535,
 }
 _MOST_NUMBER = 2**32
-"""Slurm's numbers of steps begin just below it for its own kinds of steps."""
+"""Upper bound for other numbers; Slurm's special steps have IDs just below it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Launcher:
-    """The variables by which a launcher numbers its processes."""
+    """The variables in which a launcher numbers its processes."""
 
     title: str
     rank: str
@@ -53,8 +52,8 @@ _HYDRA = _Launcher(
     local_rank="MPI_LOCALRANKID",
     local_size="MPI_LOCALNRANKS",
 )
-# SLURM_NTASKS is of no use: in a batch script, and in a shell inside an allocation, it counts tasks
-# that could be started, beside SLURM_PROCID=0. Only srun sets the step's own count.
+# SLURM_NTASKS would be wrong: batch scripts and shells inside an allocation also have it (with
+# SLURM_PROCID=0), and it counts tasks that could be started. Only srun sets the step's own count.
 _SLURM = _Launcher(
     title="srun",
     rank="SLURM_PROCID",
@@ -65,16 +64,15 @@ _SLURM = _Launcher(
 
 
 def discover() -> None:
-    """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from what started us.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the launcher's variables.
 
-    What is exported already wins: with RANK and WORLD_SIZE no launcher is looked for, and
-    LOCAL_RANK, MASTER_ADDR and MASTER_PORT are used as they are. A plain `python`, inside an
-    allocation too, gets nothing. Collective over the processes that mpirun started, if they have
-    to agree on an address.
+    Exported values take precedence: if RANK and WORLD_SIZE are set, no launcher is looked for, and
+    LOCAL_RANK, MASTER_ADDR and MASTER_PORT are used as they are. Plain `python` sets nothing, even
+    inside an allocation. Collective over the processes of mpirun if they must agree on an address.
 
     Raises:
-        ConfigError: variables that are missing, are no numbers or contradict each other; an
-            address that cannot be found; mpi4py that is needed and missing, or of another MPI.
+        ConfigError: variables are missing, not numbers, or contradict each other; the address does
+            not resolve; mpi4py is needed but missing or built for another MPI.
     """
     _check_numbers()
     launcher = None
@@ -87,7 +85,7 @@ def discover() -> None:
     world_size = _agreed("WORLD_SIZE", launcher.world_size, launcher)
     if "LOCAL_RANK" not in os.environ:
         os.environ["LOCAL_RANK"] = str(_agreed("LOCAL_RANK", launcher.local_rank, launcher))
-    # Set before anything else can fail: who speaks of an error depends on the rank.
+    # Set before anything else can fail: the rank decides which process reports an error.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     _check_numbers()
     if not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
@@ -97,7 +95,7 @@ def discover() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What the five variables say."""
+    """Values of the five variables."""
 
     rank: int
     world_size: int
@@ -107,11 +105,11 @@ class Launch:
 
 
 def described() -> Launch | None:
-    """What the environment describes; None for a process that was started alone.
+    """Read the five variables; None for a process that was started alone.
 
     Raises:
-        ConfigError: some of the five variables are set and others not; one is no number, or not in
-            its range; an address that cannot be found.
+        ConfigError: only some of the five are set; one is not a number or out of range; the address
+            does not resolve.
     """
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return None
@@ -131,21 +129,21 @@ def described() -> Launch | None:
     )
     if launch.world_size > 1:
         if launch.port == 0:
-            raise ConfigError("MASTER_PORT=0 is no port where ranks can meet; set one from 1 on.")
+            raise ConfigError("MASTER_PORT=0 is not a port where ranks can meet; set 1 or more.")
         _check_address(launch.address)
     return launch
 
 
 def _find_launcher() -> _Launcher | None:
-    """Who started this process, if it was one of several."""
+    """Identify the launcher of this process; None if it was started alone."""
     env = os.environ
-    # MPI first: inside an allocation its mpirun reaches the machines by srun, whose variables are
-    # then found as well and number the machines.
+    # MPI first: inside an allocation, mpirun reaches the machines through srun, so Slurm's
+    # variables are set too but number the machines.
     if _OPEN_MPI.rank in env or _OPEN_MPI.world_size in env:
         return _OPEN_MPI
     if _HYDRA.local_rank in env:
         return _HYDRA
-    # `srun --mpi=pmi2` sets PMI_RANK and PMI_SIZE, and its own.
+    # `srun --mpi=pmi2` sets PMI_RANK and PMI_SIZE besides its own variables.
     if "SLURM_STEP_ID" in env:
         return _SLURM if _several_tasks() else None
     if _HYDRA.rank in env or _HYDRA.world_size in env:
@@ -161,10 +159,10 @@ def _several_tasks() -> bool:
         )
     step, total = _number(_SLURM.world_size), os.environ.get("SLURM_NTASKS")
     if step > 1 and total is not None and total != str(step):
-        # srun sets both alike; a job that was submitted from inside a step inherits one.
+        # srun sets both to the same value; a job submitted from inside a step inherits only one.
         raise ConfigError(
-            f"{_SLURM.world_size}={step} contradicts SLURM_NTASKS={total}: the step that this "
-            "process remembers is not the one it runs in. Start it with srun, or unset "
+            f"{_SLURM.world_size}={step} contradicts SLURM_NTASKS={total}: the variables were "
+            "inherited from another Slurm step. Start this process with srun, or unset "
             "SLURM_STEP_ID."
         )
     return step > 1
@@ -174,14 +172,14 @@ def _number(name: str) -> int:
     text, most = os.environ[name], _LIMITS.get(name, _MOST_NUMBER)
     if not (text.isascii() and text.isdecimal()):
         raise ConfigError(f"{name}={text!r} in the environment is not a whole number; unset it.")
-    # Python refuses to read a number of thousands of digits.
+    # Python refuses to parse numbers with thousands of digits.
     if len(text.lstrip("0")) > 10 or int(text) > most:
         raise ConfigError(f"{name}={text:.20} in the environment is too large (at most {most}).")
     return int(text)
 
 
 def _check_numbers() -> None:
-    """Those of the five that are set, each in its range."""
+    """Check the range of each of the five variables that is set."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         if name in os.environ:
             _number(name)
@@ -198,7 +196,7 @@ def _check_numbers() -> None:
 
 
 def _agreed(name: str, theirs: str, launcher: _Launcher) -> int:
-    """`name` as exported, or as the launcher has it in `theirs`; both must say the same."""
+    """Value of `name` as exported or from the launcher's `theirs`; the two must agree."""
     given = _number(name) if name in os.environ else None
     found = _number(theirs) if theirs in os.environ else None
     if given is not None and found is not None and given != found:
@@ -218,7 +216,7 @@ def _agreed(name: str, theirs: str, launcher: _Launcher) -> int:
 
 
 def _set_master(launcher: _Launcher, world_size: int) -> None:
-    """Set what is missing of MASTER_ADDR and MASTER_PORT: where all processes meet rank 0."""
+    """Set MASTER_ADDR and MASTER_PORT, where missing, to the address and port of rank 0."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     machine_alone = "1" if launcher is _SLURM else str(world_size)
     own = socket.gethostname()
@@ -227,7 +225,7 @@ def _set_master(launcher: _Launcher, world_size: int) -> None:
         address = address or here or _slurm_first_host()
         port = port or str(_slurm_port())
     else:
-        # Rank 0's word counts: a port that is free there need not be free elsewhere.
+        # Rank 0 chooses: a port that is free there need not be free elsewhere.
         agreed = _agree_over_mpi(launcher, world_size, (here or own, _free_port()))
         address, port = address or agreed[0], port or str(agreed[1])
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
@@ -236,8 +234,8 @@ def _set_master(launcher: _Launcher, world_size: int) -> None:
 def _check_address(address: str) -> None:
     try:
         socket.getaddrinfo(address, None)
-    except (OSError, UnicodeError) as error:  # UnicodeError: it could not even be asked for
-        why = error.strerror if isinstance(error, OSError) else "no host name"
+    except (OSError, UnicodeError) as error:  # UnicodeError: not encodable as a host name
+        why = error.strerror if isinstance(error, OSError) else "not a host name"
         raise ConfigError(
             f"The machine of rank 0, MASTER_ADDR {address}, is not known on "
             f"{socket.gethostname()} ({why}). Export MASTER_ADDR with an address that every "
@@ -252,7 +250,7 @@ def _free_port() -> int:
 
 
 def _slurm_first_host() -> str:
-    """The machine of rank 0, unless tasks are placed by `--distribution=arbitrary`."""
+    """Host of rank 0, unless tasks are placed with `--distribution=arbitrary`."""
     name = next((n for n in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if n in os.environ), None)
     remedy = 'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"'
     if name is None:
@@ -263,7 +261,7 @@ def _slurm_first_host() -> str:
     nodes = os.environ[name]
     if shutil.which("scontrol") is None:
         raise ConfigError(
-            f"scontrol is not installed here and has to expand {name}={nodes}. Write into the "
+            f"scontrol is needed to expand {name}={nodes} but is not installed here. Add to the "
             f"batch script: {remedy}"
         )
     done = subprocess.run(
@@ -273,39 +271,39 @@ def _slurm_first_host() -> str:
     if done.returncode or not hosts:
         raise ConfigError(
             f"`scontrol show hostnames {nodes}` names no machine: "
-            f"{done.stderr.strip() or f'exit code {done.returncode}'}. Write into the batch "
+            f"{done.stderr.strip() or f'exit code {done.returncode}'}. Add to the batch "
             f"script: {remedy}"
         )
     return hosts[0]
 
 
 def _slurm_port() -> int:
-    """The same for every process of a step, another for the next steps and jobs."""
+    """A port equal for all processes of a step and different for later steps and jobs."""
     if "SLURM_JOB_ID" not in os.environ:
         raise ConfigError(
-            "srun's environment does not set SLURM_JOB_ID, from which the port follows. Export "
+            "srun's environment does not set SLURM_JOB_ID, from which the port is derived. Export "
             "MASTER_PORT."
         )
-    # Below the ports that systems hand out by themselves.
+    # Below the ephemeral ports.
     return 10_000 + (16 * _number("SLURM_JOB_ID") + _number("SLURM_STEP_ID")) % 20_000
 
 
 def _agree_over_mpi(launcher: _Launcher, world_size: int, mine: tuple[str, int]) -> tuple[str, int]:
-    """Rank 0's (address, port) on every rank; `mine` where this is the only rank."""
+    """Broadcast rank 0's (address, port); returns `mine` if this is the only rank."""
     if world_size == 1:
         return mine
     exports = "export MASTER_ADDR and MASTER_PORT (with Open MPI: mpirun -x MASTER_ADDR=node1 ...)"
     try:
         import mpi4py
 
-        # MPI is only asked this one question. Left open, it would object to forked loader
-        # processes and to every exit that does not pass through its finalizer.
+        # MPI is used for this one broadcast only. Left initialized, it would object to forked
+        # loader processes and to any exit that skips its finalizer.
         mpi4py.rc.initialize = mpi4py.rc.finalize = False
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no MPI library
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library found
         raise ConfigError(
-            f"{launcher.title} started {world_size} processes, and without mpi4py they cannot "
-            f"agree where to meet ({error}). Install it (pip install mpi4py), or "
+            f"{launcher.title} started {world_size} processes, which need mpi4py to agree where "
+            f"to meet ({error}). Install it (pip install mpi4py), or "
             f"{exports}."
         ) from error
     MPI.Init()
@@ -314,7 +312,7 @@ def _agree_over_mpi(launcher: _Launcher, world_size: int, mine: tuple[str, int])
     MPI.Finalize()
     if seen != world_size:
         raise ConfigError(
-            f"{launcher.title} started {world_size} processes ({launcher.world_size}) and mpi4py "
+            f"{launcher.title} started {world_size} processes ({launcher.world_size}) but mpi4py "
             f"sees {seen}: it uses another MPI. Build it for this one (pip install --no-binary "
             f"mpi4py mpi4py), or {exports}."
         )

@@ -1,13 +1,14 @@
-"""Where the ranks of a job meet before they form groups: who is missing, who belongs elsewhere.
+"""Rendezvous of the ranks before they form process groups; reports missing and foreign ranks.
 
-Rank 0 keeps a store at MASTER_ADDR:MASTER_PORT (under torchrun the launcher keeps it). Whoever
-finds it puts its name down. Rank 0 answers each: with a refusal, where it is a rank of another job,
-or with a token that it has just made up. All keys of the job are under that token, so nothing that
-another job, or an earlier attempt of this one, has left in the store is ever read. Then each takes
-its seat, of which there is one a rank, and rank 0 begins when all are taken, or names the missing.
+Rank 0 hosts a store at MASTER_ADDR:MASTER_PORT (under torchrun the launcher hosts it). Every other
+rank writes an entry. Rank 0 answers each entry: a rank of another job is refused, the others get a
+fresh token. All keys of the job are under that token, so leftovers of another job or of an earlier
+attempt are never read. Each rank then takes its seat, one per rank. Rank 0 starts the job when all
+seats are taken, or fails with the missing ranks.
 
-Keys under "meeting/ATTEMPT": entries counts entry/N; answer/ID; begun. Under the token: seat/RANK;
-seated counts them; end, empty if all have come, or else why the job ends.
+Keys under "meeting/ATTEMPT": entry/N, counted by entries; answer/ID; begun. Keys under the token:
+seat/RANK, counted by seated; end, which is empty if all ranks have come and otherwise says why the
+job ends.
 """
 
 from __future__ import annotations
@@ -37,27 +38,27 @@ from megatron_eslm.watchdog.stopwatch import Stopwatch
 logger = logging.getLogger(__name__)
 
 RENDEZVOUS_SECONDS = 300.0
-"""How long a rank waits for the others, unless it is told otherwise."""
+"""Default time that a rank waits for the others."""
 NOTE_SECONDS = 10.0
-"""After how long it says for whom."""
+"""A rank logs whom it waits for after this time."""
 LOOK_SECONDS = 0.1
-"""Between two looks into the store."""
+"""Polling interval of the store."""
 STORE_SECONDS = 30.0
-"""How long the store may take for an answer."""
+"""Longest time that the store may take to answer."""
 
 OWN_PORT = "Give each job a port of its own: --master_port of the launcher, or MASTER_PORT."
 
 
 def meet(limit_seconds: float = RENDEZVOUS_SECONDS, launcher: Launcher | None = None) -> Meeting:
-    """Wait until all ranks that the environment describes are there. One alone opens no port.
+    """Wait until all ranks that the environment describes have come. A single rank opens no port.
 
     Args:
-        limit_seconds: how long to wait for them, from when this one has come.
-        launcher: who started this process: the same for all ranks of a job on one machine.
+        limit_seconds: how long to wait for the others, counted from this call.
+        launcher: launcher of this process, the same for all ranks of a job on one machine.
 
     Raises:
-        ConfigError: a rank is missing; another job, or another program, has the port; the
-            environment contradicts itself (see `described`).
+        ConfigError: a rank is missing; another job or program uses the port; the environment
+            contradicts itself (see `described`).
     """
     launch = described()
     if launch is None:
@@ -83,7 +84,7 @@ def meet(limit_seconds: float = RENDEZVOUS_SECONDS, launcher: Launcher | None = 
             return _join(table, attendee, wait, rank_zero_keeps_store=not launcher_keeps_store)
         except dist.DistError as error:
             raise ConfigError(
-                f"The store at {wait.where}, which {keeper} keeps, was lost before all ranks had "
+                f"The store at {wait.where}, hosted by {keeper}, was lost before all ranks had "
                 f"met ({_first_line(error)})."
             ) from error
 
@@ -92,9 +93,9 @@ def meet(limit_seconds: float = RENDEZVOUS_SECONDS, launcher: Launcher | None = 
 
 
 def _while_answered(work: Callable[[], dist.Store], wait: _Wait, keeper: str) -> dist.Store:
-    """What `work` returns, from a thread: whatever keeps the store can keep it waiting for good.
+    """Run `work` in a thread and return its result, unless the store stops answering.
 
-    A store that was stopped does not answer, nor does another program that listens in its place.
+    A store whose process is stopped never answers, nor does another program that has its port.
     """
     result: Future[dist.Store] = Future()
 
@@ -115,13 +116,13 @@ def _while_answered(work: Callable[[], dist.Store], wait: _Wait, keeper: str) ->
         if clock.seconds - since > STORE_SECONDS:
             raise ConfigError(
                 f"rank {wait.launch.rank} has had no answer at {wait.where} for "
-                f"{STORE_SECONDS:g} s. Either {keeper} is stopped there, or another program has "
+                f"{STORE_SECONDS:g} s. Either {keeper} is stopped there, or another program uses "
                 f"the port. {OWN_PORT}"
             )
 
 
 class _Wait:
-    """The time that this rank waits, and what it says of it."""
+    """Time limit of this rank's wait, and its messages."""
 
     def __init__(self, launch: Launch, limit_seconds: float) -> None:
         self.where = f"{launch.address}:{launch.port}"
@@ -132,7 +133,7 @@ class _Wait:
         self._noted = False
 
     def start_again(self, limit_seconds: float) -> None:
-        """From now on wait so long."""
+        """Restart the wait with a new limit."""
         self.limit_seconds, self._begin = limit_seconds, time.monotonic()
 
     @property
@@ -141,19 +142,19 @@ class _Wait:
 
     @property
     def limit(self) -> str:
-        """The limit in words."""
+        """The limit in words, for messages."""
         seconds = self.limit_seconds
         return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
 
     def looks(self, missing: Callable[[], str] | None) -> Iterator[None]:
-        """One per second or so until the time is up; says once, after a while, who is `missing`."""
+        """Yield every LOOK_SECONDS until the time is up; log once, late, who is `missing`."""
         while self.left_seconds > 0:
             self.num_looks += 1
             yield
             waited = time.monotonic() - self._begin
             if missing is not None and waited > NOTE_SECONDS and not self._noted:
                 self._noted = True
-                # Where rank 0 is missing, one rank of each machine speaks: rank 1 on its own.
+                # If rank 0 is missing, one rank per machine logs it: rank 1 on its own machine.
                 if self.launch.rank in (0, 1) or self.launch.local_rank == 0:
                     level = logging.INFO if self.launch.rank == 0 else logging.ERROR
                     text = f"rank {self.launch.rank} waits for {missing()} at {self.where}"
@@ -163,14 +164,14 @@ class _Wait:
     def failed(self, missing: str) -> ConfigError:
         return ConfigError(
             f"rank {self.launch.rank} waited {self.limit} for {missing} at {self.where}, in vain. "
-            "Start all ranks with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE, see that no "
-            "firewall keeps the machines apart, and where they start that far from each other "
+            "Start all ranks with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE, make sure that "
+            "no firewall separates the machines, and if they start further apart than that, "
             "raise --rendezvous-timeout-minutes."
         )
 
 
 def _attempt() -> str:
-    """Under torchrun all attempts of a job, after a rank has failed, share one store."""
+    """Name of this attempt. Under torchrun, a job restarted after a failure reuses its store."""
     env = os.environ
     return f"{env.get('TORCHELASTIC_RUN_ID', '')}/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
@@ -185,7 +186,7 @@ def _first_line(error: BaseException) -> str:
 
 def _open_store(launch: Launch, wait: _Wait) -> dist.Store:
     try:
-        # It listens on all addresses. What this process asks for itself need not leave the machine.
+        # The store listens on all addresses; this process itself connects locally.
         return dist.TCPStore(
             "127.0.0.1",
             launch.port,
@@ -197,7 +198,7 @@ def _open_store(launch: Launch, wait: _Wait) -> dist.Store:
         text = str(error)
         if "EADDRINUSE" in text:
             raise ConfigError(
-                f"MASTER_PORT {launch.port} is taken on {socket.gethostname()}, by another job or "
+                f"MASTER_PORT {launch.port} is taken on {socket.gethostname()} by another job or "
                 f"program. {OWN_PORT}"
             ) from error
         raise ConfigError(
@@ -208,12 +209,12 @@ def _open_store(launch: Launch, wait: _Wait) -> dist.Store:
 
 
 def _find_store(launch: Launch, wait: _Wait) -> dist.Store:
-    """A connection to the store, which may not be there yet."""
+    """Connect to the store, which may not be up yet."""
     missing = "rank 0" if launch.rank else "the launcher's store"
     why = "nobody listens there"
     for _ in wait.looks(lambda: missing):
         try:
-            # A TCPStore that finds nobody prints a stack of C++ frames.
+            # A TCPStore that cannot connect prints a C++ stack trace.
             socket.create_connection((launch.address, launch.port), timeout=5.0).close()
         except OSError as error:
             why = error.strerror or str(error)
@@ -227,12 +228,12 @@ def _find_store(launch: Launch, wait: _Wait) -> dist.Store:
                 wait_for_workers=False,
             )
         except dist.DistError as error:
-            why = f"what listens there is no store of a job: {_first_line(error)}"
+            why = f"another program listens there: {_first_line(error)}"
     raise wait.failed(f"{missing} ({why})")
 
 
 def _host_ranks(table: dist.Store, me: Attendee, wait: _Wait) -> dist.Store:
-    """As rank 0: answer who comes, until all the others have taken their seats."""
+    """On rank 0: answer entries until all other ranks have taken their seats."""
     own = dist.PrefixStore(me.id, table)
     seen, unread = 0, set[int]()
 
@@ -245,7 +246,7 @@ def _host_ranks(table: dist.Store, me: Attendee, wait: _Wait) -> dist.Store:
         seen = come
         for n in sorted(unread):
             if not table.check([f"entry/{n}"]):
-                continue  # Counted, and not written yet.
+                continue  # Counted but not written yet.
             unread.remove(n)
             other = Attendee.decode(table.get(f"entry/{n}"))
             refusal = _refusal(me, other, wait.where)
@@ -257,9 +258,8 @@ def _host_ranks(table: dist.Store, me: Attendee, wait: _Wait) -> dist.Store:
             return own
     error = wait.failed(missing())
     own.set("end", str(error))
-    time.sleep(
-        10 * LOOK_SECONDS
-    )  # The store ends with this process; the others read it until then.
+    # The store ends with this process; give the others time to read the reason.
+    time.sleep(10 * LOOK_SECONDS)
     raise error
 
 
@@ -269,16 +269,16 @@ def _missing(own: dist.Store, world_size: int) -> str:
 
 
 def _refusal(me: Attendee, other: Attendee, where: str) -> str | None:
-    """Why `other` is no rank of this job."""
+    """Say why `other` is not a rank of this job; None if it is."""
     if other.world_size != me.world_size:
         return (
-            f"{other.who} belongs to a job of WORLD_SIZE={other.world_size}, and at {where} "
-            f"answers {me.who} of a job of WORLD_SIZE={me.world_size}. {OWN_PORT}"
+            f"{other.who} belongs to a job of WORLD_SIZE={other.world_size}, but {where} is used "
+            f"by {me.who} of a job of WORLD_SIZE={me.world_size}. {OWN_PORT}"
         )
     if other.job != me.job:
         return (
             f"{other.who} belongs to another job ({other.job or 'unnamed'}) than {me.who}, which "
-            f"answers at {where} ({me.job or 'unnamed'}). {OWN_PORT}"
+            f"uses {where} ({me.job or 'unnamed'}). {OWN_PORT}"
         )
     return None
 
@@ -286,7 +286,7 @@ def _refusal(me: Attendee, other: Attendee, where: str) -> str | None:
 def _join(
     table: dist.Store, me: Attendee, wait: _Wait, *, rank_zero_keeps_store: bool
 ) -> dist.Store:
-    """As any other rank: put the name down, read the answer, take the seat, wait for the rest."""
+    """On other ranks: write an entry, read the answer, take the seat, wait for the other ranks."""
     n = table.add("entries", 1)
     table.set(f"entry/{n}", me.encode())
     answer = None
@@ -294,11 +294,11 @@ def _join(
         if table.check([f"answer/{me.id}"]):
             answer = json.loads(table.get(f"answer/{me.id}"))
             break
-        # A store that the launcher keeps may hold what an earlier attempt has left.
+        # Skip this if the launcher hosts the store: it may hold keys of an earlier attempt.
         if rank_zero_keeps_store and table.check(["begun"]):
             raise ConfigError(
                 f"{me.who} is not part of the job that runs at {wait.where}: all its "
-                f"{me.world_size} ranks are there. It is kept by "
+                f"{me.world_size} ranks have already joined. The store is hosted by "
                 f"{table.get('begun').decode()}. {OWN_PORT}"
             )
     if answer is None:
@@ -307,14 +307,14 @@ def _join(
         raise ConfigError(answer["refused"])
     own = dist.PrefixStore(answer["token"], table)
     _take_seat(own, me)
-    # Rank 0 says when it has waited long enough; it may have come later than this one.
+    # Rank 0, which may have started later than this rank, decides when to give up.
     wait.start_again(wait.limit_seconds + STORE_SECONDS)
     for _ in wait.looks(None):
         if own.check(["end"]):
             if text := own.get("end").decode():
                 raise ConfigError(text)
             return own
-    raise wait.failed(f"a word of {answer['from']}")
+    raise wait.failed(f"a message from {answer['from']}")
 
 
 def _take_seat(own: dist.Store, me: Attendee) -> None:
@@ -325,7 +325,7 @@ def _take_seat(own: dist.Store, me: Attendee) -> None:
         own.add("seated", 1)
         return
     gone = holder.process.namespace == me.process.namespace and holder.process.state() == "gone"
-    # One that died while it waited leaves its seat to the one that was started for it.
+    # If the holder died while waiting, the process that replaces it takes over its seat.
     if not gone or Attendee.decode(own.compare_set(seat, found.decode(), mine)).id != me.id:
         raise ConfigError(
             f"{me.who}: the seat of this rank is taken by pid {holder.process.pid} on host "

@@ -1,18 +1,18 @@
 """SIGTERM, SIGINT and --exit-signal, from the first line of the program to its last.
 
-| the program | a signal |
+| phase of the program | effect of a signal |
 |---|---|
-| starts: imports, flags, the ranks meet | ends it with one line (`end_at_once`) |
-| builds: data, model, engine | the same, and what is half written is removed first (`unwind`) |
-| trains | has it save and stop after the step under way (`StopSignal`) |
-| ends | changes nothing any more (`ignore`) |
+| starting: imports, flags, rendezvous | exits with one line (`end_at_once`) |
+| building: data, model, engine | exits with one line after removing partial output (`unwind`) |
+| training | saves and stops after the current step (`StopSignal`) |
+| ending | none (`ignore`) |
 
-The exit code is 128 + the number of the first. Launchers pass on what the terminal has already
-sent to everybody, and batch systems repeat themselves: of all that comes later only a second Ctrl-C
-means something, and only after a pause.
+The exit code is 128 + the number of the first signal. Launchers forward signals that the terminal
+has already sent to every process, and batch systems repeat them. So later signals are ignored,
+except for a second Ctrl-C after a pause.
 """
 
-# Imported before anything else: nothing here may take time to import.
+# Imported before anything else, so it must import quickly.
 from __future__ import annotations
 
 import os
@@ -26,16 +26,16 @@ from megatron_eslm.watchdog.last_words import say
 ALWAYS = (signal.SIGINT, signal.SIGTERM)
 
 EXIT_SIGNALS = ("USR1", "USR2", "HUP", "XCPU")
-"""What batch systems announce an end with besides; for --exit-signal."""
+"""Signals by which batch systems announce the end of a job; choices of --exit-signal."""
 
 ECHO_SECONDS = 3.0
-"""Two requests that are closer together are one."""
+"""Requests closer together than this count as one."""
 
 _Handler = Callable[[int, FrameType | None], None]
 
 
 class Interrupted(BaseException):
-    """A signal ends the program where no step can be finished and saved first."""
+    """A signal ends the program when it cannot finish and save a step first."""
 
     def __init__(self, first: signal.Signals, how: str = "without a checkpoint") -> None:
         super().__init__(f"stopped by {first.name}, {how}.")
@@ -43,7 +43,7 @@ class Interrupted(BaseException):
 
 
 def end_at_once(numbers: Iterable[signal.Signals] = ALWAYS) -> None:
-    """From now on these signals end the process: nothing is there yet that should be cleaned up."""
+    """Make these signals end the process at once; use it while there is nothing to clean up."""
 
     def end(number: int, frame: FrameType | None) -> None:
         ignore()
@@ -55,14 +55,14 @@ def end_at_once(numbers: Iterable[signal.Signals] = ALWAYS) -> None:
 
 
 def unwind(numbers: Iterable[signal.Signals] = ALWAYS) -> None:
-    """From now on these signals raise Interrupted in the main thread."""
+    """Make these signals raise Interrupted in the main thread."""
     raised: list[tuple[signal.Signals, float]] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if raised and now - raised[-1][1] <= ECHO_SECONDS:
             return
-        # Again after a while, since libraries may have swallowed it.
+        # Raise again on a later signal, since a library may have swallowed the first exception.
         raised.append((signal.Signals(number), now))
         raise Interrupted(raised[0][0])
 
@@ -70,12 +70,12 @@ def unwind(numbers: Iterable[signal.Signals] = ALWAYS) -> None:
 
 
 def ignore() -> None:
-    """From now on the signals that were handled change nothing."""
+    """Ignore the signals handled so far."""
     _install(_handled(), signal.SIG_IGN)
 
 
 def leave_with(code: int) -> None:
-    """From now on the signals that were handled end the process: what there is to say is said."""
+    """Make the signals handled so far end the process without a message."""
     _install(_handled(), lambda number, frame: os._exit(code))
 
 
@@ -90,15 +90,15 @@ def _install(numbers: Iterable[signal.Signals], handler: _Handler | signal.Handl
 
 
 def _say(text: str) -> None:
-    """By rank 0."""
+    """Write the message on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         say(text)
 
 
 class StopSignal:
-    """While entered, remembers the first of its signals, for training to stop when it can.
+    """Context manager that records the first signal, so that training can stop at a good point.
 
-    Afterwards the signals do what they did before or, if one has come, nothing any more.
+    On exit, restores the previous handlers or, if a signal has come, ignores further ones.
     """
 
     def __init__(self, numbers: Iterable[signal.Signals] = ALWAYS) -> None:
@@ -109,12 +109,12 @@ class StopSignal:
 
     @property
     def received(self) -> signal.Signals | None:
-        """The first request."""
+        """The first signal received; None if there was none."""
         return signal.Signals(self._first["request"][0]) if self._first else None
 
     def note(self, number: int) -> bool:
-        """Take a request; whether it is the first."""
-        # One step, since a signal may come in the middle of the handler of another.
+        """Record a request; return whether it is the first."""
+        # One atomic step, since a signal may interrupt the handler of another.
         mine = (number,)
         return self._first.setdefault("request", mine) is mine
 
@@ -130,7 +130,7 @@ class StopSignal:
         trace: TracebackType | None,
     ) -> None:
         if kind is not None:
-            return  # an error on its way up still has to be told, and not interrupted
+            return  # keep our handlers, so that nothing interrupts the report of the error
         if self.received is not None:
             ignore()
             return
@@ -149,7 +149,7 @@ class StopSignal:
             raise Interrupted(self.received, "at once by a second Ctrl-C; older checkpoints remain")
 
     def _is_second_ctrl_c(self) -> bool:
-        """Whether it is pressed anew, and neither an echo nor one of a hail of them."""
+        """Whether it was pressed again after a pause, not forwarded or part of a burst."""
         now, before = time.monotonic(), self._ctrl_c_seconds
         self._ctrl_c_seconds = now
         return before is not None and now - before > ECHO_SECONDS

@@ -1,4 +1,4 @@
-"""The few collectives that torch.distributed does not offer in the form we need."""
+"""Collectives that torch.distributed does not offer in the form we need."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def sum_later(
 
 
 def on_rank_zero(do: Callable[[], T]) -> T:
-    """Run `do` on rank 0 and hand its result, or its ConfigError, to every rank.
+    """Run `do` on rank 0 and broadcast its result, or raise its ConfigError on every rank.
 
-    So a rank never waits for one that has stopped: all of them stop with the same message.
+    All ranks stop with the same message, so that none waits for a rank that has stopped.
     """
     if dist.get_world_size() == 1:
         return do()
@@ -89,7 +89,7 @@ def on_rank_zero(do: Callable[[], T]) -> T:
 
 
 def on_every_rank(do: Callable[[], T]) -> T:
-    """Run `do` on every rank; where it raises ConfigError on any, all raise, naming the ranks."""
+    """Run `do` on every rank; if any raises ConfigError, all raise it and name the first rank."""
     if dist.get_world_size() == 1:
         return do()
     result, message = None, None

@@ -1,4 +1,4 @@
-"""The ranks of a job that have met."""
+"""Result of the rendezvous."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Meeting:
-    """The ranks that have met."""
+    """A rank's view of the job after the rendezvous."""
 
     rank: int
     world_size: int
     store: dist.Store
-    """Of this job alone."""
+    """Store of this job only."""
     launcher_keeps_store: bool = False
-    """torchrun does, and outlives the ranks; else rank 0."""
+    """True under torchrun, whose store outlives the ranks; otherwise rank 0 hosts the store."""

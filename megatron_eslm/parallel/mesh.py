@@ -1,6 +1,6 @@
-"""The process mesh: which ranks share a layer's columns, a batch, or a pipeline.
+"""The process mesh: tensor-, data- and pipeline-parallel groups.
 
-Rank order is tensor fastest, then data, then pipeline, as in megatron-core's default and in
+Tensor rank varies fastest, then data, then pipeline, as in megatron-core's default and in
 DeepSpeed's PipeModelDataParallelTopology.
 """
 
@@ -16,7 +16,7 @@ from megatron_eslm.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """This rank's place in the mesh and its process groups. Passed on explicitly, never global."""
+    """This rank's mesh coordinates and process groups. Passed explicitly, never global."""
 
     tp_size: int
     dp_size: int
@@ -32,12 +32,12 @@ class Mesh:
 
     @property
     def is_first_stage(self) -> bool:
-        """Reads tokens, selects sequences."""
+        """Whether this rank reads tokens and selects sequences."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Has the head, selects tokens, knows the loss."""
+        """Whether this rank has the head, selects tokens and computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
     @property
@@ -52,7 +52,7 @@ class Mesh:
 
 
 def check_layout(world_size: int, tp: int, pp: int) -> int:
-    """Data-parallel size that TP and PP leave; ConfigError where they do not divide the world."""
+    """Return the data-parallel size; ConfigError if TP x PP does not divide the world size."""
     if tp < 1 or pp < 1:
         raise ConfigError(
             f"--tensor-model-parallel-size {tp} and --pipeline-model-parallel-size {pp} must be 1 "
@@ -62,18 +62,18 @@ def check_layout(world_size: int, tp: int, pp: int) -> int:
         raise ConfigError(
             f"{world_size} processes cannot be divided into groups of "
             f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} = {tp * pp}; "
-            "change the number of processes or one of the two."
+            "change the number of processes or one of the two sizes."
         )
     return world_size // (tp * pp)
 
 
 def build_mesh(tp: int = 1, pp: int = 1, timeout_seconds: float | None = None) -> Mesh:
-    """Build the groups of all ranks. Collective: every rank must call it.
+    """Build the process groups. Collective: every rank must call it.
 
     Args:
         tp: --tensor-model-parallel-size.
         pp: --pipeline-model-parallel-size.
-        timeout_seconds: how long the groups' collectives wait for a rank; None: torch's default.
+        timeout_seconds: timeout of the groups' collectives; None for torch's default.
 
     Raises:
         ConfigError: TP x PP does not divide the number of processes.
@@ -90,7 +90,7 @@ def build_mesh(tp: int = 1, pp: int = 1, timeout_seconds: float | None = None) -
             group = dist.group.WORLD if len(ranks) == world else dist.new_group(ranks, timeout)
             if me in ranks:
                 mine = group
-        # A stage in the middle is in no group of ends; any one does where it is never used.
+        # A middle stage has no ends_group and never uses it, so any group will do.
         group = mine if mine is not None else dist.group.WORLD
         assert group is not None
         return group
@@ -121,7 +121,7 @@ def build_mesh(tp: int = 1, pp: int = 1, timeout_seconds: float | None = None) -
 
 
 class ModelParallelUnit:
-    """The mesh as DeepSpeed asks for it (`mpu`), where there is no pipeline."""
+    """The mesh as the `mpu` object that DeepSpeed expects, for runs without a pipeline."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -131,11 +131,11 @@ class ModelParallelUnit:
         return self._mesh.dp_group
 
     def get_data_parallel_rank(self) -> int:
-        """Rank among them."""
+        """Rank in the data-parallel group."""
         return self._mesh.dp_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Their number."""
+        """Data-parallel size."""
         return self._mesh.dp_size
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
@@ -143,11 +143,11 @@ class ModelParallelUnit:
         return self._mesh.tp_group
 
     def get_model_parallel_rank(self) -> int:
-        """Rank among them."""
+        """Rank in the tensor-parallel group."""
         return self._mesh.tp_rank
 
     def get_model_parallel_world_size(self) -> int:
-        """Their number."""
+        """Tensor-parallel size."""
         return self._mesh.tp_size
 
     get_tensor_model_parallel_group = get_model_parallel_group

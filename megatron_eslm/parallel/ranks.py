@@ -1,6 +1,6 @@
-"""Which rank this process is and who goes first, for code that also runs without torch.
+"""Rank queries and ordering for code that also runs without torch.
 
-Importing torch takes seconds; tools that only look at files need not wait for it.
+Importing torch takes seconds, which tools that only read files can avoid.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ T = TypeVar("T")
 
 
 def has_group() -> bool:
-    """Whether this process is one of a job's, which have met."""
-    dist = sys.modules.get("torch.distributed")  # without it nobody has met
+    """Whether torch.distributed is initialized in this process."""
+    dist = sys.modules.get("torch.distributed")  # not imported: not initialized
     return dist is not None and dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """This process's number in the job; 0 without a group."""
+    """Global rank; 0 without a process group."""
     return sys.modules["torch.distributed"].get_rank() if has_group() else 0
 
 
 def first_on_machine() -> bool:
-    """Whether this is the rank that checks for the others of its machine."""
+    """Whether this rank runs the checks for all ranks of its machine."""
     return rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def rank_zero_first(do: Callable[[], T]) -> T:
-    """Run `do` on rank 0 and then on the others, which find what rank 0 has checked or written.
+    """Run `do` on rank 0, then on the others, which can use what rank 0 has checked or written.
 
-    A ConfigError of any rank is raised on all. Without a group it is `do()`.
+    A ConfigError on any rank is raised on all. Without a process group, simply calls `do`.
     """
     if not has_group():
         return do()

@@ -1,4 +1,4 @@
-"""Random streams that depend on a seed and names, never on the layout or on what ran before."""
+"""Random streams that depend only on a seed and names, not on the layout or on earlier draws."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
-    """A 63-bit seed for the stream `names` of run `seed`; the same on every rank and machine."""
+    """Derive a 63-bit seed for the stream `names` of run `seed`, the same on every machine."""
     text = "\x1f".join(str(part) for part in (seed, *names))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -36,5 +36,5 @@ def uniform(seed: int, first: int, count: int, device: torch.device) -> torch.Te
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:
-    """A CPU generator at the start of the stream `names` of run `seed`."""
+    """Create a CPU generator at the start of the stream `names` of run `seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, *names))

@@ -1,1 +1,1 @@
-"""Which rank is where, which one died or hangs, and how a job then ends."""
+"""Detects dead and hung ranks and ends the job with a message that names them."""

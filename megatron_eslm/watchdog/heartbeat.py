@@ -1,7 +1,6 @@
-"""Signs of life of the ranks, and what follows from them: pure functions, no clock, no store.
+"""Heartbeats of the ranks and their diagnosis: pure functions, no clock, no store.
 
-Seconds are always durations, counted by the one who watched them pass: clocks of different hosts
-are never compared.
+All seconds are durations measured by one process; clocks of different hosts are never compared.
 """
 
 from __future__ import annotations
@@ -14,24 +13,24 @@ from megatron_eslm.watchdog.phases import PhaseStamp
 from megatron_eslm.watchdog.process import Process
 
 MAX_GROUPS = 8
-"""Groups of ranks that a message lists."""
+"""Maximum number of rank groups listed in a message."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself, again and again."""
+    """Periodic status report of a rank."""
 
     rank: int
     process: Process
     stamp: PhaseStamp
     idle_seconds: float = 0.0
-    """How long it has been there."""
+    """How long the rank has been in this phase."""
     number: int = 0
-    """Grows: a beat that comes back with the same number is an old one."""
+    """Sequence number; an unchanged number means that no new beat has arrived."""
     left: bool = False
-    """It ended as it should: its process may be gone."""
+    """The rank has finished properly, so its process may be gone."""
     silent_seconds: float = 0.0
-    """How long it has been the newest; filled in by the one who listens."""
+    """Time since this beat was first seen; filled in by the reader."""
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -53,17 +52,18 @@ class Diagnosis:
 
     rank: int
     did: str
-    """What it did; phase and iteration follow: "died" in "optimizer" of iteration 12."""
+    """What happened, followed in the message by phase and iteration: "died" in "optimizer" ..."""
     further: str = ""
+    """Text after the phase."""
     unless_left: bool = False
-    """Whether nothing is wrong if the rank has said that it left."""
+    """Drop the diagnosis if the rank turns out to have left properly."""
     unresponsive: bool = False
-    """Whether it may be unable to end by itself."""
+    """The rank may be unable to exit, so its neighbours should kill it."""
     stamp: PhaseStamp | None = None
-    """Where it was, if that is known better than from its beats."""
+    """The rank's last phase, if known more precisely than from its beats."""
 
     def text(self, beat: Beat | None, process: Process | None) -> str:
-        """The message, with as much as is known of the rank."""
+        """Format the message with whatever is known about the rank."""
         process = beat.process if beat is not None else process
         who = f"rank {self.rank}"
         if process is not None:
@@ -82,15 +82,15 @@ def find_silent(
 ) -> Diagnosis | None:
     """Find a rank in another namespace whose heartbeats have stopped.
 
-    One rank can be silent because its interpreter is held up (a page of a slow file system that
-    does not come). While another rank of its namespace speaks, that one sees its process and
-    reports it.
+    All ranks of that namespace must be silent. A single silent rank may only have a blocked
+    interpreter (waiting for a page from a slow file system); a live neighbour watches its process
+    and reports its death.
 
     Args:
-        beats: the newest of each rank.
-        namespace: of the caller, whose neighbours are not judged here.
-        limit_seconds: how long is too long.
-        start_limit_seconds: the same while a rank is starting.
+        beats: the newest beat of each rank.
+        namespace: the caller's namespace, whose ranks are not judged here.
+        limit_seconds: longest silence allowed.
+        start_limit_seconds: longest silence allowed while a rank is starting.
     """
 
     def too_long(beat: Beat) -> bool:
@@ -118,15 +118,16 @@ def find_hung(
     silence_seconds: float,
     leaving: bool,
 ) -> Diagnosis | None:
-    """Whom to blame where no rank has gone on for `timeout_seconds`; None while one has.
+    """Find the rank at fault if none has made progress for `timeout_seconds`; otherwise None.
 
-    In this order: who is silent; who does not wait for others; who is behind; who came there first.
+    Prefers silent ranks, then ranks that do not wait for others. Among these, takes the lowest
+    iteration, then the longest idle time.
 
     Args:
-        beats: the newest of each rank.
-        timeout_seconds: --distributed-timeout-minutes.
-        silence_seconds: from when on silence itself makes a rank suspect.
-        leaving: the caller has finished, so a rank that is still starting has no excuse.
+        beats: the newest beat of each rank.
+        timeout_seconds: --distributed-timeout-minutes, in seconds.
+        silence_seconds: a rank silent for longer than this is suspect.
+        leaving: the caller has finished, so a rank that is still starting counts as hung too.
     """
     live = {rank: beat for rank, beat in beats.items() if not beat.left}
     if not live or (not leaving and any(beat.stamp.starting for beat in live.values())):
@@ -160,7 +161,7 @@ def _grouped(moments: Mapping[int, PhaseStamp]) -> str:
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
-    """ "rank 4", "ranks 0-2, 5": sorted numbers, consecutive ones drawn together."""
+    """Format sorted ranks with ranges: "rank 4", "ranks 0-2, 5"."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:

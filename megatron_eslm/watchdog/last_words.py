@@ -1,4 +1,4 @@
-"""What a process says before it ends, to whoever still listens."""
+"""Write a last message to stderr before the process exits."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ PATIENCE_SECONDS = 2.0
 
 
 def say(text: str) -> None:
-    """Write to the log of the job, and come back: from any thread, and whatever became of the log.
+    """Write to stderr from any thread, without ever blocking for long or raising.
 
-    Not through sys.stderr, whose lock another thread may hold. Launchers often read the output of
-    their ranks through pipes: one that is gone breaks the pipe, one that is stopped lets it fill.
+    Bypasses sys.stderr, whose lock another thread may hold. Stderr is often a pipe to the launcher:
+    the pipe breaks if the launcher is gone and fills up if the launcher is stopped.
     """
     data = text.encode(errors="replace")
     poll = select.poll()
     poll.register(2, select.POLLOUT)
     try:
         while data and poll.poll(1000 * PATIENCE_SECONDS):
-            # A pipe that can be written to takes so much without waiting.
+            # A writable pipe accepts PIPE_BUF bytes without blocking.
             data = data[os.write(2, data[: select.PIPE_BUF]) :]
     except OSError:
         return

@@ -1,15 +1,14 @@
-"""No process outlives the one that started it. Two means, for two kinds of processes:
+"""End processes together with the process that started them.
 
-- Those that we start ourselves (loaders, preprocessing, the runs of a recipe) ask the kernel for a
-  signal: `end_with_parent`. It also ends a process that is stopped or busy outside the interpreter.
-- Ranks look at their ancestors from a thread: `end_with_launcher`. The kernel's signal comes when
-  the *thread* that forked ends, and from which one a launcher forks is not ours to know (Open MPI
-  has a pool of them for many ranks). And more than one process may stand between a rank and its
-  launcher (`deepspeed` has one of its own, a script may be another), each of which can die. A
-  thread needs the interpreter, but imports, which are all that holds it for long in the start, let
-  go of it several times a second.
+- Processes that we start ourselves (loaders, preprocessing, the runs of a recipe) ask the kernel
+  for a signal: `end_with_parent`. It also ends a process that is stopped or busy in native code.
+- Ranks poll their ancestors from a thread: `end_with_launcher`. The kernel's signal would not do:
+  it comes when the *thread* that forked ends, and launchers may fork from short-lived threads
+  (Open MPI has a thread pool). Also, several processes may stand between a rank and its launcher
+  (a helper of `deepspeed`, a script), and each can die. The thread needs the interpreter lock;
+  imports, the only long holders during start-up, release it several times per second.
 
-Imported first of all, so it imports nothing heavy.
+Imported before anything else, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from megatron_eslm.watchdog.last_words import say
 from megatron_eslm.watchdog.process import stat
 
 LOOK_SECONDS = 0.5
-"""Between two looks at the ancestors."""
+"""Interval between two looks at the ancestors."""
 SAVE_SECONDS = 30.0
-"""What training gets to save a checkpoint and end: as much as launchers give after SIGTERM."""
+"""Grace period for training to save a checkpoint; launchers allow as much after SIGTERM."""
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -38,38 +37,38 @@ _SHELLS = frozenset(("ash", "bash", "csh", "dash", "fish", "ksh", "sh", "tcsh", 
 
 
 def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """Let the kernel send this process `number` as soon as `parent` has ended.
+    """Have the kernel send this process the signal `number` as soon as `parent` ends.
 
-    To be called in a process that was just forked, or as `preexec_fn` of one that runs a program:
+    Call it in a newly forked process, or as `preexec_fn` of a subprocess:
 
         multiprocessing.Process(target=work, args=(os.getpid(),))    # work: end_with_parent(pid)
         subprocess.Popen(..., preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM))
 
-    The fork must happen in a thread that lasts as long as the parent, such as the main one. Where
-    the system is not Linux this does nothing.
+    The thread that forks must live as long as the parent, as the main thread does. Does nothing on
+    systems other than Linux.
 
     Args:
-        parent: process number of the caller's parent, from before the fork.
-        number: SIGKILL, or what lets a program end in order.
+        parent: PID of the caller's parent, taken before the fork.
+        number: SIGKILL, or a signal on which the program shuts down cleanly.
     """
     if hasattr(_libc, "prctl"):
         _libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-        if os.getppid() != parent:  # It ended before the kernel was asked.
+        if os.getppid() != parent:  # The parent ended before the call.
             os.kill(os.getpid(), number)
 
 
 def heed_parent_only(parent: int) -> None:
-    """In a worker process: end with `parent`, or by its SIGTERM, and by nobody else's.
+    """Make a worker process end with `parent` or on SIGTERM from `parent`, and on no other SIGTERM.
 
-    Launchers signal the whole process tree, and the parent decides when the work ends: a loader
-    that died of SIGTERM would take the step and the checkpoint before leaving with it.
+    Launchers signal the whole process tree, but the parent decides when to stop: if its loader died
+    of SIGTERM, the current step and the final checkpoint would be lost.
 
     Args:
         parent: as for `end_with_parent`.
     """
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Blocked, so that it can be asked who has sent it: multiprocessing ends its children by it.
+    # Block SIGTERM to learn its sender below: multiprocessing also ends its children with it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def listen() -> None:
@@ -81,10 +80,10 @@ def heed_parent_only(parent: int) -> None:
 
 
 class Launcher:
-    """The processes that started this rank: its parent, and so on up to the launcher.
+    """The processes that started this rank, from its parent up to the launcher.
 
-    None is watched for a process that was started by hand: without a rank, or with one that was set
-    in a shell, which may be left while the process goes on.
+    Empty for a process started by hand, without a rank or with a rank set in a shell: the user may
+    leave that shell while the process continues.
     """
 
     def __init__(self) -> None:
@@ -95,16 +94,16 @@ class Launcher:
         self._pids = pids
         self._names = {pid: f"{_name(pid) or 'process'} (pid {pid})" for pid in self._pids}
         self.patience_seconds = 0.0
-        """For how long this rank may go on to save a checkpoint once one of them is gone."""
+        """Grace period to save a checkpoint after one of these processes has ended."""
 
     @property
     def common_pid(self) -> int | None:
-        """Of the launcher, where it is certain to be the same for all ranks of this machine."""
-        # Of another user's process it is not known whether it is this rank's alone.
+        """PID of the launcher, if certainly the same for all ranks of this machine; else None."""
+        # Another user's process cannot be read, so it may serve only this rank.
         return self._pids[-1] if self._pids and _read(self._pids[-1], "environ") else None
 
     def gone(self) -> str | None:
-        """Which of them has ended, in words; None while all run. Its child has another parent."""
+        """Name the first process that has ended (its child has a new parent); None if all run."""
         if self._was_gone:
             return "the launcher"
         parent: int | None = os.getppid()
@@ -117,42 +116,42 @@ class Launcher:
     def _watch(self) -> None:
         while self.gone() is None:
             time.sleep(LOOK_SECONDS)
-        gone = self.gone()  # One that ended during the look, and took the next with it, was passed.
+        gone = self.gone()  # Again, in case the first look missed one that ended during it.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say(f"error: {gone}, which started this job, has ended. {HOW_TO_GO_ON}\n")
         if self.patience_seconds:
-            # It may have died of a signal that was meant for the whole job.
+            # The launcher may have died of a signal meant for the whole job.
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(self.patience_seconds)
         os._exit(1)
 
 
 def end_with_launcher() -> Launcher:
-    """From now on end this process, if it is a rank, as soon as what started it has ended.
+    """Start a thread that ends this rank as soon as a process that started it has ended.
 
-    Without the main thread, which may wait for ranks that are gone. While `patience_seconds` is
-    set, as training does, by SIGTERM first.
+    A thread, because the main thread may wait for ranks that are gone. If training has set
+    `patience_seconds`, the thread sends SIGTERM and waits that long before it exits.
 
     Returns:
-        Who is watched.
+        The watched processes.
     """
     launcher = Launcher()
     if launcher._pids or launcher._was_gone:
-        # A rank that was stopped has to go on to see it. To any other one this does nothing.
+        # A stopped rank must continue in order to notice; SIGCONT does nothing to a running one.
         end_with_parent(os.getppid(), signal.SIGCONT)
         threading.Thread(target=launcher._watch, name="launcher", daemon=True).start()
     return launcher
 
 
 def _ancestors_of_rank() -> list[int]:
-    """From this process's parent to its launcher.
+    """List the PIDs from this process's parent up to its launcher.
 
-    The launcher is the first that is not itself this rank by its environment, as a script would be
-    that the launcher runs and that then runs Python; or `deepspeed`, where that has started it.
+    The launcher is the first ancestor whose environment does not set this rank; a wrapper script
+    that the launcher runs does set it. If `deepspeed` started that launcher, `deepspeed` is added.
     """
     names = [name for name in _RANK_VARIABLES if name in os.environ]
     if os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1" and "SLURM_PROCID" in names:
-        names.remove("SLURM_PROCID")  # That of a shell or a script in an allocation.
+        names.remove("SLURM_PROCID")  # Set by a shell or script in an allocation.
     marks = {f"{name}={os.environ[name]}".encode() for name in names}
     pids: list[int] = []
     pid = os.getppid() if marks else None
@@ -167,24 +166,24 @@ def _ancestors_of_rank() -> list[int]:
 
 
 def _is_deepspeed(pid: int) -> bool:
-    """Whether it is DeepSpeed's launcher, which starts ranks through one of its own or by MPI."""
+    """Whether it is the `deepspeed` command, which starts ranks by another launcher or MPI."""
     return not {b"deepspeed", b"ds", b"deepspeed.launcher.runner"}.isdisjoint(_program(pid))
 
 
 def _is_orphan(top: int) -> bool:
-    """Whether the launcher had ended before this process could look: an init has taken its place.
+    """Whether the launcher had already ended at the first look, so that init is the parent.
 
-    Asked of `torchrun` and `deepspeed` only, which nobody imitates by hand.
+    Checks `torchrun` and `deepspeed` only, since nobody sets their variables by hand.
     """
     if b"deepspeed.launcher.launch" in _read(top, "cmdline"):
-        # DeepSpeed's for one machine, which `deepspeed` has started.
+        # DeepSpeed's per-machine launcher, started by `deepspeed`.
         above = _parent(top)
         return os.environ.get("CROSS_SIZE") == "1" and above is not None and _is_init(above)
     return ("TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ) and _is_init(top)
 
 
 def _is_init(pid: int) -> bool:
-    """Whether it takes in orphans, and is no launcher itself, as it can be in a container."""
+    """Whether it adopts orphans and is not a launcher, which can have PID 1 in a container."""
     if pid != 1 and _name(pid) != "systemd":
         return False
     words = b" ".join(_program(pid))
@@ -192,7 +191,7 @@ def _is_init(pid: int) -> bool:
 
 
 def _program(pid: int) -> list[bytes]:
-    """The first words of its command line, without folders: the interpreter, what it runs."""
+    """The first three words of its command line without folders: interpreter and program."""
     return [word.rpartition(b"/")[2] for word in _read(pid, "cmdline")[:3]]
 
 
@@ -202,7 +201,7 @@ def _parent(pid: int) -> int | None:
 
 
 def _read(pid: int, what: str) -> list[bytes]:
-    """The words of a file of /proc; none where it is gone, or another user's."""
+    """The entries of a file in /proc; empty if the process is gone or belongs to another user."""
     try:
         return Path(f"/proc/{pid}/{what}").read_bytes().split(b"\0")
     except OSError:

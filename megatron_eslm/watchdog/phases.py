@@ -1,4 +1,4 @@
-"""What a rank is doing now, by name: for the watchdog and for messages."""
+"""Named phases of a rank, for the watchdog and for messages."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 START = "start"
-"""Phase of a rank until its first iteration, outside any phase that has a name."""
+"""Phase before the first iteration, outside any named phase."""
 TRAINING = "training"
-"""The same from the first iteration on."""
+"""Phase from the first iteration on, outside any named phase."""
 
 
 @dataclass(frozen=True)
 class PhaseStamp:
-    """Where a rank is."""
+    """Iteration and phase of a rank."""
 
     iteration: int
-    """Optimizer step under way, from 1 as in the log; 0 before the first."""
+    """Current optimizer step, from 1 as in the log; 0 before the first."""
     phase: str
     waits: bool
-    """Whether the phase waits for other ranks: then a rank that stays in it is not to blame."""
+    """Whether the phase waits for other ranks; a rank stuck in such a phase is not at fault."""
 
     @property
     def starting(self) -> bool:
-        """Building, reading, compiling: may take long without a sign of life."""
+        """Whether the rank is still building, reading or compiling, which may take long."""
         return self.iteration == 0 and self.phase == START
 
     def __str__(self) -> str:
@@ -36,7 +36,7 @@ class PhaseStamp:
 
 
 class Phases:
-    """Names what this rank does, for whoever looks from another thread.
+    """Tracks the current phase of this rank; other threads may read it.
 
         phases.iteration = 12
         with phases("optimizer"):
@@ -44,14 +44,14 @@ class Phases:
         with phases("proxy gather", waits=True):
             ...
 
-    `now` is replaced as a whole at every change and never altered: a reader needs no lock, and sees
-    that the rank went on by `now` being another object.
+    `now` is immutable and replaced at every change. So readers need no lock, and a new object means
+    that the rank has made progress.
     """
 
     def __init__(self) -> None:
         self.now = PhaseStamp(0, START, False)
         self.write: Callable[[PhaseStamp], None] | None = None
-        """Called at every change; costs each phase its time twice."""
+        """Called at every change, so twice per phase."""
 
     def _set(self, stamp: PhaseStamp) -> None:
         self.now = stamp
@@ -60,7 +60,7 @@ class Phases:
 
     @property
     def iteration(self) -> int:
-        """Optimizer step under way, from 1; the training loop sets it, outside any phase."""
+        """Current optimizer step, from 1; the training loop sets it outside any phase."""
         return self.now.iteration
 
     @iteration.setter
@@ -69,14 +69,14 @@ class Phases:
 
     @contextlib.contextmanager
     def __call__(self, name: str, *, waits: bool = False) -> Iterator[None]:
-        """While entered, this rank is in phase `name`; afterwards in the one around it.
+        """Enter phase `name`; on exit, return to the enclosing phase.
 
         Args:
-            name: what is done, as messages are to name it.
-            waits: it waits for other ranks (a collective, a receive).
+            name: phase name for messages.
+            waits: the phase waits for other ranks (a collective, a receive).
         """
         outer = self.now
         self._set(PhaseStamp(outer.iteration, name, waits))
         yield
-        # Not in a `finally`: an error on its way up is reported with the phase that it comes from.
+        # Not in a `finally`: an error is reported with the phase in which it was raised.
         self._set(PhaseStamp(self.now.iteration, outer.phase, outer.waits))

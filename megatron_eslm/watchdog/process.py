@@ -1,4 +1,4 @@
-"""A process of the job, and what this machine's kernel says of it."""
+"""A process of the job and its state according to the kernel."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ State = Literal["runs", "stopped", "gone"]
 
 
 class Stat(NamedTuple):
-    """Of a process, as /proc has it."""
+    """Fields of /proc/PID/stat."""
 
     state: str
-    """A letter."""
+    """One letter, as in `ps`."""
     parent: int
     started: int
     """Clock ticks since boot."""
 
 
 def stat(pid: int) -> Stat | None:
-    """What is known of a process; None if there is none."""
+    """Read /proc/PID/stat; None if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
-    # The name, in parentheses, may itself hold spaces and parentheses.
+    # The name in parentheses may itself contain spaces and parentheses.
     fields = text[text.rindex(")") + 2 :].split()
     return Stat(fields[0], int(fields[1]), int(fields[19]))
 
 
 @dataclass(frozen=True)
 class Process:
-    """Identity of a process, across machines and for as long as they are up."""
+    """Identity of a process, unique across machines until they reboot."""
 
     host: str
     pid: int
     namespace: str
-    """Boot and PID namespace. Processes that share it see each other in /proc; containers of one
-    machine may share its host name only."""
+    """Boot ID and PID namespace. Processes that share both see each other in /proc; containers of
+    one machine may share its host name without that."""
     started: int
-    """Clock ticks from boot to its start: tells it from a later process with the same number."""
+    """Start time in clock ticks since boot; distinguishes it from a later process with its PID."""
 
     @classmethod
     def this(cls) -> Process:
-        """The calling process; with a namespace of its own where there is no /proc."""
+        """The calling process; its namespace is unique on systems without /proc."""
         return cls.of(os.getpid())
 
     @classmethod
@@ -67,15 +67,15 @@ class Process:
         return cls(host, pid, namespace, seen.started)
 
     def state(self) -> State:
-        """To be asked by a process of the same namespace. A zombie is gone."""
+        """State as seen from the same namespace. A zombie counts as gone."""
         seen = stat(self.pid)
         if seen is None or seen.state in "ZX" or seen.started != self.started:
             return "gone"
-        # Not "t", which is a debugger's doing.
+        # Not "t": stopped by a debugger.
         return "stopped" if seen.state == "T" else "runs"
 
     def kill(self) -> None:
-        """SIGKILL, unless it is gone."""
+        """Send SIGKILL, unless the process is gone."""
         if self.state() != "gone":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)

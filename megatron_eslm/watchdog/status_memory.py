@@ -1,4 +1,4 @@
-"""Where a process writes what it is doing so that others of its machine can read it afterwards."""
+"""Shared memory in which a rank records its phase, readable by its neighbours after its death."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import struct
 from megatron_eslm.watchdog.phases import PhaseStamp
 
 _HEAD = struct.Struct("<q?H")
-"""Iteration, whether the phase waits, bytes of its name."""
+"""Iteration, whether the phase waits, length of its name in bytes."""
 _SIZE = 512
 _NAME = "watchdog-status"
 
 
 class SharedStatus:
-    """A piece of memory that outlives its writer while a reader has it open.
+    """Memory that outlives its writer as long as a reader has it open.
 
-    A heartbeat is up to half a second old when its rank dies, and many phases are shorter. The
-    memory has no name in any file system, so nothing is left over: readers take it from the
-    writer's open files, while the writer lives.
+    More exact than heartbeats: the last one is up to half a second old when its rank dies, and many
+    phases are shorter. The memory is anonymous (memfd), so no file is left behind; readers open it
+    through /proc while the writer lives.
     """
 
     def __init__(self, fd: int) -> None:
@@ -28,10 +28,10 @@ class SharedStatus:
 
     @classmethod
     def create(cls) -> SharedStatus:
-        """An empty one, of this process.
+        """Create an empty status for this process.
 
         Raises:
-            OSError: the system has no such memory.
+            OSError: the system has no memfd.
         """
         if not hasattr(os, "memfd_create"):
             raise OSError("no memfd_create")
@@ -41,14 +41,14 @@ class SharedStatus:
 
     @classmethod
     def of(cls, pid: int, fd: int) -> SharedStatus:
-        """That of a living process, which has it open as `fd`.
+        """Open the status of a live process, which has it open as `fd`.
 
         Raises:
-            OSError: it cannot be opened, or is something else.
+            OSError: it cannot be opened or is something else.
         """
         path = f"/proc/{pid}/fd/{fd}"
         if _NAME not in os.readlink(path):
-            raise OSError(f"{path} is no shared status")
+            raise OSError(f"{path} is not a shared status")
         return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC))
 
     def write(self, stamp: PhaseStamp) -> None:
@@ -57,8 +57,8 @@ class SharedStatus:
         self._memory[: len(text)] = text
 
     def read(self) -> PhaseStamp | None:
-        """What was written last; None if nothing was."""
+        """Return the last stamp written; None if there is none."""
         iteration, waits, size = _HEAD.unpack_from(self._memory)
-        # A writer may have died in the middle of a character.
+        # The writer may have died in the middle of a character.
         name = self._memory[_HEAD.size : _HEAD.size + size].decode(errors="replace")
         return PhaseStamp(iteration, name, waits) if size else None

@@ -1,4 +1,4 @@
-"""A clock that does not count the time that its owner missed."""
+"""A clock that ignores pauses of its own process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import time
 
 
 class Stopwatch:
-    """Counts seconds while it is looked at; a longer pause than `longest_seconds` counts as that.
+    """Accumulates the seconds between calls of `look`, at most `longest_seconds` per call.
 
-    So a process that was stopped, or waited for the interpreter or the store, does not take the
-    time that it missed for the silence of others.
+    So a process that was stopped, or waited for the interpreter or the store, does not mistake its
+    own pause for silence of the others.
     """
 
     def __init__(self, longest_seconds: float) -> None:

@@ -1,8 +1,8 @@
 """Exchange with the job's store: heartbeats out, heartbeats and the decision to abort in.
 
 Keys, under the prefix "watchdog": beat/RANK; namespace/NAMESPACE/n, a process there;
-namespace/NAMESPACE, their number; registered, the number of ranks that have registered; decision,
-written once.
+namespace/NAMESPACE, the number of these processes; registered, the number of ranks that have
+registered; decision, written once.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class AbortDecision:
     """Why the job ends; the same on all ranks."""
 
     finder: int
-    """The rank that says so in the log."""
+    """The rank that writes the message to the log."""
     text: str
     code: int
     """Exit code of every rank."""
     unresponsive: int | None = None
-    """A rank that may have to be ended by its neighbours."""
+    """A rank that its neighbours may have to kill."""
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -43,10 +43,10 @@ class AbortDecision:
 
 
 class StoreClient(threading.Thread):
-    """A thread that speaks with the store.
+    """A thread that exchanges heartbeats with the store.
 
-    On its own, for a store whose host is stopped or unplugged keeps it waiting without end. Its
-    attributes are replaced, never altered: they may be read from any thread.
+    It is a separate thread because a store whose host is stopped or unplugged blocks it forever.
+    Its attributes are replaced, never mutated, so any thread may read them.
     """
 
     def __init__(
@@ -62,26 +62,28 @@ class StoreClient(threading.Thread):
         beat_seconds: float,
     ) -> None:
         """Args:
-        store: a connection of its own.
-        process: this one.
-        status: its shared status, if it has one.
-        beat: what this rank has to say now.
+        store: a connection that no one else uses.
+        rank: this rank.
+        world_size: number of ranks.
+        process: this process.
+        status: this process's shared status, if any.
+        beat: returns the current beat of this rank.
         observes: whether to read the beats of all ranks.
-        beat_seconds: time between two exchanges.
+        beat_seconds: interval between exchanges.
         """
         super().__init__(name="watchdog-client", daemon=True)
         self.neighbours: dict[int, Process] | None = None
         """The other ranks of this namespace; None until all ranks have registered."""
         self.statuses: dict[int, SharedStatus] = {}
-        """Their shared status, as far as they can be read."""
+        """Shared status of each neighbour, where it could be opened."""
         self.beats: dict[int, Beat] = {}
-        """The newest of each other rank, if this one observes."""
+        """The newest beat of every other rank, if this one observes."""
         self.num_exchanges = 0
         self.broken: str | None = None
-        """Why there will be no more."""
+        """Error after which there are no more exchanges."""
         self.decision: AbortDecision | None = None
         self.exited: frozenset[int] = frozenset()
-        """Ranks that were found dead and had left as they should."""
+        """Ranks that were found dead but had left properly."""
         self.left = threading.Event()
         """Set once the others can read that this rank has left."""
 
@@ -95,7 +97,7 @@ class StoreClient(threading.Thread):
         self._closed = False
 
     def report(self, diagnosis: Diagnosis | AbortDecision) -> None:
-        """Make it the decision, unless there is one; `decision` or `exited` will tell."""
+        """Propose it as the decision; the outcome appears in `decision` or `exited`."""
         self._diagnoses.put(diagnosis)
         self._wake.set()
 
@@ -104,7 +106,7 @@ class StoreClient(threading.Thread):
         self._wake.set()
 
     def close(self) -> None:
-        """End after the exchange under way."""
+        """Stop after the current exchange."""
         self._closed = True
         self._wake.set()
 
@@ -113,11 +115,11 @@ class StoreClient(threading.Thread):
             while True:
                 self._exchange()
                 if self._closed or self.decision or (self.left.is_set() and self._rank):
-                    # Nothing more is asked of a store that may end at any time.
+                    # The store may go away at any time, so ask it nothing more.
                     return
                 self._wake.wait(self._beat_seconds)
                 self._wake.clear()
-        except RuntimeError as error:  # what torch's errors of stores derive from
+        except RuntimeError as error:  # base class of torch's store errors
             self.broken = str(error).strip().partition("\n")[0]
 
     def _exchange(self) -> None:
@@ -150,7 +152,7 @@ class StoreClient(threading.Thread):
         store.add("registered", 1)
 
     def _meet(self) -> None:
-        """Once all ranks have registered, read who is at this namespace."""
+        """Once all ranks have registered, read the neighbours in this namespace."""
         store, namespace = self._store, f"namespace/{self._process.namespace}"
         if store.add("registered", 0) < self._world_size:
             return
@@ -162,7 +164,7 @@ class StoreClient(threading.Thread):
             if rank != self._rank:
                 neighbours[rank] = process
                 if found["status"] is not None:
-                    # Not allowed, or dead already: then its beats have to do.
+                    # No permission, or already dead: fall back to its beats.
                     with contextlib.suppress(OSError):
                         self.statuses[rank] = SharedStatus.of(process.pid, found["status"])
         self.neighbours = neighbours
@@ -191,6 +193,6 @@ class StoreClient(threading.Thread):
                 return
             culprit = diagnosis.rank if diagnosis.unresponsive else None
             diagnosis = AbortDecision(self._rank, diagnosis.text(beat, None), 1, culprit)
-        # The first one stays; everybody gets to know it.
+        # The first decision wins, and every rank reads that one.
         said = self._store.compare_set("decision", "", diagnosis.encode())
         self.decision = AbortDecision.decode(said)

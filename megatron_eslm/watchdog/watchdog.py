@@ -1,20 +1,20 @@
-"""A rank that dies or hangs ends the job, with one message that names it.
+"""End the job when a rank dies or hangs, with one message that names the rank.
 
-Without this, the others wait in a collective for a rank that will not come, or all of them report
-that some connection was closed.
+Otherwise the other ranks would wait in a collective for a rank that never comes, or would all
+report a closed connection.
 
 Each rank has two threads. One beats: several times in a few seconds it writes into the job's store
 where this rank is (store_client.py; for ranks of one host, status_memory.py is exact). The other,
 which never waits for anything, looks
 
-- for processes of the same host that are gone or stopped (each rank),
-- for a store that does not answer (each rank),
-- for hosts of which no rank beats, and for a job in which no rank goes on (the first and the last
-  rank, which read all beats: the traffic grows with the number of ranks, not with its square).
+- for processes of the same host that are gone or stopped (every rank),
+- for a store that does not answer (every rank),
+- for hosts without heartbeats and for a job without progress (the first and the last rank only:
+  they read all beats, and the traffic stays linear in the number of ranks).
 
-The first to find something writes the decision into the store, says it in the log, and every rank
-ends with the same exit code. Where the store is gone, the last rank of each host that is left says
-what it knows.
+The first rank to find something writes the decision into the store and the message into the log.
+Every rank then ends with the same exit code. If the store is gone, the last live rank of each host
+writes what it knows.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from megatron_eslm.watchdog.stopwatch import Stopwatch
 from megatron_eslm.watchdog.store_client import AbortDecision, StoreClient
 
 TICK_SECONDS = 0.2
-"""Launchers end the survivors soon after a death; the message has to be out by then."""
+"""Short, because launchers end the survivors soon after a death and the message must come first."""
 SILENCE_SECONDS = 15.0
-"""How long a host, or the store, may be silent; at most half the timeout."""
+"""Longest silence of a host or of the store; at most half the timeout."""
 
 _CONNECTION_LOST = (
     "closed by peer",
@@ -55,7 +55,7 @@ _TIMED_OUT = ("timed out", "timeout")
 
 
 class Watchdog:
-    """Watches over the ranks of a job, two or more, from `start()` to `stop()`."""
+    """Watches the ranks of a job (two or more) from `start()` to `stop()`."""
 
     def __init__(
         self,
@@ -70,14 +70,14 @@ class Watchdog:
         process: Process | None = None,
     ) -> None:
         """Args:
-        phases: what this rank does; from now on its neighbours can read it.
-        rank: of this process, from 0.
-        world_size: ranks of the job, all of which have a watchdog.
-        store: the job's; the watchdog makes a connection of its own.
-        timeout_seconds: for how long no rank may go on before the job ends.
-        rank_zero_keeps_store: or else the launcher does.
-        launcher: of this rank, if it has one.
-        process: this one, by default.
+        phases: phases of this rank; shared with its neighbours from now on.
+        rank: this rank, from 0.
+        world_size: number of ranks; each must have a watchdog.
+        store: the job's store; the watchdog opens its own connection.
+        timeout_seconds: end the job if no rank makes progress for this long.
+        rank_zero_keeps_store: whether rank 0 hosts the store; if not, the launcher does.
+        launcher: launcher of this rank, if it has one.
+        process: this rank's process; by default the calling one.
         """
         self._phases, self._rank, self._world_size = phases, rank, world_size
         self._timeout_seconds = timeout_seconds
@@ -107,7 +107,7 @@ class Watchdog:
         )
 
     def _share(self, phases: Phases) -> SharedStatus | None:
-        """Let the neighbours see every phase as it begins."""
+        """Publish every phase to the neighbours as it begins."""
         try:
             status = SharedStatus.create()
         except OSError:
@@ -117,48 +117,48 @@ class Watchdog:
         return status
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self._courier.start()
         self._thread.start()
 
     def stop(self) -> None:
-        """Say goodbye: this rank has done its part.
+        """Sign off: this rank has finished.
 
-        Rank 0 goes on watching until all have said so, for it may keep the store.
+        Rank 0 stays until all ranks have signed off, because it may host the store.
         """
         self._leaving = True
         self._courier.wake()
-        # The thread that watches ends the process if one of these waits for something broken.
+        # If one of these waits blocks forever, the watching thread ends the process.
         self._courier.left.wait()
         while self._rank == 0 and not self._all_left():
             time.sleep(TICK_SECONDS / 4)
         self._courier.close()
-        # An interpreter that ends while a thread is inside torch aborts.
+        # The interpreter aborts if it exits while a thread is inside torch.
         self._courier.join()
         self._ended.set()
         self._thread.join()
 
     def fail(self, message: str, *, code: int, patience_seconds: float = 0.0) -> NoReturn:
-        """End the job with `message`, which the ranks that fail for the same reason say once.
+        """End the job with `message`, logged once even if several ranks fail with it.
 
-        From the main thread.
+        Call from the main thread.
 
         Args:
-            message: why, as the log is to have it.
+            message: the reason, for the log.
             code: exit code of all ranks.
-            patience_seconds: where another rank turns out to be the cause by then, that is said.
+            patience_seconds: time to wait first; if another rank turns out to be the cause, its
+                message is logged instead.
         """
         self._fail(message, code, patience_seconds)
 
     def fail_with(self, error: BaseException, *, code: int = 1) -> NoReturn:
-        """End the job because of an unexpected error: traceback, this rank and its phase.
+        """End the job because of an unexpected error; logs traceback, rank and phase.
 
-        From the main thread. Where another rank died, or failed as well and came first, that is
-        said instead: a connection that was lost or a collective that timed out is most likely the
-        consequence.
+        Call from the main thread. If another rank has died or failed first, its message is logged
+        instead: a lost connection or a timed-out collective is most likely the consequence.
 
         Args:
-            error: as caught.
+            error: the exception.
             code: exit code of all ranks.
         """
         first = (str(error).strip() or "no message").partition("\n")[0]
@@ -167,19 +167,19 @@ class Watchdog:
         self._fail(diagnosis.text(self._beat(), None), code, self._patience(error), trace)
 
     def _fail(self, message: str, code: int, patience_seconds: float, trace: str = "") -> NoReturn:
-        # A launcher that has seen a rank end sends SIGTERM to the others, before they have spoken;
-        # and whoever presses Ctrl-C now need not wait.
+        # A launcher that has seen a rank end sends SIGTERM to the others, possibly before they have
+        # written their messages. Ctrl-C, by contrast, ends the process at once from now on.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         time.sleep(patience_seconds)
         self._own_failure = AbortDecision(self._rank, message, code), trace
-        # It ends this process, whoever is to blame.
+        # The watching thread ends this process, whichever rank is at fault.
         self._thread.join()
         say(f"{trace}error: {message}\n")
         os._exit(code)
 
     def _patience(self, error: BaseException) -> float:
-        """Seconds in which another rank may turn out to be the cause."""
+        """Seconds to wait for another rank to turn out to be the cause."""
         text = str(error).lower()
         if any(words in text for words in _CONNECTION_LOST):
             return self._silence_seconds + 5.0
@@ -228,11 +228,11 @@ class Watchdog:
             self._check_store(now_seconds, now_seconds - before_seconds)
 
     def _look(self, tick_seconds: float, news: bool) -> Diagnosis | AbortDecision | None:
-        """What is wrong, if anything is."""
+        """Return what is wrong; None if nothing is."""
         if self._own_failure is not None:
             return self._own_failure[0]
         if self._launcher is not None and self._launcher.gone() is not None:
-            return None  # The ranks of this host are about to end: none of them is to blame.
+            return None  # The ranks of this host are about to end; none is at fault.
         if diagnosis := self._look_at_neighbours(tick_seconds):
             return diagnosis
         if not (news and self._courier.beats):
@@ -273,16 +273,16 @@ class Watchdog:
         return None
 
     def _keeper_is_gone(self, brought: Diagnosis | AbortDecision) -> bool:
-        """Then the store, which would decide, may keep the client waiting."""
+        """Whether the store's host is the rank found dead, so that the store may never answer."""
         return (
             isinstance(brought, Diagnosis) and brought.unless_left and brought.rank == self._keeper
         )
 
     def _check_store(self, now_seconds: float, tick_seconds: float) -> None:
-        """End where the store is lost, for then a death elsewhere would not be heard of."""
+        """End if the store is lost, since deaths on other hosts would go unnoticed."""
         silent_seconds = now_seconds - self._answered_seconds
         if self._courier.broken is not None:
-            # A process closes its connections just before it can be seen to be gone.
+            # A dying process closes its connections shortly before /proc shows it as gone.
             self._broken_seconds += tick_seconds
             if self._broken_seconds < 5 * TICK_SECONDS:
                 return
@@ -290,7 +290,7 @@ class Watchdog:
         else:
             limit_seconds = self._silence_seconds
             if self._seen.starting or self._keeper in (self._courier.neighbours or {}):
-                # Slow, then: the process was just seen to run.
+                # The store is slow, not lost: its process was just seen running.
                 limit_seconds = self._timeout_seconds
             if silent_seconds < limit_seconds:
                 return
@@ -300,7 +300,7 @@ class Watchdog:
         self._end_alone(AbortDecision(self._rank, text, 1))
 
     def _end_alone(self, found: Diagnosis | AbortDecision) -> NoReturn:
-        """End without the store: the last rank of this host that is left says what it knows."""
+        """End without the store; the last live rank of this host writes the message."""
         neighbours = self._courier.neighbours or {}
         if isinstance(found, Diagnosis):
             beat = self._courier.beats.get(found.rank)
@@ -314,24 +314,24 @@ class Watchdog:
             own = self._own_failure
             trace = own[1] if own is not None and own[0] == decision else ""
             say(f"{trace}error: {decision.text}\n")
-        # Until then every rank has read the decision, or has seen that this one still runs.
+        # Time for every rank to read the decision before this process disappears.
         time.sleep(1.0 + 2 * self._beat_seconds)
         if decision.unresponsive in (neighbours := self._courier.neighbours or {}):
             neighbours[decision.unresponsive].kill()
-        # The main thread waits in a collective, for good.
+        # The main thread may be stuck in a collective forever.
         os._exit(decision.code)
 
 
 def job_watchdog(
     meeting: Meeting, phases: Phases, timeout_seconds: float, launcher: Launcher | None = None
 ) -> Watchdog | None:
-    """A watchdog, started, over the ranks that have met; None for one alone.
+    """Start a watchdog over the ranks of a job; None for a single rank.
 
     Args:
-        meeting: who has.
-        phases: what this rank does.
-        timeout_seconds: for how long no rank may go on before the job ends.
-        launcher: of this rank, if it has one.
+        meeting: result of the rendezvous.
+        phases: phases of this rank.
+        timeout_seconds: end the job if no rank makes progress for this long.
+        launcher: launcher of this rank, if it has one.
     """
     if meeting.world_size == 1:
         return None

@@ -211,7 +211,7 @@ def test_yaml_values_are_what_the_flag_makes_of_them(
         ("- 1\n- 2\n", "must be a mapping of flags to values."),
         ("", "must be a mapping of flags to values."),
         ("a: [1, ", "is not YAML in line"),
-        ("rate: 1\nrate: 2", "in line 2: the key rate is given in line 1 already"),
+        ("rate: 1\nrate: 2", "in line 2: the key rate was already given in line 1"),
         ("local-rank: 1\nlocal_rank: 1", "gives --local-rank twice, in lines 1 and 2"),
         ("num_layers: many", ": num_layers: 'many' is not a whole number."),
         ("num_layers: 1:30", ": num_layers: '1:30' is not a whole number."),

@@ -56,7 +56,7 @@ def test_the_end_is_that_of_all_steps(
     ("total", "ramp", "message"),
     [
         (20, (), r"--global-batch-size 20 is not a multiple of --micro-batch-size 4 x 2 "),
-        (16, (16, 8, 9), r"starts at 16 sequences, and --global-batch-size 16 is not larger"),
+        (16, (16, 8, 9), r"starts at 16 sequences, but --global-batch-size 16 is not larger"),
         (64, (16, 20, 9), r"64 from 16 in increments of 20: it would come to 56 and then 76"),
         (32, (4, 4, 9), r"batches of 4 sequences, which is not a multiple of .* = 8\. Make START"),
         (32, (8, 12, 9), r"--rampup-batch-size 8 12 9 has batches of 20 sequences"),

@@ -98,12 +98,12 @@ def test_a_model_in_the_cache_is_used_without_a_network(hub, bpe_files):
 
 def test_what_the_hub_does_not_give(hub):
     hub.answer = OSError("Name or service not known\nand more")
-    message = r"--tokenizer-model gpt2 is no path here.* \(Name or service not known\)"
+    message = r"--tokenizer-model gpt2 is not a local path.* \(Name or service not known\)"
     with pytest.raises(ConfigError, match=message):
         build_tokenizer("HuggingFaceTokenizer", tokenizer_model="gpt2")
-    with pytest.raises(ConfigError, match="--input gpt2 is no path here"):
+    with pytest.raises(ConfigError, match="--input gpt2 is not a local path"):
         folder_to_checkpoint("gpt2", "run")
-    with pytest.raises(ConfigError, match=r"--input squad .* data set .* cannot be fetched"):
+    with pytest.raises(ConfigError, match=r"--input squad .* data set .* cannot be downloaded"):
         check_data_set("--input", "squad")
     hub.answer = not_found()
     with pytest.raises(ConfigError, match=r"--input no/model .* has no model of that name"):

@@ -79,7 +79,7 @@ def _pointers(value: int):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda data: data[:-8], "is damaged: .* bytes, its header asks for"),
+        (lambda data: data[:-8], "is damaged: .* bytes, but its header implies"),
         (lambda data: data[:20], "ends inside its header"),
         (lambda data: b"", "is not a Megatron index"),
         (lambda data: b"PK" + data[2:], "is not a Megatron index"),
@@ -146,8 +146,8 @@ def _socket(path: Path) -> None:
 @pytest.mark.parametrize(
     ("replace", "says"),
     [
-        (_pipe, "must be a regular file and is a named pipe"),
-        (Path.mkdir, "must be a regular file and is a folder"),
+        (_pipe, "must be a regular file but is a named pipe"),
+        (Path.mkdir, "must be a regular file but is a folder"),
         (_socket, "cannot be read"),
         (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels"),
         (lambda path: None, r"there is no file .*preprocess_data"),
@@ -163,7 +163,7 @@ def test_what_is_no_file_is_refused(pair: Path, monkeypatch, suffix, replace, sa
 
 
 def test_paths_that_name_nothing(pair: Path) -> None:
-    assert f"Give the prefix without its ending: {pair}." in refusal(pair.with_name("a.bin"))
+    assert f"Give the prefix without its suffix: {pair}." in refusal(pair.with_name("a.bin"))
     with pytest.raises(ConfigError, match="is not a path: embedded null byte"):
         read_index("a\0b")
     with pytest.raises(ConfigError, match="cannot be read: Not a directory"):

@@ -146,7 +146,7 @@ class Broken(torch.utils.data.Dataset):
             "die",
             2,
             LoaderError,
-            r"loader process 2 of 2 \(pid \d+\), which was to hand over samples 12 to 15, was "
+            r"loader process 2 of 2 \(pid \d+\), which was to deliver samples 12 to 15, was "
             r"killed by SIGKILL\. Most likely .* out of memory; --num-workers 0 .* with --load",
         ),
         ("id", 2, ConfigError, r"Sample 13, from --data-path .*(alpha|beta), .* of 257 \(257\)"),

@@ -130,7 +130,7 @@ def end(how: signal.Signals | int) -> Make:
 def test_a_process_that_ends_is_named(how: signal.Signals | int, said: str) -> None:
     with nothing_left(), pytest.raises(LoaderError) as caught:
         list(processes(end(how)))
-    assert f"which was to hand over samples 3 to 103, {said}" in str(caught.value)
+    assert f"which was to deliver samples 3 to 103, {said}" in str(caught.value)
     assert str(caught.value).startswith("loader process 2 of 2 (pid ")
     assert str(caught.value).endswith("start it again with --load to continue from the last "
                                       "checkpoint.")  # fmt: skip
@@ -169,7 +169,7 @@ def test_a_process_that_hangs_is_named_after_the_timeout(monkeypatch: pytest.Mon
         nothing_left(),
         pytest.raises(
             LoaderError,
-            match=r"samples 0 to 100, has handed nothing over .*-timeout-minutes 0.005\)",
+            match=r"samples 0 to 100, has delivered nothing .*-timeout-minutes 0.005\)",
         ),
     ):
         list(processes(lambda n: time.sleep(1000), timeout_seconds=0.3))
@@ -195,6 +195,6 @@ def test_no_more_processes_than_the_system_starts(monkeypatch: pytest.MonkeyPatc
     with nothing_left(), pytest.raises(ConfigError) as caught:
         processes(pid_and_big, workers=4)
     assert str(caught.value) == (
-        "--num-workers 4: the system starts no more than 2 loader processes here (Resource "
+        "--num-workers 4: the system can start only 2 loader processes here (Resource "
         "temporarily unavailable). Use fewer; 0 loads in the training process."
     )

@@ -49,15 +49,15 @@ def _set(key: str, value: Any):
     ("change", "says"),
     [
         (lambda text: "", "is not JSON"),
-        (lambda text: "[]", "the whole: "),
-        (lambda text: '"text"', "the whole: "),
+        (lambda text: "[]", "top level: "),
+        (lambda text: '"text"', "top level: "),
         (lambda text: "{}", "tokenizer: field required"),
         (lambda text: "[" * 100_000, "nested too deep"),
         (lambda text: '{"tokenizer":' * 100_000, "nested too deep"),
         (lambda text: text.replace('"documents"', '"tokens"'), "'tokens' is given twice"),
         (_set("tokenizer", None), "tokenizer: "),
         (_set("tokenizer", []), "tokenizer: "),
-        (_set("tokenizer.identity", 5), r"\(tokenizer\) is not .* identity: "),
+        (_set("tokenizer.identity", 5), r"\(tokenizer\) has .* identity: "),
         (_set("tokenizer.identity", "abc"), "identity: string should match pattern"),
         (_set("tokenizer.extra", None), "extra: "),
         (_set("tokenizer.eod", "256"), "eod: "),
@@ -73,13 +73,13 @@ def _set(key: str, value: Any):
         (_set("bin_sha256", 5), "bin_sha256: "),
         (_set("idx_bytes", None), "idx_bytes: "),
         (_set("format_version", "1"), "format_version: "),
-        (_set("format_version", 99), "has format version 99, this reads 1"),
+        (_set("format_version", 99), "has format version 99, not 1"),
         (_set("surplus", 1), "surplus: "),
         # Of the right type, and not true.
         (_set("max_token_id", 9999), None),
-        (_set("documents", 19), "says 19 documents, the files have 20"),
-        (_set("tokens", 199), "says 199 tokens, the files have 200"),
-        (_set("idx_sha256", "0" * 64), r"a\.idx is damaged or of another run"),
+        (_set("documents", 19), "says 19 documents, but the files have 20"),
+        (_set("tokens", 199), "says 199 tokens, but the files have 200"),
+        (_set("idx_sha256", "0" * 64), r"a\.idx is damaged or from another run"),
     ],
 )
 def test_what_is_not_as_it_was_written(pair: tuple[str, str], change, says: str | None) -> None:
@@ -88,7 +88,7 @@ def test_what_is_not_as_it_was_written(pair: tuple[str, str], change, says: str 
     Path(f"{prefix}.meta.json").write_text(change(text))
     for read, expected in (
         (lambda: open_data(DataOptions(data_path=(prefix,))), "holds the id 9999, beyond"),
-        (lambda: verify_data(prefix), "says that the largest id is 9999, and it is 256"),
+        (lambda: verify_data(prefix), "says that the largest id is 9999, but it is 256"),
     ):
         with pytest.raises(ConfigError, match=says or expected) as caught:
             read()
@@ -100,5 +100,5 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.meta.json")
     (tmp_path / "b.meta.json").mkdir()
     for name, kind in (("a", "a named pipe"), ("b", "a folder")):
-        with pytest.raises(ConfigError, match=f"must be a regular file and is {kind}.*delete"):
+        with pytest.raises(ConfigError, match=f"must be a regular file but is {kind}.*delete"):
             read_meta(str(tmp_path / name))

@@ -351,7 +351,7 @@ def test_a_cache_that_would_run_code_is_refused(two, tmp_path, capfd):
     _an_object(cache / "domain.npy")
     (cache / RECORD).unlink()
     _seal(cache, "")
-    with pytest.raises(ConfigError, match=r"blend-train-.* is not as it was written"):
+    with pytest.raises(ConfigError, match=r"blend-train-.* is damaged"):
         build(two)
     assert "executed" not in capfd.readouterr().out
 
@@ -414,7 +414,7 @@ def test_ranks_share_the_cache(two, tmp_path, monkeypatch):
     assert first == second  # errors, too
     assert first[0] == [(rows(alone.train), rows(alone.valid))] * 2
     assert "--data-cache-path" in first[1]
-    for part in ("of rank 1/alpha-train-", "is not there", "All machines have to share", "rank 1)"):
+    for part in ("of rank 1/alpha-train-", "is not there", "All machines must share", "rank 1)"):
         assert part in first[2]
 
 

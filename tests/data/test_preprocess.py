@@ -102,7 +102,7 @@ def test_existing_output(tmp_path, corpus, gpt2):
     prefix = str(tmp_path / "out")
     preprocess([corpus], prefix, gpt2)
     before = (tmp_path / "out.bin").read_bytes()
-    with pytest.raises(ConfigError, match=r"out\.bin and .*out\.idx exists already.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"out\.bin and .*out\.idx already exists.*--overwrite"):
         preprocess([corpus], prefix, ByteTokenizer())
     assert (tmp_path / "out.bin").read_bytes() == before
     preprocess([corpus], prefix, ByteTokenizer(), overwrite=True)
@@ -168,7 +168,7 @@ def test_killed_worker_is_an_error(tmp_path, documents):
         def encode_arrays(self, texts):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(ConfigError, match="was killed, most likely for want of memory"):
+    with pytest.raises(ConfigError, match="was killed, most likely for lack of memory"):
         preprocess(["x"], str(tmp_path / "out"), Fatal(), documents=documents, workers=2)
     assert nothing_but(tmp_path)
 
@@ -251,7 +251,7 @@ def test_output_that_appears_meanwhile_is_kept(tmp_path):
         yield "ours"
         (tmp_path / "out.bin").write_bytes(b"theirs")
 
-    with pytest.raises(ConfigError, match=r"out\.bin exists already.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"out\.bin already exists.*--overwrite"):
         preprocess(["x"], str(tmp_path / "out"), ByteTokenizer(), documents=texts())
     assert (tmp_path / "out.bin").read_bytes() == b"theirs"
     assert nothing_but(tmp_path, "out.bin")
@@ -261,7 +261,7 @@ def test_output_that_appears_meanwhile_is_kept(tmp_path):
 def test_prefix_that_names_no_file(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConfigError, match=r"^--output-prefix .* (is a folder|is no path)"):
+    with pytest.raises(ConfigError, match=r"^--output-prefix .* (is a folder|is not a path)"):
         preprocess(["x"], name, ByteTokenizer(), documents=["text"])
     assert nothing_but(tmp_path, "folder")
 
@@ -406,5 +406,5 @@ def test_verify_finds_what_open_data_does_not_read(tmp_path, corpus, gpt2):
     ids[20] ^= 1
     (tmp_path / "out.bin").write_bytes(ids)
     open_data(DataOptions(data_path=(prefix,)))
-    with pytest.raises(ConfigError, match=r"out\.bin is damaged or of another run: its checksum"):
+    with pytest.raises(ConfigError, match=r"out\.bin is damaged or from another run: its checksum"):
         verify_data(prefix)

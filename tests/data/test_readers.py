@@ -153,7 +153,7 @@ def test_hub_dataset_that_breaks_off(hub, monkeypatch):
     [
         (b'{"text": "unfinished', r"bad\.jsonl, line 3 is not valid JSON"),
         (b'{"body": "x"}', r"line 3 has no field 'text' \(it has 'body'\).*--text-key"),
-        (b'["text"]', r"line 3 is no JSON object \(it has no fields at all\)"),
+        (b'["text"]', r"line 3 is not a JSON object \(it has no fields\)"),
         (b'{"text": null}', r"line 3: field 'text' holds null"),
         (b'{"text": 5}', r"line 3: field 'text' holds a number"),
         (b'{"text": "\xff\xfe"}', "line 3 is not UTF-8 text"),
@@ -231,7 +231,7 @@ def test_missing_inputs(tmp_path):
         ("absent.jsonl", "There is no file or folder absent.jsonl"),
         (str(tmp_path / "empty"), "holds no file that can be read"),
         (str(tmp_path / "nothing.jsonl"), "holds no document"),
-        (str(tmp_path / "table.csv"), "of no kind that can be read"),
+        (str(tmp_path / "table.csv"), "unsupported file type"),
     ]:
         with pytest.raises(ConfigError, match=message):
             list(read_documents([name]))
@@ -271,7 +271,7 @@ def test_standard_input(monkeypatch):
     with pytest.raises(ConfigError, match="twice"):
         list(read_documents(["-", "x.jsonl", "-"]))
     monkeypatch.setattr(stdin, "isatty", lambda: True, raising=False)
-    with pytest.raises(ConfigError, match="none is connected"):
+    with pytest.raises(ConfigError, match="nothing is piped in"):
         list(read_documents(["-"]))
 
 

@@ -218,7 +218,7 @@ def test_what_cannot_be_read_is_refused(domains: list[str]) -> None:
             open_reference_losses(source, "made-up")
         return str(caught.value)
 
-    assert f"there is no {losses_path(domains[0], 'made-up')}" in refusal()
+    assert f"{losses_path(domains[0], 'made-up')} or its .json is missing" in refusal()
     path = write(domains[0])
     other = write(domains[1], weights="v" * 64)
     assert "beta were scored with different weights" in refusal()
@@ -236,7 +236,7 @@ def test_what_cannot_be_read_is_refused(domains: list[str]) -> None:
     assert "it holds float16 [7]" in refusal()
     path.write_bytes(whole)
     path.with_suffix(".json").write_text(facts.replace(meta_of(domains[0]).data[:20], "0" * 20))
-    assert f"was made of other text than {domains[0]}.bin" in refusal()
+    assert f"was made from other text than {domains[0]}.bin" in refusal()
 
 
 def test_damage_is_found_before_more_is_written_and_by_verification(domains: list[str]) -> None:
@@ -279,7 +279,7 @@ def test_new_losses_leave_those_that_a_run_reads(domains: list[str]) -> None:
     [
         (lambda facts: "{", "is not JSON"),
         (lambda facts: "[" * 100_000, "nested too deep"),
-        (lambda facts: "[]", "the whole"),
+        (lambda facts: "[]", "top level"),
         (lambda facts: json.dumps({**facts, "scored": "5"}), "scored: "),
         (lambda facts: json.dumps({**facts, "tokens": -1}), "tokens: "),
         (lambda facts: json.dumps({**facts, "scored": 10**9}), "counts 1000000000 of"),

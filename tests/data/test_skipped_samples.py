@@ -66,8 +66,8 @@ def test_ranges_are_carried_on(given: list[str], recorded: list[str], joined: st
     ("word", "message"),
     [
         ("40:60", r"40:60 begins before sample 48, .* samples 40 to 47 were .* Skip 48:60"),
-        ("10:48", r"samples 10 to 47 were consumed before\. Leave it out, or load .* sample 10"),
-        ("15:25", r"samples 15 to 24 were consumed"),  # only a part of it is recorded
+        ("10:48", r"samples 10 to 47 were already consumed\. Leave it out, or load .* sample 10"),
+        ("15:25", r"samples 15 to 24 were already consumed"),  # only a part of it is recorded
     ],
 )
 def test_what_was_read_cannot_be_skipped(word: str, message: str) -> None:

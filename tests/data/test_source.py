@@ -129,7 +129,7 @@ def test_equal_splits_are_equal_however_they_are_typed(splits, canonical):
 
 def test_facts_of_another_run(domains):
     shutil.copy(domains[1] + ".meta.json", domains[0] + ".meta.json")
-    with pytest.raises(ConfigError, match="They are not of one run"):
+    with pytest.raises(ConfigError, match="They are not from one run"):
         opened(domains[0])
 
 
@@ -148,7 +148,7 @@ def test_tokenizer_of_the_data(tmp_path, domains, gpt2, hf, documents, bpe_files
             tokenizer_type="HuggingFaceTokenizer",
             tokenizer_model=str(bpe_files / "tokenizer.json"),
         )
-    with pytest.raises(ConfigError, match="say nothing without --tokenizer-type"):
+    with pytest.raises(ConfigError, match="have no effect without --tokenizer-type"):
         opened(other, vocab_file=str(bpe_files / "vocab.json"))
     opened(domains[0], tokenizer_type="ByteTokenizer")
     shutil.rmtree(f"{other}.tokenizer")
@@ -171,7 +171,7 @@ def test_an_index_is_compared_with_its_checksum(domains):
     assert data[17] == 8
     data[17] = 3
     idx.write_bytes(data)
-    with pytest.raises(ConfigError, match=r"alpha\.idx is damaged or of another run: its checksum"):
+    with pytest.raises(ConfigError, match=r"alpha\.idx is damaged or from another run: its"):
         opened(domains[0])
     os.unlink(domains[0] + ".meta.json")
     opened(domains[0], tokenizer_type="ByteTokenizer")  # the ids themselves are what they were
@@ -203,7 +203,7 @@ def test_ranks_trust_what_rank_zero_has_checked(domains, monkeypatch):
         fingerprint = opened(*domains[:1]).fingerprint
         first = list(checked)
         checked.clear()
-        with pytest.raises(ConfigError, match=r"is other data here than on .* \(on rank 1\)$"):
+        with pytest.raises(ConfigError, match=r"is different data here than on .* \(on rank 1\)$"):
             opened(domains[rank])
         checked.clear()
         os.environ["LOCAL_RANK"] = "0"  # of another machine

@@ -96,7 +96,7 @@ def test_what_has_no_record_or_another_key_is_built_again(tmp_path: Path, caplog
     built_once(folder, build, key="1")
     assert holds_it(folder) and not caplog.records
     built_once(folder, build, key="2")
-    assert holds_it(folder) and "was built of something else (1, not 2)" in caplog.text
+    assert holds_it(folder) and "was built from something else (1, not 2)" in caplog.text
     built_once(folder, fail, key="2")
 
 

@@ -43,8 +43,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: 1\nb: 2\na: 3", "in line 3: the key a is given in line 1 already"),
-        ("x: {a: 1, 'a': 2}", "the key a is given in line 1 already"),
+        ("a: 1\nb: 2\na: 3", "in line 3: the key a was already given in line 1"),
+        ("x: {a: 1, 'a': 2}", "the key a was already given in line 1"),
         (BOMB, "in line 1: anchors and aliases"),
         ("a: *b", "in line 1: anchors and aliases"),
         ("a: !!python/object/apply:os.system [ls]", "in line 1: tags"),

@@ -231,7 +231,7 @@ def test_half_of_what_srun_sets_is_refused(refused: Callable[..., str]) -> None:
         "Export LOCAL_RANK, or start with `deepspeed` or `torchrun`."
     )
     assert refused(SRUN, {"MASTER_ADDR": "node3"}, without=("SLURM_JOB_ID",)) == (
-        "srun's environment does not set SLURM_JOB_ID, from which the port follows. Export "
+        "srun's environment does not set SLURM_JOB_ID, from which the port is derived. Export "
         "MASTER_PORT."
     )
     assert refused(SRUN, without=("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")) == (
@@ -243,26 +243,26 @@ def test_half_of_what_srun_sets_is_refused(refused: Callable[..., str]) -> None:
 def test_a_job_submitted_from_inside_a_step_is_refused(refused: Callable[..., str]) -> None:
     """Its batch script remembers the step it was submitted from."""
     assert refused(SRUN, BATCH_SCRIPT, {"SLURM_NTASKS": "4"}) == (
-        "SLURM_STEP_NUM_TASKS=8 contradicts SLURM_NTASKS=4: the step that this process remembers "
-        "is not the one it runs in. Start it with srun, or unset SLURM_STEP_ID."
+        "SLURM_STEP_NUM_TASKS=8 contradicts SLURM_NTASKS=4: the variables were inherited "
+        "from another Slurm step. Start this process with srun, or unset SLURM_STEP_ID."
     )
 
 
 def test_no_scontrol(refused: Callable[..., str]) -> None:
     assert refused(SRUN) == (
-        "scontrol is not installed here and has to expand SLURM_STEP_NODELIST=node[3-4]. Write "
-        'into the batch script: export MASTER_ADDR="$(scontrol show hostnames '
+        "scontrol is needed to expand SLURM_STEP_NODELIST=node[3-4] but is not installed here. Add "
+        'to the batch script: export MASTER_ADDR="$(scontrol show hostnames '
         '"$SLURM_JOB_NODELIST" | head -n 1)"'
     )
 
 
 def test_scontrol_that_fails(refused: Callable[..., str], scontrol: Callable[[str], Path]) -> None:
     scontrol("echo Invalid hostlist >&2; exit 1")
-    assert "hostnames node[3-4]` names no machine: Invalid hostlist. Write" in refused(SRUN)
+    assert "hostnames node[3-4]` names no machine: Invalid hostlist. Add" in refused(SRUN)
     scontrol("exit 3")
-    assert "names no machine: exit code 3. Write" in refused(SRUN)
+    assert "names no machine: exit code 3. Add" in refused(SRUN)
     scontrol("")
-    assert "names no machine: exit code 0. Write" in refused(SRUN)
+    assert "names no machine: exit code 0. Add" in refused(SRUN)
 
 
 def test_a_host_that_cannot_be_found(
@@ -339,7 +339,7 @@ def test_no_mpi4py(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     message = refused(OPEN_MPI)
     assert message.startswith(
-        "Open MPI's mpirun started 8 processes, and without mpi4py they cannot agree where to meet"
+        "Open MPI's mpirun started 8 processes, which need mpi4py to agree where to meet"
     )
     assert message.endswith(
         "Install it (pip install mpi4py), or export MASTER_ADDR and MASTER_PORT "
@@ -351,7 +351,7 @@ def test_mpi4py_of_another_mpi(refused: Callable[..., str], mpi: Callable[..., F
     """Each process then believes that it is alone."""
     mpi(1)
     assert refused(MPICH) == (
-        "mpirun of MPICH or Intel MPI started 8 processes (PMI_SIZE) and mpi4py sees 1: it uses "
+        "mpirun of MPICH or Intel MPI started 8 processes (PMI_SIZE) but mpi4py sees 1: it uses "
         "another MPI. Build it for this one (pip install --no-binary mpi4py mpi4py), or export "
         "MASTER_ADDR and MASTER_PORT (with Open MPI: mpirun -x MASTER_ADDR=node1 ...)."
     )
@@ -423,7 +423,7 @@ GIVEN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}
         ("WORLD_SIZE", "2000000", "WORLD_SIZE=2000000 in the environment is too large (at most 1"),
         ("WORLD_SIZE", "9" * 5000, f"WORLD_SIZE={'9' * 20} in the environment is too large ("),
         ("MASTER_PORT", "65536", "MASTER_PORT=65536 in the environment is too large (at most 6"),
-        ("MASTER_PORT", "0", "MASTER_PORT=0 is no port where ranks can meet; set one from 1 on."),
+        ("MASTER_PORT", "0", "MASTER_PORT=0 is not a port where ranks can meet; set 1 or more."),
         (
             "MASTER_ADDR",
             "elsewhere",

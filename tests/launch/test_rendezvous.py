@@ -106,7 +106,7 @@ def test_a_port_that_is_taken(ranks: Ranks) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         assert ranks.said(ranks.start(environment(0, 2, port))) == (
-            f"ConfigError: MASTER_PORT {port} is taken on {socket.gethostname()}, by another job "
+            f"ConfigError: MASTER_PORT {port} is taken on {socket.gethostname()} by another job "
             f"or program. {OWN_PORT}"
         )
 
@@ -119,7 +119,7 @@ def test_a_rank_zero_that_dies_is_noticed(ranks: Ranks) -> None:
     time.sleep(0.3)
     ranks.kill(zero)
     assert ranks.said(one).startswith(
-        f"ConfigError: The store at 127.0.0.1:{port}, which rank 0 keeps, was lost before all "
+        f"ConfigError: The store at 127.0.0.1:{port}, hosted by rank 0, was lost before all "
         "ranks had met ("
     )
 
@@ -206,7 +206,7 @@ def test_what_listens_does_not_answer(ranks: Ranks, monkeypatch: pytest.MonkeyPa
             one = ranks.start(environment(1, 3, taken))
             assert ranks.said(one) == (
                 f"ConfigError: rank 1 has had no answer at 127.0.0.1:{taken} for 1 s. Either "
-                f"rank 0 is stopped there, or another program has the port. {OWN_PORT}"
+                f"rank 0 is stopped there, or another program uses the port. {OWN_PORT}"
             )
 
 

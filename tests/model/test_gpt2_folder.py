@@ -52,9 +52,9 @@ def test_what_config_json_says_is_not_believed(folder, fields, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", "[" * 100_000, "config.json is not JSON that can be read: nested too deep"),
+        ("config.json", "[" * 100_000, "config.json is not readable JSON: nested too deep"),
         ("config.json", "[]", "config.json is not a JSON object"),
-        ("config.json", None, "config.json must be a regular file and is a named pipe"),
+        ("config.json", None, "config.json must be a regular file but is a named pipe"),
         ("generation_config.json", "[" * 100_000, "generation_config.json .*nested too deep"),
         ("generation_config.json", "[]", "cannot be loaded"),
         ("model.safetensors", None, "model.safetensors must be a regular file"),

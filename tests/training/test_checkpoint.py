@@ -144,11 +144,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert "iter_0000004" in str(caught.value)
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint(copy).folder.name == "iter_0000002"
-    assert "iter_0000004" in caplog.text and "Trying the one before it" in caplog.text
+    assert "iter_0000004" in caplog.text and "Trying the previous checkpoint" in caplog.text
     do(copy / "iter_0000002")
     with pytest.raises(ConfigError, match=reason) as caught:
         find_checkpoint(copy)
-    for part in ("holds no complete checkpoint", "iter_0000002", "iter_0000004"):
+    for part in ("contains no complete checkpoint", "iter_0000002", "iter_0000004"):
         assert part in str(caught.value)
 
 

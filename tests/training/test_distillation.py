@@ -405,11 +405,11 @@ def test_teachers_that_are_refused(data: list[str], teacher: Path, tmp_path: Pat
     messages = run_ranks(2, fn)[0]
     folders |= {name: tmp_path / name for name in ("positions", "heads")}
     for name, wanted in {
-        "vocabulary": "has a vocabulary of 258 and the data one of 257",
+        "vocabulary": "has a vocabulary of 258, but the data has one of 257",
         "ids": "was trained with another tokenizer .*: the same text has other ids",
         "no tokenizer": "holds no tokenizer",
         "empty": "holds neither checkpoints .* nor a Hugging Face model",
-        "damaged": "holds no complete checkpoint",
+        "damaged": "contains no complete checkpoint",
         "nowhere": "there is no such folder",
         "positions": "has 16 positions, fewer than --seq-length 32",
         "heads": "has 3 attention heads, which --tensor-model-parallel-size 2 does not divide",
@@ -430,4 +430,4 @@ def test_post_training_needs_what_it_starts_from(
 
     trained, new = run_ranks(1, fn)[0]
     assert "iter_0000004 does not contain. Name them with --distill-teacher" in trained
-    assert "holds no checkpoint yet. Put the weights to start from there" in new
+    assert "contains no checkpoint. Put the weights there" in new

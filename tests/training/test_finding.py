@@ -91,7 +91,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "renamed": (rename, r"iter_0000009 is damaged: .*name must be iter_0000005"),
     "manifest of another iteration": (
         manifest(lambda m: m.update(iteration=7)),
-        "name of iteration 5 and holds iteration 7",
+        "named for iteration 5 but contains iteration 7",
     ),
     "manifest without iteration": (manifest(lambda m: m.pop("iteration")), "iteration: field req"),
     "iteration -5": (manifest(lambda m: m.update(iteration=-5)), "iteration: input should be gr"),
@@ -103,7 +103,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "run id no id": (manifest(lambda m: m.update(run_id="x")), "run_id: string should match"),
     "kind weights": (
         manifest(lambda m: m.update(kind="weights")),
-        r"kind is weights and files say otherwise of state\.json",
+        r"kind weights contradicts the presence or absence of state\.json",
     ),
     "kind unknown": (manifest(lambda m: m.update(kind="other")), "kind: input should be"),
     "kind weights without the state": (
@@ -148,11 +148,11 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
         manifest(lambda m: m["files"].update({"tokenizer": {"bytes": 4096, "crc32": 1}})),
         "tokenizer has|tokenizer must be a regular file",
     ),
-    "a pipe": (pipe, r"state\.json must be a regular file and is a named pipe"),
+    "a pipe": (pipe, r"state\.json must be a regular file but is a named pipe"),
     # Files of other checkpoints.
     "state of another iteration": (
         take("state.json", "run/iter_0000003"),
-        r"state\.json belongs to iteration 3 and not to 5",
+        r"state\.json belongs to iteration 3, not to 5",
     ),
     "run of another iteration": (
         take("run.json", "run/iter_0000003"),
@@ -230,9 +230,9 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "layers text": (put("run.json", "shape", "num_layers", to="2"), "num_layers: input should be"),
     "10^7 layers": (
         put("run.json", "shape", "num_layers", to=10**7),
-        "28 weights, and a model of 10000000 layers has 120000004",
+        "28 weights, but a model of 10000000 layers has 120000004",
     ),
-    "1 layer": (put("run.json", "shape", "num_layers", to=1), "28 weights, and a model of 1 lay"),
+    "1 layer": (put("run.json", "shape", "num_layers", to=1), "28 weights, but a model of 1 lay"),
     "vocabulary of 10^12": (put("run.json", "shape", "padded_vocab_size", to=10**12), "padded_vo"),
     "padding of 10^9": (
         put("run.json", "shape", "padded_vocab_size", to=10**9),
@@ -240,7 +240,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another vocabulary": (
         put("run.json", "shape", "vocab_size", to=6),
-        r"embedding\.word\.weight as \(5, 4\), and a model of its shape has it as \(6, 4\)",
+        r"embedding\.word\.weight as \(5, 4\), but a model of its shape has it as \(6, 4\)",
     ),
     "positions": (
         put("run.json", "shape", "max_position_embeddings", to=2**30),
@@ -272,7 +272,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
         rf"{NORM} as \(1073741824,\)",
     ),
     "pieces float": (piece(begin=0.5), "begin: input should be"),
-    "pieces beyond": (piece(end=9), "pieces are only parts of it, or overlap"),
+    "pieces beyond": (piece(end=9), "pieces overlap or do not cover the parameter"),
     "no pieces": (put("tensors.json", "tensors", NORM, "pieces", to=[]), "dim does not fit"),
     "piece outside": (piece(file=f"../iter_0000003/{TENSORS_0}"), "file: string should match"),
     "piece absolute": (piece(file="/etc/passwd"), "file: string should match"),
@@ -290,13 +290,13 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     # Tensors.
     "a bias of one number": (
         stored_as(NORM, torch.ones(1)),
-        rf"weight/{NORM} in {TENSORS_0} is F32 \[1\] and should be F32 \[4\]",
+        rf"weight/{NORM} in {TENSORS_0} is F32 \[1\] but should be F32 \[4\]",
     ),
     "one row of a matrix": (
         stored_as(MATRIX, torch.ones(1, 4)),
-        r"is F32 \[1, 4\] and should be F32 \[4, 4\]",
+        r"is F32 \[1, 4\] but should be F32 \[4, 4\]",
     ),
-    "more rows": (stored_as(MATRIX, torch.ones(8, 4)), r"is F32 \[8, 4\] and should be"),
+    "more rows": (stored_as(MATRIX, torch.ones(8, 4)), r"is F32 \[8, 4\] but should be"),
     "three dimensions": (stored_as(MATRIX, torch.ones(4, 4, 1)), r"is F32 \[4, 4, 1\]"),
     "whole numbers": (stored_as(NORM, torch.ones(4, dtype=torch.int64)), r"is I64 \[4\]"),
     "half precision": (stored_as(NORM, torch.ones(4).bfloat16()), r"is BF16 \[4\]"),
@@ -309,7 +309,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no metadata": (tensors(lambda t: None, run_id=""), "belongs to another run"),
     "metadata of another iteration": (
         tensors(lambda t: None, iteration="4"),
-        "belongs to iteration 4 and not to 5",
+        "belongs to iteration 4, not to 5",
     ),
     "metadata nonsense": (tensors(lambda t: None, iteration="²"), "belongs to iteration -1"),
     "no tensors file": (raw(TENSORS_0, "torn"), rf"{TENSORS_0} cannot be read"),
@@ -364,7 +364,7 @@ def test_weights_that_are_not_finite_are_refused_where_they_are_read(
 ) -> None:
     save = Path(shutil.copytree(saved / "run", tmp_path / "run"))
     stored_as(NORM, torch.full((4,), torch.nan))(save / "iter_0000005")
-    with pytest.raises(ConfigError, match=f"is damaged: weight/{NORM} holds numbers that are not"):
+    with pytest.raises(ConfigError, match=f"is damaged: weight/{NORM} has values that are not"):
         read_weights(save)
 
 
@@ -374,11 +374,11 @@ def test_every_rank_looks_at_what_it_reads(saved: Path, tmp_path: Path) -> None:
     folder = save / "run" / "iter_0000005"
     reader = TensorReader(folder)
     take(TENSORS_0, "run/iter_0000003")(folder)
-    with pytest.raises(ConfigError, match=f"{TENSORS_0} belongs to iteration 3 and not to 5"):
+    with pytest.raises(ConfigError, match=f"{TENSORS_0} belongs to iteration 3, not to 5"):
         reader.read_whole("weight")
     stored_as(NORM, torch.ones(1))(folder)
     tensors(lambda t: t.update({f"weight/{NORM}": torch.ones(1)}))(folder)
-    with pytest.raises(ConfigError, match=r"is F32 \[1\] and should be"):
+    with pytest.raises(ConfigError, match=r"is F32 \[1\] but should be"):
         TensorReader(folder).read_whole("weight")
 
 

@@ -427,12 +427,12 @@ def test_refusals(data: list[str], start: Path, adapted: Path, tmp_path: Path) -
 
     messages = run_ranks(1, fn)[0]
     for name, wanted in {
-        "nothing there": "--lora-rank 4 --lora-alpha 8 trains adapters .* holds no checkpoint yet",
-        "no adapters": "iter_0000006 holds adapters of --lora-rank 4 --lora-alpha 8 and cannot be "
+        "nothing there": "--lora-rank 4 --lora-alpha 8 trains adapters .* contains no checkpoint",
+        "no adapters": "iter_0000006 has adapters of --lora-rank 4 --lora-alpha 8 and cannot be "
         "continued without --lora-rank. Give --lora-rank 4 --lora-alpha 8; or, .* --finetune",
         "other rank": "cannot be continued with --lora-rank 8 --lora-alpha 16. Give --lora-rank 4",
         "other alpha": "cannot be continued with --lora-rank 4 --lora-alpha 3. Give --lora-rank 4",
-        "all weights": "iter_0000004 was saved in training without adapters, which --lora-rank 4 "
+        "all weights": "iter_0000004 was trained without adapters, which --lora-rank 4 "
         "--lora-alpha 8 cannot continue. Leave --lora-rank out, or start a new run .* --finetune",
     }.items():
         assert re.search(wanted, messages[name]), (name, messages[name])

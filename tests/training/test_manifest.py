@@ -66,7 +66,7 @@ def test_a_run_goes_on_from_the_one_before(
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint(save).state().iteration == 3
     assert "iter_0000005 is damaged: " in caplog.text and "manifest.json" in caplog.text
-    assert "Trying the one before it" in caplog.text
+    assert "Trying the previous checkpoint" in caplog.text
 
 
 @pytest.mark.parametrize("version", ["megatron_eslm/1", "megatron_eslm/2"])

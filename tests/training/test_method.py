@@ -22,8 +22,7 @@ from .runs import MODEL
 BASE = ["--data-path", "x", *MODEL, "--train-iters", "10", "--micro-batch-size", "4"]
 DENSE = "--distill dense --distill-teacher t --selection clm"
 CONSENT = (
-    "to change the method consent with --allow-method-change, or start a new run from its weights "
-    "with --finetune."
+    "to change it, give --allow-method-change, or start a new run from its weights with --finetune."
 )
 
 
@@ -63,8 +62,8 @@ def test_another_method_needs_consent(before: str, now: str, remedy: str) -> Non
         continue_with(before, now)
     text = str(caught.value)
     assert text.startswith("run/iter_0000010 was trained with --selection ")
-    assert ", and this run would go on with --selection " in text
-    assert f"To go on as before {remedy}; {CONSENT}" in text
+    assert ", but this run would continue with --selection " in text
+    assert f"To keep the method, {remedy}; {CONSENT}" in text
     continue_with(before, f"{now} --allow-method-change")
 
 

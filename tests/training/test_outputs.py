@@ -174,7 +174,7 @@ def test_weights_that_are_not_finite_do_not_take_the_place_of_good_ones(
 
     (text, locked), (same, _) = run_ranks(2, fn)
     assert text == same and not locked
-    assert "weight/blocks.2.mlp.up.bias holds numbers that are not finite" in text
+    assert "weight/blocks.2.mlp.up.bias has values that are not finite" in text
     assert "earlier ones are untouched" in text and "(on rank 1)" in text
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["iter_0000002"]
     assert not [*(tmp_path / "run").glob(".*")]
@@ -186,7 +186,7 @@ def test_what_could_not_be_read_back_is_not_published(data: list[str], tmp_path:
 
     argv = words(data, "--save", tmp_path / "run", iters=2)
     (text,) = run_ranks(1, lambda rank: stopped(argv, spoil, None))
-    assert "state.json is not as it was written: tokens: input should be greater than" in text
+    assert "state.json has invalid contents: tokens: input should be greater than" in text
     assert [p.name for p in (tmp_path / "run").iterdir()] == []
 
 

@@ -83,7 +83,7 @@ def test_a_stopped_loader_ends_a_run_of_one_process(data: list[str], tmp_path: P
         _, err = process.communicate(timeout=60)
         assert process.returncode == 1
         (text,) = errors(err)
-        assert f"(pid {loader}), which was to hand over samples " in text
+        assert f"(pid {loader}), which was to deliver samples " in text
         assert "has been stopped by a signal for " in text and "Traceback" not in err
         assert_nothing_left(tmp_path)
     finally:

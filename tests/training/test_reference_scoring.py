@@ -226,7 +226,7 @@ def test_what_cannot_be_scored_is_refused(
     assert "there is no file" in refusal(*arguments(checkpoint, prefix + "x"))
     other = dataclasses.replace(SHAPE, vocab_size=300)
     write_weights(tmp_path / "other", weights, other, tmp_path / "tokenizer", "test")
-    assert "has a vocabulary of 300 and the data one of 257" in refusal(
+    assert "has a vocabulary of 300, but the data has one of 257" in refusal(
         *arguments(tmp_path / "other", prefix)
     )
     write_weights(tmp_path / "bare", weights, SHAPE, None, "test")
@@ -237,7 +237,7 @@ def test_what_cannot_be_scored_is_refused(
     moved = {**weights, "final_norm.bias": weights["final_norm.bias"] + 1}
     write_weights(tmp_path / "moved", moved, SHAPE, tmp_path / "tokenizer", "test")
     message = refusal(*arguments(tmp_path / "moved", prefix))
-    assert "holds losses of something else (weights: " in message and "--overwrite" in message
+    assert "holds losses from another source (weights: " in message and "--overwrite" in message
     assert run_tool(*arguments(tmp_path / "moved", prefix, "--overwrite")) == 0
     broken = {**weights, "final_norm.bias": weights["final_norm.bias"] + 3e38}
     write_weights(tmp_path / "broken", broken, SHAPE, tmp_path / "tokenizer", "test")

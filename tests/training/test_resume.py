@@ -155,7 +155,7 @@ def test_requeue_with_load_equal_to_save(data: list[str], tmp_path: Path) -> Non
 
     reached, text = run_ranks(1, fn)[0]
     assert reached == [2, 4, 4]
-    assert "iter_0000004 is at iteration 4 and --train-iters is 4" in text
+    assert "iter_0000004 is at iteration 4, but --train-iters is 4" in text
     assert "Raise --train-iters" in text
 
 
@@ -229,4 +229,4 @@ def test_finetuning_starts_anew_from_the_weights(
     assert data_of is not None and data_of["split"] == "98,1,1"
     assert read_weights(start / "weights").data is None
     # It was trained without selection; whoever goes on with it has to mean the change.
-    assert "was trained with --selection clm, and this run would go on with" in refused[1]
+    assert "was trained with --selection clm, but this run would continue with" in refused[1]

@@ -404,6 +404,6 @@ def test_refusals(text: list[str], reference: Path, tmp_path: Path) -> None:
         return [refusal(words([text[0], other], *stored)), refusal(words(text, *layout, *wide))]
 
     message, narrow = run_ranks(4, again)[0]
-    assert f"was made of other text than {other}.bin" in message
+    assert f"was made from other text than {other}.bin" in message
     assert "has 2 attention heads, which --tensor-model-parallel-size 4 does not divide" in narrow
     assert "or score the text once with tools/score_reference.py" in narrow

@@ -155,7 +155,7 @@ def test_what_fails_behind_publication_is_a_warning(tmp_path: Path, monkeypatch,
     folder = tiny(save, 2)
     assert find_checkpoint(save).folder == folder
     (record,) = caplog.records
-    assert f"{folder} is saved; `latest` beside it could not be updated" in record.message
+    assert f"{folder} is saved, but `latest` beside it could not be updated" in record.message
     assert (save / "latest").read_text() == "iter_0000001\n"
 
 

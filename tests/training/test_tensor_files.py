@@ -135,7 +135,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, full: dict[str, torch.Tensor
     index = json.loads(path.read_text())
     index["tensors"]["row"]["pieces"].pop()
     path.write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match=r"tensors\.row: pieces are only parts of it"):
+    with pytest.raises(ConfigError, match=r"tensors\.row: pieces overlap or do not cover"):
         TensorReader(tmp_path)
     del index["adam_step"]
     path.write_text(json.dumps(index))

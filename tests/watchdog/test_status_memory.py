@@ -44,5 +44,8 @@ def test_a_long_name_is_cut() -> None:
 
 
 def test_another_file_is_no_blackboard(tmp_path: Path) -> None:
-    with (tmp_path / "file").open("w") as file, pytest.raises(OSError, match="is no shared status"):
+    with (
+        (tmp_path / "file").open("w") as file,
+        pytest.raises(OSError, match="not a shared status"),
+    ):
         SharedStatus.of(os.getpid(), file.fileno())
