@@ -112,9 +112,7 @@ def test_code_in_pickled_weights_is_refused_in_one_paragraph(folder, how, capfd)
     (folder / "model.safetensors").unlink()
     with (folder / "pytorch_model.bin").open("wb") as file:
         how({"transformer.wte.weight": Harm(folder / "harmed"), "fill": b"x" * 30_000}, file)
-    with pytest.raises(
-        ConfigError, match=r"contains more than tensors.*so it is refused"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"contains more than tensors.*so it is refused") as error:
         load_gpt2(folder)
     assert "weights_only" not in str(error.value)
     assert "\n" not in str(error.value)
