@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Processes that run tests; many tests start up to four of their own.
 TEST_WORKERS ?= 2
+# Where torch comes from, for another CUDA build than the package index has: docs/gpu.md.
+TORCH_INDEX ?=
 # So that the launchers find this environment's deepspeed and ninja.
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -28,7 +30,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 12); sys.exit(None if ok else "error: Python 3.10, 3.11 or 3.12 is needed and " + sys.executable + " is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.11 ...")'
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments; install its venv package (python3-venv on Debian and Ubuntu)."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
