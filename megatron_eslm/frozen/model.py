@@ -192,7 +192,7 @@ def _open(folder: Path, tag: str | None) -> tuple[FrozenSource, Tokenizer]:
     found = find_checkpoint(folder, tag)
     if found.tokenizer_dir is None:
         raise ConfigError(
-            f"{found.folder} has no tokenizer, so the meaning of its ids is unknown. Use a "
+            f"{found.folder} holds no tokenizer, so the meaning of its ids is unknown. Use a "
             "checkpoint that was saved in training or written by tools/convert_from_hf.py."
         )
     return FrozenSource.of_checkpoint(found), load_tokenizer(found.tokenizer_dir)

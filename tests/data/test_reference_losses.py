@@ -195,7 +195,7 @@ def test_other_losses_are_not_continued(domains: list[str]) -> None:
         ({"seq_length": 16}, "seq_length: 32 there, 16 here"),
         ({"data": "d"}, "data: .* there, d here"),
     ):
-        with pytest.raises(ConfigError, match=rf"something else \({message}.*--overwrite"):
+        with pytest.raises(ConfigError, match=rf"another source \({message}.*--overwrite"):
             ReferenceWriter(domains[0], "made-up", meta_of(domains[0], **change))
 
 

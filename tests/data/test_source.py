@@ -152,7 +152,7 @@ def test_tokenizer_of_the_data(tmp_path, domains, gpt2, hf, documents, bpe_files
         opened(other, vocab_file=str(bpe_files / "vocab.json"))
     opened(domains[0], tokenizer_type="ByteTokenizer")
     shutil.rmtree(f"{other}.tokenizer")
-    with pytest.raises(ConfigError, match="holds no stored tokenizer"):
+    with pytest.raises(ConfigError, match="has no stored tokenizer"):
         opened(other)
     hf.save(f"{other}.tokenizer")
     with pytest.raises(ConfigError, match="but the data was made with GPT2BPETokenizer"):

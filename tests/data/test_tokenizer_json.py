@@ -32,7 +32,7 @@ def test_end_of_document_token_is_found(bpe_files, tmp_path):
         t.replace(END, "[STOP]"): i for t, i in data["model"]["vocab"].items()
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(ConfigError, match="no token that ends documents"):
+    with pytest.raises(ConfigError, match="no token to end documents"):
         HuggingFaceTokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "[STOP]"}}')
     tokenizer = HuggingFaceTokenizer(tmp_path)
@@ -102,7 +102,7 @@ def test_models_that_hold_special_tokens_as_pieces(tmp_path, model, parts):
 def test_a_special_token_that_merges_make_is_refused(tmp_path):
     vocab = {"</s>": 0, "</s": 1, "</": 2, "<": 3, "/": 4, "s": 5, ">": 6}
     model = {"type": "BPE", "vocab": vocab, "merges": [["<", "/"], ["</", "s"], ["</s", ">"]]}
-    with pytest.raises(ConfigError, match=r"tokenizer\.json makes its special tokens </s> of text"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json produces its special tokens </s> from"):
         HuggingFaceTokenizer(write(tmp_path, model, [added(0, "</s>")]))
 
 
@@ -116,12 +116,12 @@ def test_an_end_token_that_stands_for_unknown_characters_is_refused(tmp_path):
     ("name", "content", "message"),
     [
         ("tokenizer.json", "[" * 100_000, "nested too deep"),
-        ("tokenizer.json", '{"model": {"type": "BPE"}}', "is not a tokenizer.json"),
-        ("tokenizer.json", "[]", "is not a tokenizer.json"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}}', "is not a loadable tokenizer.json"),
+        ("tokenizer.json", "[]", "is not a loadable tokenizer.json"),
         ("tokenizer.json", None, "named pipe"),
         ("tokenizer_config.json", "[" * 100_000, "nested too deep"),
         ("tokenizer_config.json", "[]", "not a JSON object"),
-        ("tokenizer_config.json", '{"eos_token": {"content": 5}}', "no token that ends documents"),
+        ("tokenizer_config.json", '{"eos_token": {"content": 5}}', "no token to end documents"),
         ("tokenizer_config.json", None, "named pipe"),
     ],
 )

@@ -140,7 +140,7 @@ def test_save_and_load(bpe_files, gpt2, hf, tmp_path, sentencepiece_model):
     (tmp_path / "1" / "tokenizer_meta.json").write_text("{")
     with pytest.raises(ConfigError, match=r"is not JSON.*Preprocess the data again"):
         load_tokenizer(tmp_path / "1")
-    with pytest.raises(ConfigError, match="holds no stored tokenizer"):
+    with pytest.raises(ConfigError, match="has no stored tokenizer"):
         load_tokenizer(tmp_path / "absent")
 
 
@@ -152,7 +152,7 @@ def test_save_and_load(bpe_files, gpt2, hf, tmp_path, sentencepiece_model):
         ({"vocab_size": "257"}, "vocab_size: input should be a valid integer"),
         ({"eod": -1}, "eod: input should be greater than or equal to 0"),
         ({"surprise": 1}, "surprise: "),
-        ({"type": "NoSuchTokenizer"}, "'NoSuchTokenizer', which is unknown here"),
+        ({"type": "NoSuchTokenizer"}, "unknown tokenizer type 'NoSuchTokenizer'"),
     ],
 )
 def test_stored_facts_that_do_not_fit(tmp_path, facts, message):
@@ -168,9 +168,9 @@ def test_stored_facts_that_do_not_fit(tmp_path, facts, message):
     [
         ("[" * 100_000, "nested too deep"),
         ('{"a": 0, "a": 1}', "given twice"),
-        ('{"a": 0, "b": 0}', "an id of its own"),
-        ('{"a": -1}', "an id of its own"),
-        ("{}", "an id of its own"),
+        ('{"a": 0, "b": 0}', "a unique id"),
+        ('{"a": -1}', "a unique id"),
+        ("{}", "a unique id"),
         ('{"a": true}', "JSON object of token to id"),
         ('{"a": 1.5}', "JSON object of token to id"),
     ],
@@ -209,7 +209,7 @@ def test_build_tokenizer_messages(bpe_files, tmp_path):
         (("GPT2BPETokenizer", vocab), "needs --merge-file"),
         (("GPT2BPETokenizer", None, merges), "needs --vocab-file"),
         (("SentencePieceTokenizer",), "needs --tokenizer-model"),
-        (("ByteTokenizer", vocab), "--vocab-file .* has no meaning with"),
+        (("ByteTokenizer", vocab), "--vocab-file .* has no effect with"),
         (("GPT2BPETokenizer", absent, merges), "--vocab-file .*absent cannot be read"),
         (("GPT2BPETokenizer", text, merges), "--vocab-file .*text is not JSON"),
         (("GPT2BPETokenizer", str(tmp_path / "list.json"), merges), "is not a vocabulary"),
@@ -247,7 +247,7 @@ def test_gpt2_files_that_tiktoken_could_not_reproduce(bpe_files, tmp_path):
     base = {t: i for t, i in vocab.items() if len(t) == 1 or t == "<|endoftext|>"}
     n = max(base.values())
     odd = {**base, "xy": n + 1, "yz": n + 2, "xyz": n + 3}
-    with pytest.raises(ConfigError, match="never arrive at 'xyz'"):
+    with pytest.raises(ConfigError, match="never produce 'xyz'"):
         build(odd, ["x y", "y z", "x yz"])
 
 

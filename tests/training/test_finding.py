@@ -174,7 +174,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     # state.json.
     "state a list": (edit("state.json", lambda v: [v]), r"state\.json .*should be an object"),
     "state a string": (edit("state.json", lambda v: "x"), r"state\.json .*should be an object"),
-    "state nested": (raw("state.json", DEEP), r"state\.json is not JSON.*nested too deep"),
+    "state nested": (raw("state.json", DEEP), r"state\.json is not readable JSON.*too deep"),
     "state torn": (raw("state.json", '{"iteration": 5'), r"state\.json is not JSON"),
     "state key unknown": (put("state.json", "other", to=1), "other: unexpected keyword"),
     "state key missing": (drop("state.json", "tokens"), "tokens is missing"),
@@ -195,7 +195,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     # run.json.
     "run a list": (edit("run.json", lambda v: []), r"run\.json .*should be an object"),
-    "run nested": (raw("run.json", DEEP), r"run\.json is not JSON.*nested too deep"),
+    "run nested": (raw("run.json", DEEP), r"run\.json is not readable JSON.*too deep"),
     "run without shape": (drop("run.json", "shape"), "shape: field required"),
     "run without options": (drop("run.json", "options"), "options: field required"),
     "run without data": (drop("run.json", "data"), "data: field required"),
@@ -207,7 +207,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "adapters of rank 3": (
         put("run.json", "options", "model", "lora_rank", to=3),
-        "scales adapters otherwise",
+        "has another adapter scale",
     ),
     "no domains": (put("run.json", "domains", to=[]), "domains: list should have at least 1"),
     "no selection": (drop("run.json", "options", "selection", "selection"), "selection: field req"),
@@ -248,7 +248,10 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     # tensors.json.
     "index a list": (edit("tensors.json", lambda v: []), r"tensors\.json .*should be an object"),
-    "index nested": (raw("tensors.json", DEEP), r"tensors\.json is not JSON.*nested too deep"),
+    "index nested": (
+        raw("tensors.json", DEEP),
+        r"tensors\.json is not readable JSON.*too deep",
+    ),
     "no tensors": (put("tensors.json", "tensors", to={}), "lists 0 weights"),
     "a parameter left out": (drop("tensors.json", "tensors", NORM), "lists 27 weights"),
     "a parameter of another name": (

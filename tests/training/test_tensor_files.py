@@ -123,7 +123,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path, full: dict[str, torc
     write(tmp_path, full, 2)
     reader = TensorReader(tmp_path)
     reader.check_holds({"norm": whole((WIDTH,))})
-    with pytest.raises(ConfigError, match=r"does not hold head\.weight \(1 parameters in all\)"):
+    with pytest.raises(ConfigError, match=r"does not contain head\.weight \(1 parameters in all\)"):
         reader.check_holds({"norm": whole((WIDTH,)), "head.weight": whole((2, 2))})
     with pytest.raises(ConfigError, match=r"norm is \[8\] in .* and \[9\] in this model"):
         reader.check_holds({"norm": whole((9,))})

@@ -1,1 +1,1 @@
-"""Tokenizers: built from files, trained, and handed to transformers and back."""
+"""Tokenizers: build, train, and convert to and from transformers."""

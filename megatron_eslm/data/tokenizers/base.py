@@ -1,4 +1,4 @@
-"""What every tokenizer offers, and how one is stored beside the data it made."""
+"""Common interface of all tokenizers, and their storage beside the data."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from megatron_eslm.files.regular import open_regular
 META_FILE = "tokenizer_meta.json"
 
 LARGEST_VOCABULARY = 1 << 22
-"""Ids that a vocabulary may have: several times the largest in use. A file that claims more is
-damaged, and a model of its size would not fit into any memory."""
+"""Maximum vocabulary size, several times the largest in use. A file with more is damaged, and a
+model of that size would not fit into any memory."""
 
 
 class Tokenizer:
@@ -27,15 +27,15 @@ class Tokenizer:
 
     Text is always taken as ordinary text: a document that contains the characters of a special
     token (say `<|endoftext|>`) never yields that token's id. Only `eod` written by preprocessing
-    does. A tokenizer that makes `eod` of text all the same is refused as soon as it does.
+    does. A tokenizer that produces `eod` from text all the same is refused when it does.
 
-    Subclasses fill in `_encode_batch` and `_decode`.
+    Subclasses implement `_encode_batch` and `_decode`.
 
     Args:
-        files: role (the name it is stored under) to path, of the files that define the tokenizer.
+        files: files that define the tokenizer, as role (the name under which it is stored) to path.
         vocab_size: ids are in [0, vocab_size).
         eod: id written at the end of a document.
-        extra: further facts that change ids; part of the identity and of the stored description.
+        extra: other settings that affect ids; part of the identity and of the stored description.
 
     Raises:
         ConfigError: a file cannot be read, or there are more ids than `LARGEST_VOCABULARY`.
@@ -45,10 +45,10 @@ class Tokenizer:
     """The tokenizer's name on the command line (--tokenizer-type)."""
 
     pad = -1
-    """An id that no document holds, so that megatron-core masks nothing but real padding."""
+    """An id that occurs in no document, so that megatron-core masks only real padding."""
 
     normalization = ""
-    """What rewrites text before it is cut into tokens, by the names its file has; "" if nothing."""
+    """Names of the normalizers that rewrite text before tokenization; "" if none."""
 
     def __init__(
         self,
@@ -69,11 +69,11 @@ class Tokenizer:
             digest.update(f"\0{role}\0{len(content)}\0".encode())
             digest.update(content)
         self.identity = digest.hexdigest()
-        """sha256 over kind and file contents: the same wherever the files lie."""
+        """SHA-256 of kind and file contents, independent of the files' paths."""
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, Any]:
-        """What megatron-core writes into the key of its index cache."""
+        """Identifiers for the key of megatron-core's index cache."""
         return OrderedDict({"class": self.name, "identity": self.identity})
 
     @property
@@ -82,11 +82,11 @@ class Tokenizer:
         return " ".join([f"The {self.name}", *(str(path) for path in self.files.values())])
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text, without end-of-document."""
+        """Encode one text, without end-of-document."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts, each as `encode` gives them.
+        """Encode several texts, each as `encode` does.
 
         Raises:
             ConfigError: a text yields the end-of-document id.
@@ -98,7 +98,7 @@ class Tokenizer:
         return encoded
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """As `encode_batch`, each as an integer array; the faster way where a library has one."""
+        """Like `encode_batch`, but returns integer arrays, which some libraries produce faster."""
         encoded = self._encode_arrays(texts)
         for text, ids in zip(texts, encoded, strict=True):
             if (ids == self.eod).any():
@@ -115,17 +115,17 @@ class Tokenizer:
         shown = text if len(text) <= 60 else f"{text[:60]}..."
         raise ConfigError(
             f"{self.where} gives its end-of-document id {self.eod} for text ({shown!r}), so "
-            "documents would seem to end where they do not. Use a tokenizer whose end-of-document "
+            "documents would appear to end where they do not. Use one whose end-of-document "
             "token is neither a piece of text nor the stand-in for unknown characters."
         )
 
     def _check_eod(self, spelling: str) -> None:
-        """ConfigError if `spelling` (that of the end-of-document token) or a character that the
-        vocabulary lacks yields the end-of-document id."""
+        """Raise ConfigError if `spelling` (the text of the end-of-document token) or a character
+        outside the vocabulary yields the end-of-document id."""
         self.encode_batch([spelling, f"a{spelling}b", f"a {spelling} b", "\U000e0fff"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD.
+        """Decode `ids`; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
             ValueError: an id outside [0, vocab_size).
@@ -140,7 +140,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def save(self, directory: str | Path) -> None:
-        """Copy what defines this tokenizer into `directory`; `load_tokenizer` reads it back."""
+        """Copy this tokenizer's files into `directory`; `load_tokenizer` reads them back."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for role, path in self.files.items():
@@ -148,7 +148,7 @@ class Tokenizer:
         (directory / META_FILE).write_text(json.dumps(self.describe(), indent=2) + "\n")
 
     def describe(self) -> dict[str, Any]:
-        """The facts stored beside data and models."""
+        """Return the metadata stored beside data and models."""
         return {
             "type": self.name,
             "identity": self.identity,
@@ -159,11 +159,11 @@ class Tokenizer:
 
 
 def check_vocab_size(where: str, vocab_size: int) -> None:
-    """ConfigError if there are more ids than `LARGEST_VOCABULARY`; `where` names the tokenizer."""
+    """Raise ConfigError for more than `LARGEST_VOCABULARY` ids; `where` names the tokenizer."""
     if vocab_size > LARGEST_VOCABULARY:
         raise ConfigError(
             f"{where} has ids up to {vocab_size - 1}; at most {LARGEST_VOCABULARY} ids are "
-            "supported. The file is damaged, or it is no tokenizer's."
+            "supported. The file is damaged or not a tokenizer file."
         )
 
 
@@ -176,9 +176,9 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def byte_characters() -> list[str]:
-    """For each byte the character that stands for it in byte-level BPE vocabularies.
+    """Return the character that represents each byte in byte-level BPE vocabularies.
 
-    Bytes that print as Latin-1 characters stand for themselves; the others get the characters from
+    Printable Latin-1 characters represent themselves; the other bytes get the characters from
     U+0100 on, in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -188,7 +188,7 @@ def byte_characters() -> list[str]:
 
 
 def clean_text(text: str) -> str:
-    """`text` with halves of surrogate pairs (JSON can hold them, UTF-8 cannot) as U+FFFD."""
+    """Replace lone surrogates (valid in JSON, not in UTF-8) with U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

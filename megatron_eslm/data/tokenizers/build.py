@@ -1,4 +1,4 @@
-"""Which tokenizer: built from the flags, or loaded from what is stored beside data and models."""
+"""Build tokenizers from flags, or load them from where they are stored beside data and models."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def build_tokenizer(
     merge_file: str | None = None,
     tokenizer_model: str | None = None,
 ) -> Tokenizer:
-    """The tokenizer that the flags describe.
+    """Build the tokenizer that the flags describe.
 
     Raises:
-        ConfigError: unknown type, a flag that the type needs is missing or one that it does not
-            know is given, or a file cannot be used.
+        ConfigError: the type is unknown, a flag that it needs is missing, a flag that it does not
+            support is given, or a file cannot be used.
     """
     if tokenizer_type not in _NEEDS:
         raise ConfigError(
@@ -61,7 +61,7 @@ def build_tokenizer(
             )
         if value is not None and flag not in _NEEDS[tokenizer_type]:
             raise ConfigError(
-                f"{flag} {value} has no meaning with --tokenizer-type {tokenizer_type}; leave it "
+                f"{flag} {value} has no effect with --tokenizer-type {tokenizer_type}; leave it "
                 "out or choose another type."
             )
     if tokenizer_type == "GPT2BPETokenizer":
@@ -77,10 +77,10 @@ def build_tokenizer(
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` stored in `directory`.
+    """Load the tokenizer that `Tokenizer.save` stored in `directory`.
 
     Raises:
-        ConfigError: there is none, or its files are not those that were stored.
+        ConfigError: there is none, or its files have changed since they were stored.
     """
     directory = Path(directory)
     stored = _read_facts(directory / META_FILE)
@@ -99,9 +99,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     elif kind == "ByteTokenizer":
         tokenizer = ByteTokenizer()
     else:
-        raise ConfigError(
-            f"{directory / META_FILE} names the tokenizer type {kind!r}, which is unknown here."
-        )
+        raise ConfigError(f"{directory / META_FILE} names the unknown tokenizer type {kind!r}.")
     if tokenizer.identity != stored.identity:
         raise ConfigError(
             f"The tokenizer files in {directory} are not those that were stored (identity "
@@ -117,7 +115,7 @@ def _read_facts(path: Path) -> TokenizerFacts:
         return read_as(TokenizerFacts, path)
     except FileNotFoundError:
         raise ConfigError(
-            f"{path.parent} holds no stored tokenizer: {path.name} is not there. Preprocess the "
+            f"{path.parent} has no stored tokenizer: {path.name} is missing. Preprocess the "
             f"data again, or {otherwise}"
         ) from None
     except ConfigError as error:
@@ -125,10 +123,11 @@ def _read_facts(path: Path) -> TokenizerFacts:
 
 
 def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether two tokenizers give the same ids, whatever files they come from.
+    """Whether two tokenizers give the same ids, even if built from different files.
 
-    Equal contents settle it. Otherwise (GPT-2's merges.txt and a tokenizer.json made of it, say)
-    vocabulary size, end of document and the ids of a few texts of all kinds have to agree.
+    Equal file contents are sufficient. Otherwise (for example GPT-2's merges.txt and a
+    tokenizer.json made from it), vocabulary size, end-of-document id and the ids of various sample
+    texts must agree.
     """
     if a.identity == b.identity:
         return True

@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a Hugging Face model."""
+"""Read the tokenizer of a Hugging Face model folder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megatron_eslm.data.tokenizers.build import (
 from megatron_eslm.errors import ConfigError
 
 STORED = "tokenizer"
-"""Folder of an exported model that holds a tokenizer which `transformers` cannot express."""
+"""Subfolder of an exported model for a tokenizer that `transformers` cannot express."""
 
 
 def folder_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder as one of ours.
+    """Load the tokenizer of a Hugging Face folder.
 
     Raises:
-        ConfigError: the folder has neither tokenizer.json nor vocab.json with merges.txt, nor a
-            stored tokenizer of ours.
+        ConfigError: the folder has neither tokenizer.json, nor vocab.json with merges.txt, nor a
+            tokenizer stored by this package.
     """
     directory = Path(directory)
     if (directory / "tokenizer.json").is_file():

@@ -22,7 +22,7 @@ from megatron_eslm.files.json_file import read_json, read_text
 END_OF_TEXT = "<|endoftext|>"
 
 # GPT-2's pre-tokenization: contractions, letters, digits, other signs, space. The possessive
-# quantifiers change no match; they spare the regex engine its backtracking stack.
+# quantifiers change no match but keep the regex engine from filling its backtracking stack.
 PIECES = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s+"
 
 # `\s+(?!\S)` has to backtrack, and a run of a million spaces overflows the engine's stack.
@@ -41,12 +41,12 @@ class GPT2BPETokenizer(Tokenizer):
         """
         Args:
             vocab_file: JSON object, token to id.
-            merge_file: one merge a line, most frequent first.
-            checked: the files passed `_check_merges` before and have not changed since.
+            merge_file: one merge per line, most frequent first.
+            checked: the files have passed `_check_merges` and have not changed since.
 
         Raises:
-            ConfigError: a file is missing or not of this kind, `<|endoftext|>` is not in it, or
-                tiktoken could not reproduce the merges.
+            ConfigError: a file is missing or malformed, there is no `<|endoftext|>`, or tiktoken
+                could not reproduce the merges.
         """
         import tiktoken
 
@@ -72,13 +72,13 @@ class GPT2BPETokenizer(Tokenizer):
     def _split_vocab(
         self, vocab_file: Path, merge_file: Path
     ) -> tuple[dict[bytes, int], dict[str, int]]:
-        """Ids of bytes and merged tokens (tiktoken merges lower ids first), and of the rest."""
+        """Split ids into bytes and merged tokens (tiktoken merges lower ids first) and the rest."""
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         try:
             ranks = {bytes([byte]): self.vocab[character] for character, byte in byte_of.items()}
         except KeyError as error:
             raise ConfigError(
-                f"--vocab-file {vocab_file} is no byte-level vocabulary: it lacks the token "
+                f"--vocab-file {vocab_file} is not a byte-level vocabulary: it lacks the token "
                 f"{error.args[0]!r} of a single byte. Use --tokenizer-type HuggingFaceTokenizer "
                 "with a tokenizer.json instead."
             ) from error
@@ -91,7 +91,7 @@ class GPT2BPETokenizer(Tokenizer):
             except KeyError as error:
                 raise ConfigError(
                     f"Merge {number + 1} of --merge-file {merge_file} makes {token!r}, which "
-                    f"--vocab-file {vocab_file} does not hold: the two do not belong together."
+                    f"--vocab-file {vocab_file} does not contain: the files do not belong together."
                 ) from error
             if rank <= last:
                 raise ConfigError(
@@ -104,11 +104,11 @@ class GPT2BPETokenizer(Tokenizer):
         return ranks, {token: i for token, i in self.vocab.items() if i not in merged}
 
     def _check_merges(self, vocab_file: Path, merge_file: Path) -> None:
-        """Every merged token must come out of its own merges as one token.
+        """Check that BPE encodes every merged token as a single token.
 
-        tiktoken joins any two neighbours whose union is in the vocabulary; BPE only the pairs in
-        the merges. With this property the two give the same ids: inside the borders of a token
-        the merges so far are those of the token alone, and these end in that token.
+        tiktoken joins any two neighbours whose union is in the vocabulary, but BPE joins only the
+        pairs in the merges. With this property both give the same ids: within a token's
+        boundaries, the merges are those of the token encoded alone, which end in that token.
         """
         from tokenizers import Tokenizer as RustTokenizer
         from tokenizers import models
@@ -118,9 +118,9 @@ class GPT2BPETokenizer(Tokenizer):
         for token, encoding in zip(tokens, bpe.encode_batch(tokens), strict=True):
             if len(encoding.ids) != 1:
                 raise ConfigError(
-                    f"The merges in {merge_file} never arrive at {token!r} of {vocab_file}; they "
-                    "are not from one training. Use --tokenizer-type HuggingFaceTokenizer with a "
-                    "tokenizer.json instead."
+                    f"The merges in {merge_file} never produce {token!r} of {vocab_file}; the two "
+                    "files are not from one training. Use --tokenizer-type HuggingFaceTokenizer "
+                    "with a tokenizer.json instead."
                 )
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -137,8 +137,8 @@ class GPT2BPETokenizer(Tokenizer):
         return self._one(text)
 
     def _one(self, text: str) -> np.ndarray:
-        # No special tokens allowed and none refused: everything is ordinary text. This spares the
-        # Python list of ints that encode_ordinary makes.
+        # Special tokens are neither recognized nor refused: everything is ordinary text. Avoids the
+        # Python list of ints that encode_ordinary builds.
         return self._encoding.encode_to_numpy(clean_text(text), disallowed_special=())
 
     def _decode(self, ids: list[int]) -> str:
@@ -150,10 +150,10 @@ def _has_long_space(text: str) -> bool:
 
 
 def _split_long_space(text: str) -> list[str]:
-    """Cut before the last character of every long run of space that something follows.
+    """Cut before the last character of every long run of space that is followed by text.
 
-    GPT-2's rule takes all of a run but its last character as one piece, so a cut there moves no
-    border of a piece.
+    GPT-2's rule makes a piece of the run without its last character, so this cut is already a
+    boundary between pieces.
     """
     cuts = [m.end() - 1 for m in _SPACE_RUN.finditer(text) if m.end() < len(text)]
     edges = [0, *cuts, len(text)]
@@ -170,8 +170,8 @@ def _read_vocab(path: Path) -> dict[str, int]:
     ids = set(vocab.values())
     if len(ids) < len(vocab) or min(ids, default=0) < 0 or len(vocab) == 0:
         raise ConfigError(
-            f"--vocab-file {path} is not a vocabulary: every token needs an id of its own, 0 or "
-            "more. The file is damaged; get it again."
+            f"--vocab-file {path} is not a vocabulary: every token needs a unique id of at least "
+            "0. The file is damaged; download it again."
         )
     check_vocab_size(f"--vocab-file {path}", max(ids) + 1)
     return vocab
@@ -190,7 +190,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 def _read(flag: str, path: Path, read: Callable[[Path], Any]) -> Any:
-    """What `read` makes of a file; its errors name the flag."""
+    """Call `read` on a file; its errors name the flag."""
     try:
         return read(path)
     except FileNotFoundError:

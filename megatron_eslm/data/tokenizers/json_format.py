@@ -1,4 +1,4 @@
-"""Any `tokenizer.json`, run by the `tokenizers` library."""
+"""Tokenizers from a `tokenizer.json`, run by the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`; text that spells one of its special tokens is ordinary text."""
+    """Tokenizer from a `tokenizer.json`; special tokens spelled out in text are ordinary text."""
 
     name = "HuggingFaceTokenizer"
 
     def __init__(self, path: str | Path, *, eod_token: str | None = None):
         """
         Args:
-            path: a tokenizer.json, or a folder that holds one.
+            path: a tokenizer.json, or a folder that contains one.
             eod_token: the token that ends documents; by default `<|endoftext|>`, else the
-                `eos_token` of a tokenizer_config.json beside it, else another usual name.
+                `eos_token` of a tokenizer_config.json beside it, else another common name.
 
         Raises:
-            ConfigError: no such file, no tokenizer that can be loaded, no token that ends
-                documents, or one that text yields whatever is done.
+            ConfigError: the file is missing or cannot be loaded, there is no end-of-document
+                token, or text unavoidably yields that token.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -50,7 +50,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.eod_token not in vocab:
             raise ConfigError(f"{file} has no token {self.eod_token!r} to end documents with.")
         make_special(rust, self.eod_token)
-        # Cutting and padding are the loader's business, special tokens the preprocessor's.
+        # The loader truncates and pads, and preprocessing adds special tokens.
         rust.no_truncation()
         rust.no_padding()
         rust.encode_special_tokens = True
@@ -65,21 +65,21 @@ class HuggingFaceTokenizer(Tokenizer):
         if spelled := self._spelled_specials():
             try:
                 rust.model = _model_without(spec, spelled)
-            except Exception as error:  # as where merges of ordinary pieces make such a token
+            except Exception as error:  # e.g. if merges of ordinary pieces form such a token
                 raise ConfigError(
-                    f"{self.where} makes its special tokens {', '.join(sorted(spelled))} of text, "
-                    f"and cannot do without ({error}). Use a tokenizer that does not."
+                    f"{self.where} produces its special tokens {', '.join(sorted(spelled))} from "
+                    f"text, and this cannot be disabled ({error}). Use a tokenizer that does not."
                 ) from error
         self._check_eod(self.eod_token)
 
     def __reduce__(self) -> Any:
-        # The library's own copies find special tokens in the model by name, where `_model_without`
-        # has hidden them; a copy is made of the file instead.
+        # Rebuild copies from the file: the library's own copies look up special tokens in the
+        # model by name, but `_model_without` has renamed them.
         rebuild = functools.partial(type(self), eod_token=self.eod_token)
         return rebuild, (self.files["tokenizer.json"],)
 
     def _spelled_specials(self) -> set[str]:
-        """Special tokens that the model itself makes of their characters, as Unigram does."""
+        """Special tokens that the model itself produces from their spelling, as Unigram does."""
         added = self._rust.get_added_tokens_decoder()
         specials = {i: token.content for i, token in added.items() if token.special}
         return {
@@ -100,35 +100,35 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_rust(file: Path) -> RustTokenizer:
-    """A tokenizer.json as the `tokenizers` library reads it."""
+    """Load a tokenizer.json with the `tokenizers` library."""
     from tokenizers import Tokenizer as RustTokenizer
 
     try:
         return RustTokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(
-            f"--tokenizer-model {file} is not a tokenizer.json that can be loaded: {error}."
+            f"--tokenizer-model {file} is not a loadable tokenizer.json: {error}."
         ) from error
 
 
 def make_special(rust: RustTokenizer, token: str) -> None:
-    """Let `token` be a special one, which some files leave out: it ends documents."""
+    """Make the end-of-document token `token` special, since some files do not."""
     from tokenizers import AddedToken
 
     rust.add_special_tokens([AddedToken(token, special=True, normalized=False)])
 
 
 def _model_without(spec: dict[str, Any], tokens: set[str]) -> Any:
-    """The file's model in which no text matches `tokens`; their ids are kept.
+    """Rebuild the file's model so that no text matches `tokens`; ids do not change.
 
-    The token of unknown characters keeps its name, by which the model finds it.
+    The unknown token keeps its name, by which the model finds it.
     """
     from tokenizers import Tokenizer as RustTokenizer
 
     model = dict(spec["model"])
     tokens = tokens - {model.get("unk_token")}
     vocab = model["vocab"]
-    # A noncharacter of Unicode in front: no text is spelled so.
+    # Prefix a Unicode noncharacter, which does not occur in text.
     if isinstance(vocab, dict):
         model["vocab"] = {_hidden(t) if t in tokens else t: i for t, i in vocab.items()}
     else:
@@ -141,7 +141,7 @@ def _hidden(token: str) -> str:
 
 
 def _types_of(spec: dict[str, Any], *parts: str) -> Iterator[str]:
-    """Types of the normalizers and the like of a tokenizer.json, those in sequences too."""
+    """Yield the types of the given parts of a tokenizer.json, including those in sequences."""
     for part in parts:
         value = spec.get(part)
         inner = (value or {}).get(f"{part}s")
@@ -159,7 +159,7 @@ def _find_end_token(file: Path, vocab: dict[str, int]) -> str:
     if config_file.exists():
         config = read_json(config_file)
         if not isinstance(config, dict):
-            raise ConfigError(f"{config_file} is not a JSON object; get the file again.")
+            raise ConfigError(f"{config_file} is not a JSON object; download the file again.")
         token = config.get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and token in vocab:
@@ -168,7 +168,7 @@ def _find_end_token(file: Path, vocab: dict[str, int]) -> str:
         if token in vocab:
             return token
     raise ConfigError(
-        f"--tokenizer-model {file} has no token that ends documents: none of "
+        f"--tokenizer-model {file} has no token to end documents with: none of "
         f"{', '.join(_END_TOKENS)} is in it, and no tokenizer_config.json beside it names an "
         "eos_token of its vocabulary. Add one of these to the tokenizer."
     )

@@ -1,4 +1,4 @@
-"""The tokenizers that need no rules of their own: SentencePiece and bytes."""
+"""The simple tokenizers: SentencePiece and bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_eslm.errors import ConfigError
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model`; its end-of-sentence token ends documents.
 
-    Most such models normalize white space, so decoding need not give back the exact text.
+    Most such models normalize white space, so decoding may not return the exact text.
     """
 
     name = "SentencePieceTokenizer"
@@ -62,7 +62,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _normalization(spec: Any) -> str:
-    """What a NormalizerSpec changes in a text, by the names of its fields."""
+    """List the settings of a NormalizerSpec that change text."""
     rules = [spec.name] if spec.precompiled_charsmap else []
     rules += ["remove_extra_whitespaces"] if spec.remove_extra_whitespaces else []
     return ", ".join(rules)

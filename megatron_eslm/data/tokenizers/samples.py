@@ -1,4 +1,4 @@
-"""Short texts on which tokenizers show how they differ, and what one does to text."""
+"""Sample texts that expose differences between tokenizers and changes to text."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ SAMPLES = (
 """Words, digits, spaces, code, accents, other scripts, an emoji, compatibility characters."""
 
 RARE = ("ẛ\u0323", "o\u0302\u0301 a\u0323\u0302", "\ufdfa \u1100\u1161")
-"""Combining characters in orders and pairs that normalizers differ in."""
+"""Sequences of combining characters on which normalizers differ."""
 
 _SMALL = ("a  b", " a", "a\n\tb", "½", "é", "e\u0301", "字", "🙂", "A")
 
 
 def changes(tokenizer: Tokenizer) -> dict[str, str]:
-    """Small texts that come back from ids changed, each with what it became."""
+    """Map each small text that encoding and decoding changes to its changed form."""
     back = {text: tokenizer.decode(tokenizer.encode(text)) for text in _SMALL}
-    # A space in front is how some libraries decode the first word; it loses nothing.
+    # Some libraries decode the first word with a leading space, which loses nothing.
     return {text: after for text, after in back.items() if after not in (text, f" {text}")}
 
 
 def warn_of_changes(tokenizer: Tokenizer) -> None:
-    """One line in the log if what this tokenizer keeps of a text is not the text."""
+    """Log a warning if this tokenizer does not preserve text."""
     changed = changes(tokenizer)
     if not changed:
         return
     shown = ", ".join(f"{text!r} becomes {after!r}" for text, after in list(changed.items())[:4])
     logger.warning(
-        "%s does not keep text as it is (%s): %s. The model learns the changed text. To keep it, "
+        "%s does not preserve text (%s): %s. The model learns the changed text. To preserve it, "
         "use a byte-level tokenizer, or a SentencePiece model that was trained with "
         "normalization_rule_name=identity, remove_extra_whitespaces=false and byte_fallback=true.",
         tokenizer.where,

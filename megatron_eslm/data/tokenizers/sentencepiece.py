@@ -1,4 +1,4 @@
-"""A SentencePiece model as a tokenizer of the `tokenizers` library."""
+"""Convert a SentencePiece model to a tokenizer of the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _SPACE = "▁"
 
 
 def rust_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> RustTokenizer | None:
-    """The conversion of a model if it gives the model's own ids for all samples, else None."""
+    """Convert a model; None unless the result gives the model's own ids for all samples."""
     try:
         rust = _convert(tokenizer)
         same = all(rust.encode(text).ids == tokenizer.encode(text) for text in SAMPLES)
-    except Exception as error:  # a conversion that fails is one that does not fit
+    except Exception as error:  # treat a failed conversion like one with other ids
         logger.debug("%s: %s", tokenizer.where, error)
         return None
     return rust if same else None
 
 
 def _convert(tokenizer: SentencePieceTokenizer) -> RustTokenizer:
-    """The pieces as transformers reads them, around them the steps that the model names.
+    """Combine the pieces as transformers reads them with the normalization steps of the model.
 
-    transformers leaves some of these steps out, and adds a begin token to each text.
+    transformers omits some of these steps and adds a begin token to each text.
     """
     from tokenizers import pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     with tempfile.TemporaryDirectory() as folder:
-        # The file is read whole; nothing refers to the folder afterwards.
+        # transformers reads the full file; nothing refers to the folder afterwards.
         shutil.copyfile(tokenizer.files["tokenizer.model"], Path(folder) / "tokenizer.model")
         rust: Any = PreTrainedTokenizerFast.from_pretrained(folder).backend_tokenizer
     spec = tokenizer.normalizer_spec
@@ -52,7 +52,7 @@ def _convert(tokenizer: SentencePieceTokenizer) -> RustTokenizer:
 
 
 def _normalizer(spec: Any) -> Any:
-    """SentencePiece's steps in its order: characters, spaces, a space in front, `▁` for spaces."""
+    """SentencePiece's steps in its order: characters, extra spaces, `▁` for spaces, prefix."""
     from tokenizers import Regex, normalizers
 
     steps: list[Any] = []

@@ -1,4 +1,4 @@
-"""Our tokenizers as `transformers` tokenizers, for exported models."""
+"""Convert our tokenizers to `transformers` tokenizers, for exported models."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 def export_tokenizer(tokenizer: Tokenizer, directory: str | Path, max_length: int) -> None:
-    """Write what `AutoTokenizer.from_pretrained(directory)` loads, and prove that it does.
+    """Write a tokenizer for `AutoTokenizer.from_pretrained(directory)` and verify its ids.
 
-    A SentencePiece model that `transformers` cannot express is stored as it is in the folder
-    `tokenizer/`, from where this package reads it, and a warning says so. AutoTokenizer then fails
-    rather than giving other ids.
+    A SentencePiece model that `transformers` cannot express is stored unchanged in the folder
+    `tokenizer/`, from which this package reads it, with a warning. AutoTokenizer then fails instead
+    of giving other ids.
 
     Args:
-        tokenizer: of the model.
-        directory: holds config.json.
-        max_length: positions of the model.
+        tokenizer: tokenizer of the model.
+        directory: folder of the exported model, with config.json.
+        max_length: number of positions of the model.
 
     Raises:
         ConfigError: the written tokenizer gives other ids for ordinary text than `tokenizer`.
@@ -48,7 +48,7 @@ def export_tokenizer(tokenizer: Tokenizer, directory: str | Path, max_length: in
         logger.warning(
             "%s reads text in a way that transformers cannot express, so AutoTokenizer does not "
             "load this export's tokenizer. It is in the folder %s of the export: tools/generate.py "
-            "and tools/convert_from_hf.py read it there, sentencepiece reads its tokenizer.model.",
+            "and tools/convert_from_hf.py read it there; sentencepiece reads its tokenizer.model.",
             tokenizer.where,
             STORED,
         )
@@ -57,42 +57,42 @@ def export_tokenizer(tokenizer: Tokenizer, directory: str | Path, max_length: in
     loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
     def read(text: str) -> list[int]:
-        return loaded(text, verbose=False)["input_ids"]  # longer than the model may be, and quiet
+        return loaded(text, verbose=False)["input_ids"]  # no warning about long texts
 
     for text in SAMPLES:
         ours, theirs = tokenizer.encode(text), read(text)
         if ours != theirs:
             raise ConfigError(
-                f"{tokenizer.where}: the tokenizer that transformers makes of it gives other ids "
-                f"for {text!r} ({theirs[:8]}... in place of {ours[:8]}...), so an exported model "
+                f"{tokenizer.where}: the tokenizer that transformers makes from it gives other ids "
+                f"for {text!r} ({theirs[:8]}... instead of {ours[:8]}...), so an exported model "
                 "would read text that it was not trained on. Export the model alone with "
                 "--without-tokenizer."
             )
     if any(tokenizer.encode(text) != read(text) for text in RARE):
         logger.warning(
-            "%s: the exported tokenizer gives the same ids for common text, and other ids for rare "
-            "combining characters, which transformers normalizes otherwise (%s)",
+            "%s: the exported tokenizer gives the same ids for common text, but other ids for rare "
+            "combining characters, which transformers normalizes differently (%s)",
             tokenizer.where,
             tokenizer.normalization,
         )
 
 
 def export_no_tokenizer(directory: str | Path) -> None:
-    """Let AutoTokenizer fail there: without any file it would give every text no ids at all."""
+    """Make AutoTokenizer fail on the folder; without any file it would return empty ids."""
     config = {"tokenizer_class": "NoTokenizerWasExported"}
     (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
 
 
 def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast | None:
-    """A tokenizer for `save_pretrained` that gives the ids of training for ordinary text.
+    """Build a tokenizer for `save_pretrained` that gives the ids of training for ordinary text.
 
-    It adds no token of its own. The end-of-document token is the only special one that a model has
-    seen, so it begins, ends and fills up texts, too. Unlike ours it reads the characters of a
-    special token in a text as that token, as users of `transformers` expect.
+    It adds no tokens. The end-of-document token is the only special token that the model has seen,
+    so it also serves as the begin, end, unknown and padding token. Unlike our tokenizers, it reads
+    a special token spelled out in text as that token, as users of `transformers` expect.
 
     Args:
-        tokenizer: of the model.
-        max_length: longest text for the model.
+        tokenizer: tokenizer of the model.
+        max_length: maximum text length of the model, in tokens.
 
     Returns:
         None for a SentencePiece model that `transformers` cannot express.
@@ -131,7 +131,7 @@ def hf_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFa
 def _byte_level(
     vocab: dict[str, int], merges: list[tuple[str, str]], *, split: bool
 ) -> RustTokenizer:
-    """A byte-level BPE; `split` cuts the text into GPT-2's pieces first."""
+    """Build a byte-level BPE; with `split`, it first cuts text into GPT-2's pieces."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as RustTokenizer
 
@@ -143,7 +143,7 @@ def _byte_level(
 
 
 def _add_nothing(rust: RustTokenizer) -> None:
-    """Take out what puts begin or end tokens around a text: none were there in training."""
+    """Remove post-processing that adds begin or end tokens, which training did not have."""
     from tokenizers import processors
 
     if rust.num_special_tokens_to_add(False):

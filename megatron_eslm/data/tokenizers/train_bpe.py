@@ -17,11 +17,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> int:
     The same texts give the same file.
 
     Returns:
-        How many ids it has: `vocab_size`, or fewer where the texts have no more pairs to merge.
+        Number of ids: `vocab_size`, or fewer if the texts have no more pairs to merge.
 
     Raises:
-        ConfigError: `vocab_size` leaves no room for the 256 bytes and `<|endoftext|>`, or is more
-            than is supported; no text.
+        ConfigError: `vocab_size` is too small for the 256 bytes and `<|endoftext|>` or more than
+            is supported; there is no text.
         OSError: `path` cannot be written.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -34,7 +34,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> int:
     if vocab_size > LARGEST_VOCABULARY:
         raise ConfigError(
             f"--vocab-size {vocab_size} is too large: at most {LARGEST_VOCABULARY} ids are "
-            "supported, and the vocabularies in use have 8000 to 300000."
+            "supported, and typical vocabularies have 8000 to 300000."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -51,7 +51,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> int:
 
 
 def _some_text(texts: Iterable[str]) -> Iterator[str]:
-    """The texts in UTF-8; ConfigError at the end if there was nothing in them."""
+    """Yield the texts as valid UTF-8; ConfigError at the end if all were empty."""
     found = False
     for text in texts:
         found = found or bool(text.strip())
