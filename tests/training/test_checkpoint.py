@@ -157,7 +157,7 @@ def test_folders_that_hold_no_checkpoint(tmp_path: Path) -> None:
         find_checkpoint(tmp_path / "none")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"holds no checkpoint .*tools/convert_from_hf\.py"):
+    with pytest.raises(ConfigError, match=r"contains no checkpoint .*tools/convert_from_hf\.py"):
         find_checkpoint(tmp_path / "hf")
 
 
@@ -483,4 +483,4 @@ def test_a_finished_run_that_is_requeued_ends_well(data: list[str], copy: Path) 
 def test_going_back_in_the_same_folder_is_refused(data: list[str], copy: Path) -> None:
     older = manifests.list_checkpoints(copy)[-1]
     (message,) = run_ranks(1, lambda rank: refusal(words(data, "--load", older, "--save", copy)))
-    assert "goes back behind" in message and "Save to another folder" in message
+    assert "is older than" in message and "Save to another folder" in message

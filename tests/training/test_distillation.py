@@ -408,7 +408,7 @@ def test_teachers_that_are_refused(data: list[str], teacher: Path, tmp_path: Pat
         "vocabulary": "has a vocabulary of 258, but the data has one of 257",
         "ids": "was trained with another tokenizer .*: the same text has other ids",
         "no tokenizer": "holds no tokenizer",
-        "empty": "holds neither checkpoints .* nor a Hugging Face model",
+        "empty": "contains neither checkpoints .* nor a Hugging Face model",
         "damaged": "contains no complete checkpoint",
         "nowhere": "there is no such folder",
         "positions": "has 16 positions, fewer than --seq-length 32",

@@ -61,7 +61,7 @@ def test_a_requeued_job_begins_by_its_flags(data: list[str], tmp_path: Path) -> 
 def test_no_checkpoint_where_one_is_named(data: list[str], start: Path, tmp_path: Path) -> None:
     named = ("--data-path", data[0], "--load")
     assert refused(*named, tmp_path / "none").endswith("none: there is no such folder.")
-    assert "holds no checkpoint" in refused(*named, start / "hf")
+    assert "contains no checkpoint" in refused(*named, start / "hf")
     shutil.copytree(start / "trained" / "iter_0000004", tmp_path / "iter_0000004")
     (tmp_path / "iter_0000004" / "run.json").write_text("")
     assert "iter_0000004 is damaged: run.json" in refused(*named, tmp_path)

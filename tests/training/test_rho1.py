@@ -385,8 +385,8 @@ def test_refusals(text: list[str], reference: Path, tmp_path: Path) -> None:
         "path": "--reference-losses 'runs/self' is not a name",
         "eslm": "--reference has no meaning with --selection eslm",
         "clm": "--reference-losses has no meaning with --selection clm",
-        "no losses": f"--reference-losses none: there is no {losses_path(text[0], 'none')}",
-        "other text": f"--reference-losses self: there is no {losses_path(other, 'self')}",
+        "no losses": f"--reference-losses none: {losses_path(text[0], 'none')}",
+        "other text": f"--reference-losses self: {losses_path(other, 'self')}",
         "no folder": f"--reference {tmp_path / 'none'} cannot be used as a reference model: there",
         "too long": "has 32 positions, fewer than --seq-length 64",
     }.items():
