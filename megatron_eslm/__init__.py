@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron_eslm.selection.policy import SelectionPolicy as SelectionPolicy
     from megatron_eslm.selection.policy import register as register
     from megatron_eslm.training.build import build_trainer as build_trainer
+    from megatron_eslm.training.loop import Callback as Callback
 
 # Before torch is imported: its C++ side would print a stack a rank for every connection that is
 # closed by a rank that ended. The watchdog says which one that was.
@@ -31,6 +32,7 @@ warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not i
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Callback": "training.loop",
     "RunConfig": "config.run",
     "SelectionPolicy": "selection.policy",
     "build_trainer": "training.build",

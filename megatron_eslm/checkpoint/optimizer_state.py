@@ -50,7 +50,7 @@ class OptimizerState:
         self._wrapper = engine.ds.optimizer
         self._adam = self._wrapper if engine.plain_optimizer else self._wrapper.optimizer
         places = (
-            _bare(self._wrapper) if engine.plain_optimizer else _places(self._wrapper, engine.mesh)
+            _plain(self._wrapper) if engine.plain_optimizer else _places(self._wrapper, engine.mesh)
         )
         self._places = dict(places)
         self._partitioned = not engine.plain_optimizer
@@ -193,7 +193,7 @@ def _frozen(parameter: Any, dp_rank: int) -> PartitionView:
 Placed = Iterator[tuple[torch.nn.Parameter, PartitionView]]
 
 
-def _bare(optimizer: torch.optim.Optimizer) -> Placed:
+def _plain(optimizer: torch.optim.Optimizer) -> Placed:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             yield parameter, PartitionView(parameter, 0, 0, parameter.numel())

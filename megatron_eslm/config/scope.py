@@ -48,7 +48,7 @@ def fill_scope(
     dropped = 1 - kept.sequences / read.sequences
     # Depend on the micro-steps only, not on the number of ranks, so that by default every layout
     # trains the same model.
-    near = abs(dropped - alpha) <= alpha / 3 + 1e-9
+    near = _is_near(dropped, alpha)
     whole = kept.micro_steps < micro_steps and near
     if pp_size > 1 and given is None and stored in ("global", "local"):
         logger.warning(
@@ -91,7 +91,7 @@ def fill_scope(
             "larger --global-batch-size)%s.",
             micro_steps,
             alpha,
-            _least_that_drops(alpha),
+            _fewest_by_default(alpha, micro_batch_size),
             f", or give --eslm-scope step, which drops {dropped:.1%} here" if dropped else "",
         )
     return dataclasses.replace(selection, eslm_scope=scope)
@@ -116,6 +116,20 @@ def warn_of_ramp(
             max(whole),
             alpha,
         )
+
+
+def _is_near(dropped: float, alpha: float) -> bool:
+    return abs(dropped - alpha) <= alpha / 3 + 1e-9
+
+
+def _fewest_by_default(alpha: float, rows: int) -> int:
+    """The fewest micro-steps with which the scope is step by default."""
+    micro_steps = _least_that_drops(alpha)
+    while not _is_near(
+        1 - StepShape(micro_steps, rows).kept(alpha).micro_steps / micro_steps, alpha
+    ):
+        micro_steps += 1
+    return micro_steps
 
 
 def _least_that_drops(alpha: float) -> int:

@@ -31,8 +31,8 @@ class TrainingOptions:
     """Optimizer steps of the run, including those before --load."""
 
     micro_batch_size: Annotated[int, ONE_OR_MORE] | None = None
-    """Sequences per rank and micro-step (M). In-model selection chooses among those of all
-    data-parallel ranks."""
+    """Sequences per rank and micro-step (M). With --eslm-scope global, selection chooses among
+    these of all ranks."""
 
     global_batch_size: Annotated[int, ONE_OR_MORE] | None = None
     """Sequences per optimizer step, over all ranks and micro-steps. Default: 40 micro-steps for the
@@ -310,8 +310,8 @@ class ReportOptions:
     """Number of processes that --dry-run assumes. Default: those that were started."""
 
     peak_tflops: Annotated[float, POSITIVE] | None = None
-    """Peak TFLOP/s of one device in the compute dtype, for MFU. Default: known values for common
-    GPUs."""
+    """Peak TFLOP/s of one device in the compute dtype, for MFU and HFU. Default: known values for
+    common GPUs."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -204,7 +204,7 @@ class FlopsModel:
         blocks = sum(self.block(work, number) for number in range(self.shape.num_layers))
         return self.scoring(work) + blocks + self.head(work) + self.alignment(work)
 
-    def model(self, work: Work) -> float:
+    def model_flops(self, work: Work) -> float:
         """FLOPs of the model alone, for MFU as others report it: 6 N + 12 L H Q T per token.
 
         Source: PaLM (Chowdhery et al. 2022), appendix B, over the tokens of the sequences that are
@@ -215,7 +215,7 @@ class FlopsModel:
         attention = 12 * s.num_layers * s.hidden_size * self.seq_length
         return work.tokens_deep * (6.0 * n + attention)
 
-    def paper(self, work: Work) -> float:
+    def paper_flops(self, work: Work) -> float:
         """Section 3, "FLOPs accounting", of the ESLM paper.
 
         6N + 12 L H Q T per token of kept sequences; for the proxy 2 N_proxy + 6 L' H Q T + 2 D V

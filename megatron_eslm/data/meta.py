@@ -21,7 +21,7 @@ Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerFacts:
+class TokenizerMetadata:
     """Result of `Tokenizer.describe()`, as stored beside data and models."""
 
     __pydantic_config__ = STRICT
@@ -38,7 +38,7 @@ class DataMeta:
 
     __pydantic_config__ = STRICT
     tokenizer: dict[str, Any]
-    """`Tokenizer.describe()`; `read_meta` checks that it fits TokenizerFacts."""
+    """`Tokenizer.describe()`; `read_meta` checks that it fits TokenizerMetadata."""
     documents: Count
     tokens: Count
     max_token_id: Count
@@ -68,7 +68,7 @@ def read_meta(prefix: str) -> DataMeta | None:
         if type(version) is int and version != FORMAT_VERSION:
             raise ConfigError(f"{path} has format version {version}, not {FORMAT_VERSION}.")
         meta = parse_as(DataMeta, fields, str(path))
-        parse_as(TokenizerFacts, meta.tokenizer, f"{path} (tokenizer)")
+        parse_as(TokenizerMetadata, meta.tokenizer, f"{path} (tokenizer)")
     except FileNotFoundError:
         return None
     except ConfigError as error:

@@ -58,7 +58,7 @@ class DataOptions:
     """Loader processes per rank; 0 loads in the training process."""
 
     max_epochs: Annotated[float, POSITIVE] = 1.0
-    """Epochs that any domain may be read for. A run that would read one longer is refused before
+    """How often any domain may be read. A run that would read one more often is refused before
     it starts; raise this to allow the repetition."""
 
     def __post_init__(self) -> None:

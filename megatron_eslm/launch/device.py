@@ -73,7 +73,7 @@ def prepare_device() -> torch.device:
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"Local rank {local_rank} has no GPU of its own: this machine shows "
-                f"{torch.cuda.device_count()}. Start at most that many processes a machine, or "
+                f"{torch.cuda.device_count()}. Start at most that many processes per machine, or "
                 "export LOCAL_RANK=0 where the launcher shows each process one GPU only."
             )
         torch.cuda.set_device(local_rank)

@@ -59,9 +59,8 @@ class InstanceSelector(nn.Module):
         record.num_nonfinite = kept.numbers[4]
         record.nonfinite_rows_M = torch.isnan(scores_M) | (scores_M == torch.inf)
         known = None
-        # Products of gradients that are not finite keep more sequences than the keep rule.
-        traits, alone = self.policy.traits, self.policy.peers.size == 1
-        if (alone or traits.ranks_decide_alone) and not traits.needs_gradients:
+        alone = self.policy.traits.ranks_decide_alone or self.policy.peers.size == 1
+        if alone and self.policy.keeps_by_rule:
             known = num_to_keep(batch.num_rows_with_labels(), self.policy.state.alpha)
         kept_K = indices_of(kept.keep, known)
         record.num_rows_kept = len(kept_K)

@@ -80,7 +80,7 @@ class TokenSelector:
 
     def _known(self, num_kept: int, batch: Batch) -> int | None:
         """How many tokens this rank keeps of `num_kept` rows, where the host can tell."""
-        valid = num_valid_of(num_kept, batch)
+        valid = num_valid_of(num_kept, batch) if self.policy.keeps_by_rule else None
         return None if valid is None else num_to_keep(valid, self.policy.state.alpha)
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 Outcome = Literal["finished", "failed", "held", "waits"]
 """Of one run: done (now or before), ended with an error, somebody else's, needs another one."""
 
-_STEP_FLOPS = re.compile(r"^FLOPs executed .*\((\S+) a step\)$", re.MULTILINE)
+_STEP_FLOPS = re.compile(r"^FLOPs executed .*\((\S+) per step\)$", re.MULTILINE)
 
 
 class StoppedError(Failure):

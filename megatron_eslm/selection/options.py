@@ -53,8 +53,9 @@ class SelectionOptions:
     """Scope of the thresholds. step: score all sequences of an optimizer step
     first, then train on full micro-batches of the riskiest. global: select within each
     micro-batch of all data-parallel ranks, in one pass. local: the same per rank. Token thresholds
-    span each micro-batch of all ranks (of one rank with local). Default: step if the batch has
-    enough micro-steps to drop at least one, else global. Pipelines support step only."""
+    span each micro-batch of all ranks (of one rank with local). Default: step if dropping
+    full micro-steps comes within a third of alpha (8 or more at 0.1), else global. Pipelines
+    support step only."""
 
     eslm_proxy_stride: Annotated[int, ONE_OR_MORE] = 1
     """Score only every s-th position of a sequence: an estimate, cheaper where the head dominates

@@ -153,6 +153,11 @@ class SelectionPolicy:
         """Risk per token: one of the head's statistics, float32 [N]."""
         return statistics.loss_N
 
+    @property
+    def keeps_by_rule(self) -> bool:
+        """Whether `keep` is the keep rule, so that the number of scores says how many it keeps."""
+        return type(self).keep is SelectionPolicy.keep
+
     def keep(self, scores: torch.Tensor, phase: str) -> KeepDecision:
         """Apply the keep rule at the current alpha and the configured scope.
 

@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 def standard_callbacks(run: RunConfig) -> list[Callback]:
     """The standard callbacks that a run's options ask for, in order."""
-    callbacks: list[Callback] = []
+    callbacks: list[Callback] = [Evaluator(), Reporter(), Checkpointer()]
+    if run.report.dump_selection is not None:
+        callbacks.insert(0, SelectionDump(run.report.dump_selection))
     if run.report.profile is not None:
         callbacks.append(Profiler(run.report))
-    if run.report.dump_selection is not None:
-        callbacks.append(SelectionDump(run.report.dump_selection))
-    return [*callbacks, Evaluator(), Reporter(), Checkpointer()]
+    return callbacks
 
 
 class SelectionDump(Callback):
@@ -55,6 +55,9 @@ class SelectionDump(Callback):
                 step.records,
                 trainer.mesh,
             )
+
+    def on_failure(self, trainer: Trainer, step: StepOutcome) -> None:
+        self.on_step(trainer, step)
 
 
 class Evaluator(Callback):
@@ -100,7 +103,9 @@ class Reporter(Callback):
 
     def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
         work = step.stats.work
-        self._unreported.append((step.seconds, work.tokens, step.flops, trainer.flops.model(work)))
+        self._unreported.append(
+            (step.seconds, work.tokens, step.flops, trainer.flops.model_flops(work))
+        )
         due = trainer.state.iteration % trainer.run.training.log_interval == 0
         if due or step.is_last or self._evaluation is not None:
             self._report(trainer, step)

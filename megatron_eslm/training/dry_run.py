@@ -92,7 +92,7 @@ def _totals(
         if not alpha:  # the reference model does not run
             ledgers = dataclasses.replace(ledgers, reference=None)
         executed += count * ledgers.executed(work)
-        by_paper += count * ledgers.paper(work)
+        by_paper += count * ledgers.paper_flops(work)
         trained += count * work.tokens_trained
     return executed, by_paper, trained
 
@@ -158,8 +158,8 @@ def dry_run_text(
             if (rank := run.model.lora_rank)
             else []
         ),
-        f"FLOPs executed       {executed:.3e} ({executed / t.train_iters:.3e} a step)",
-        f"FLOPs by the paper   {by_paper:.3e} ({by_paper / t.train_iters:.3e} a step)",
+        f"FLOPs executed       {executed:.3e} ({executed / t.train_iters:.3e} per step)",
+        f"FLOPs by the paper   {by_paper:.3e} ({by_paper / t.train_iters:.3e} per step)",
         f"memory per rank      {memory.total / gib:.2f} GiB = weights {memory.weights / gib:.2f} + "
         f"gradients {memory.gradients / gib:.2f} + optimizer {memory.optimizer / gib:.2f} + "
         f"activations {memory.activations / gib:.2f} + head {memory.head / gib:.2f}"

@@ -24,7 +24,7 @@ from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.alpha import AlphaController
 from megatron_eslm.selection.state import Recorder
 from megatron_eslm.training.evaluate import Evaluation
-from megatron_eslm.training.nonfinite import NonfiniteGuard
+from megatron_eslm.training.nonfinite import NonfiniteError, NonfiniteGuard
 from megatron_eslm.training.outputs import Outputs
 from megatron_eslm.training.reading_plan import ReadingPlan
 from megatron_eslm.training.step_batches import Records, StepBatches
@@ -52,6 +52,8 @@ class StepOutcome:
     """Numbers of the sequences that were read."""
     records: Records
     """Records of selection on this rank and stage."""
+    failure: NonfiniteError | None
+    """Why training cannot continue after this step."""
     is_last: bool
     """Whether --train-iters is reached."""
     stop: Stop | None
@@ -77,6 +79,9 @@ class Callback:
 
     def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
         """Called after each optimizer step."""
+
+    def on_failure(self, trainer: Trainer, step: StepOutcome) -> None:
+        """Instead of `on_step`, after a step with which training ends in an error."""
 
     def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> None:
         """Called after each evaluation on the validation set."""
@@ -164,7 +169,12 @@ class Trainer:
             while state.iteration < t.train_iters:
                 step = self._step(batches, stop)
                 for callback in self.callbacks:
-                    callback.on_step(self, step)
+                    if step.failure is None:
+                        callback.on_step(self, step)
+                    else:
+                        callback.on_failure(self, step)
+                if step.failure is not None:
+                    raise step.failure
                 if step.leaves and not step.is_last:
                     logger.info("stopped at --exit-interval, iteration %d", state.iteration)
                 if step.ends:
@@ -240,12 +250,12 @@ class Trainer:
         state.tokens_trained += stats.tokens_kept
         executed = self.flops.executed(stats.work)
         state.flops += executed
-        state.flops_paper += self.flops.paper(stats.work)
+        state.flops_paper += self.flops.paper_flops(stats.work)
         seconds = time.perf_counter() - begin
         state.elapsed_seconds += seconds
         # Loss scaling causes harmless overflows of gradients; the loss is finite then.
         overflow = self.run.engine.fp16 and bool(torch.isfinite(torch.tensor(stats.loss)))
-        self.nonfinite.after_step(state, applied=applied or overflow)
+        failure = self.nonfinite.after_step(state, applied=applied or overflow)
         is_last = state.iteration == t.train_iters
         return StepOutcome(
             stats=stats,
@@ -256,6 +266,7 @@ class Trainer:
             flops=executed,
             samples=samples,
             records=records,
+            failure=failure,
             is_last=is_last,
             stop=None if is_last else stop.agreed(stats.stop_votes),
             leaves=t.exit_interval is not None and state.iteration % t.exit_interval == 0,

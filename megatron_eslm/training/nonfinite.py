@@ -34,16 +34,16 @@ class NonfiniteGuard:
         if record.num_nonfinite and rows_M is not None:
             self._samples += [samples_M[row] for row in rows_M.nonzero().squeeze(1).tolist()]
 
-    def after_step(self, state: TrainState, *, applied: bool) -> None:
+    def after_step(self, state: TrainState, *, applied: bool) -> NonfiniteError | None:
         """Count the step if it was skipped. Collective if it was.
 
-        Raises:
-            NonfiniteError: `max_in_a_row` consecutive steps were skipped.
+        Returns:
+            Why training cannot continue: `max_in_a_row` consecutive steps were skipped.
         """
         samples, self._samples = self._samples, []
         if applied:
             state.nonfinite_in_a_row = 0
-            return
+            return None
         state.nonfinite_steps += 1
         state.nonfinite_in_a_row += 1
         # The stages of a pipeline see different scores of the same samples.
@@ -66,10 +66,11 @@ class NonfiniteGuard:
             state.nonfinite_in_a_row,
             state.nonfinite_steps,
         )
-        if state.nonfinite_in_a_row >= self.max_in_a_row:
-            raise NonfiniteError(
-                f"{state.nonfinite_in_a_row} steps in a row were not finite, the last with "
-                f"{what}. Lower --lr, lengthen --lr-warmup-iters, or inspect these samples and "
-                "continue from the last checkpoint, which predates them, with --skip-samples. "
-                "--max-nonfinite-steps sets the limit."
-            )
+        if state.nonfinite_in_a_row < self.max_in_a_row:
+            return None
+        return NonfiniteError(
+            f"{state.nonfinite_in_a_row} steps in a row were not finite, the last with "
+            f"{what}. Lower --lr, lengthen --lr-warmup-iters, or inspect these samples and "
+            "continue from the last checkpoint, which predates them, with --skip-samples. "
+            "--max-nonfinite-steps sets the limit."
+        )

@@ -28,7 +28,7 @@ class Profiler(Callback):
     def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
         if self._profile is not None and (trainer.state.iteration >= self.last or step.ends):
             self._write(trainer)
-        else:
+        elif not step.ends:
             self._begin(trainer)
 
     def _begin(self, trainer: Trainer) -> None:

@@ -180,7 +180,7 @@ class Speed:
     seconds_left: float
     """Time for the remaining samples at this speed."""
     mfu: float | None
-    """Model FLOPs (`FlopsModel.model`) over the devices' peak; None where that is not known."""
+    """Model FLOPs (`FlopsModel.model_flops`) over the devices' peak; None if that is unknown."""
     hfu: float | None
     """The same for the matrix products that were executed."""
 

@@ -81,6 +81,10 @@ class StepBatches:
         if policy.traits.selects_per_step:
             candidates = (self._next() for _ in range(shape.micro_steps))
             selection = select_candidates(self.engine, candidates, len(samples), self.rows, alpha)
+            if selection is None and not (mesh.is_first_stage or mesh.is_last_stage):
+                # It trains on none of these, but its loader has to go on with the others.
+                for _ in range(shape.micro_steps):
+                    self._next()
         numbers: Sequence[int] = range(len(samples))
         if selection is not None:
             shape, numbers = selection.shape, selection.kept

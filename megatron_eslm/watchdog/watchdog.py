@@ -95,7 +95,7 @@ class Watchdog:
         self._exchanges, self._answered_seconds, self._broken_seconds = 0, 0.0, 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._courier = StoreClient(
+        self._client = StoreClient(
             dist.PrefixStore("watchdog", store.clone()),  # type: ignore[attr-defined]
             rank=rank,
             world_size=world_size,
@@ -118,7 +118,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Start watching."""
-        self._courier.start()
+        self._client.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -127,14 +127,14 @@ class Watchdog:
         Rank 0 stays until all ranks have signed off, because it may host the store.
         """
         self._leaving = True
-        self._courier.wake()
+        self._client.wake()
         # If one of these waits blocks forever, the watching thread ends the process.
-        self._courier.left.wait()
+        self._client.left.wait()
         while self._rank == 0 and not self._all_left():
             time.sleep(TICK_SECONDS / 4)
-        self._courier.close()
+        self._client.close()
         # The interpreter aborts if it exits while a thread is inside torch.
-        self._courier.join()
+        self._client.join()
         self._ended.set()
         self._thread.join()
 
@@ -188,7 +188,7 @@ class Watchdog:
         return 5 * TICK_SECONDS
 
     def _all_left(self) -> bool:
-        beats = self._courier.beats.values()
+        beats = self._client.beats.values()
         return len(beats) == self._world_size - 1 and all(beat.left for beat in beats)
 
     def _beat(self) -> Beat:
@@ -197,7 +197,7 @@ class Watchdog:
         return Beat(self._rank, self._process, now, idle_seconds, left=self._leaving)
 
     def _watch(self) -> None:
-        client = self._courier
+        client = self._client
         brought: Diagnosis | AbortDecision | None = None
         brought_seconds = 0.0
         while not self._ended.wait(TICK_SECONDS if brought is None else TICK_SECONDS / 10):
@@ -235,23 +235,23 @@ class Watchdog:
             return None  # The ranks of this host are about to end; none is at fault.
         if diagnosis := self._look_at_neighbours(tick_seconds):
             return diagnosis
-        if not (news and self._courier.beats):
+        if not (news and self._client.beats):
             return None
         return find_silent(
-            self._courier.beats,
+            self._client.beats,
             namespace=self._process.namespace,
             limit_seconds=self._silence_seconds,
             start_limit_seconds=self._timeout_seconds,
         ) or find_hung(
-            {**self._courier.beats, self._rank: self._beat()},
+            {**self._client.beats, self._rank: self._beat()},
             timeout_seconds=self._timeout_seconds,
             silence_seconds=self._silence_seconds,
             leaving=self._leaving,
         )
 
     def _look_at_neighbours(self, tick_seconds: float) -> Diagnosis | None:
-        for rank, process in (self._courier.neighbours or {}).items():
-            if rank in self._courier.exited:
+        for rank, process in (self._client.neighbours or {}).items():
+            if rank in self._client.exited:
                 continue
             state = process.state()
             stopped = self._stopped_seconds.get(rank, 0.0) + tick_seconds
@@ -262,7 +262,7 @@ class Watchdog:
                 did = f"has not answered for {stopped:.0f} s, stopped by a signal; last seen"
             else:
                 continue
-            status = self._courier.statuses.get(rank)
+            status = self._client.statuses.get(rank)
             return Diagnosis(
                 rank,
                 did,
@@ -281,15 +281,15 @@ class Watchdog:
     def _check_store(self, now_seconds: float, tick_seconds: float) -> None:
         """End if the store is lost, since deaths on other hosts would go unnoticed."""
         silent_seconds = now_seconds - self._answered_seconds
-        if self._courier.broken is not None:
+        if self._client.broken is not None:
             # A dying process closes its connections shortly before /proc shows it as gone.
             self._broken_seconds += tick_seconds
             if self._broken_seconds < 5 * TICK_SECONDS:
                 return
-            how = f"is lost ({self._courier.broken})"
+            how = f"is lost ({self._client.broken})"
         else:
             limit_seconds = self._silence_seconds
-            if self._seen.starting or self._keeper in (self._courier.neighbours or {}):
+            if self._seen.starting or self._keeper in (self._client.neighbours or {}):
                 # The store is slow, not lost: its process was just seen running.
                 limit_seconds = self._timeout_seconds
             if silent_seconds < limit_seconds:
@@ -301,9 +301,9 @@ class Watchdog:
 
     def _end_alone(self, found: Diagnosis | AbortDecision) -> NoReturn:
         """End without the store; the last live rank of this host writes the message."""
-        neighbours = self._courier.neighbours or {}
+        neighbours = self._client.neighbours or {}
         if isinstance(found, Diagnosis):
-            beat = self._courier.beats.get(found.rank)
+            beat = self._client.beats.get(found.rank)
             text = found.text(beat, neighbours.get(found.rank))
             found = AbortDecision(self._rank, text, 1, found.rank if found.unresponsive else None)
         left = [rank for rank, process in neighbours.items() if process.state() == "runs"]
@@ -316,7 +316,7 @@ class Watchdog:
             say(f"{trace}error: {decision.text}\n")
         # Time for every rank to read the decision before this process disappears.
         time.sleep(1.0 + 2 * self._beat_seconds)
-        if decision.unresponsive in (neighbours := self._courier.neighbours or {}):
+        if decision.unresponsive in (neighbours := self._client.neighbours or {}):
             neighbours[decision.unresponsive].kill()
         # The main thread may be stuck in a collective forever.
         os._exit(decision.code)

@@ -78,7 +78,7 @@ def test_by_default_a_step_without_a_whole_micro_step_to_drop_selects_within(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         assert scope("--global-batch-size 20", 2) == "global"
-        for part in ("--eslm-scope global", ": 5 micro-steps", "Have 6 micro-steps"):
+        for part in ("--eslm-scope global", ": 5 micro-steps", "Have 8 micro-steps"):
             assert part in caplog.text
         assert "or give --eslm-scope step" not in caplog.text
         assert scope("--global-batch-size 32 --micro-batch-size 8", 2) == "global"

@@ -86,7 +86,7 @@ def test_everything_in_its_place(tmp_path):
         ({"seeds": 7}, "list of whole numbers"),
         ({"seeds": [1, 1]}, "names one of them twice"),
         ({"seeds": [True]}, "'true' is not a whole number"),
-        ({"seeds": [[1]]}, "'seeds' takes one value and is a list"),
+        ({"seeds": [[1]]}, "'seeds' takes one value, not a list of 1"),
         ({"seeds": [{"a": 1}]}, "'seeds' must be a value"),
         ({"methods": {"a": {"needs": "b"}}}, "needs of a is 'b'"),
         ({"methods": {"a": {"flops-of": "a"}}}, "flops-of of a is 'a'"),

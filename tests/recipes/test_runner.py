@@ -33,7 +33,7 @@ with open("calls.txt", "a") as calls:
     calls.write(folder.parent.name + " " + flags.get("--load", "-") + chr(10))
 if "--dry-run" in sys.argv:
     flops = "2e6" if flags["--selection"] == "clm" else "1e6"
-    print(f"FLOPs executed       1e9 ({flops} a step)")
+    print(f"FLOPs executed       1e9 ({flops} per step)")
     sys.exit()
 (folder / "iter_0000001").mkdir(exist_ok=True)
 if os.path.exists("fail"):

@@ -126,8 +126,8 @@ def test_the_work_of_a_step_is_what_a_step_does(data: list[str], start: Path, wo
                         done.append(work)
                         return ordinary.executed(work)
 
-                    model = staticmethod(ordinary.model)
-                    paper = staticmethod(ordinary.paper)
+                    model_flops = staticmethod(ordinary.model_flops)
+                    paper_flops = staticmethod(ordinary.paper_flops)
 
                 trainer.flops = Seen()
 

@@ -131,13 +131,13 @@ def test_the_papers_ledger_by_hand() -> None:
     flops = FlopsModel(shape=shape, seq_length=1024, selector_depth=1, proxy=True)
     work = Work(tokens=12_288, tokens_deep=10_240, tokens_scored=10_240, tokens_trained=9_216)
     expected = 10_240 * 860_101_632 + 12_288 * 175_004_160 - 1_024 * 173_414_400
-    assert flops.paper(work) == pytest.approx(expected, rel=1e-12)
+    assert flops.paper_flops(work) == pytest.approx(expected, rel=1e-12)
 
     plain = FlopsModel(shape=shape, seq_length=1024, selector_depth=0, proxy=False)
     everything = Work(
         tokens=12_288, tokens_deep=12_288, tokens_scored=12_288, tokens_trained=12_288
     )
-    assert plain.paper(everything) == pytest.approx(12_288 * 860_101_632, rel=1e-12)
+    assert plain.paper_flops(everything) == pytest.approx(12_288 * 860_101_632, rel=1e-12)
 
 
 # By the same steps, T = 1024, V = 50,304, alpha 0.1 and one proxy layer, a micro-batch of a rank:
@@ -171,7 +171,7 @@ def test_the_papers_ledger_of_all_sizes_by_hand(size: str) -> None:
     )
     flops = FlopsModel(shape=shape, seq_length=1024, selector_depth=1, proxy=True)
     expected = steps * (deep * kept + tokens * read - (deep - trained) * masked)
-    assert flops.paper(work) == pytest.approx(expected, rel=1e-12)
+    assert flops.paper_flops(work) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_executed_ledger_by_hand() -> None:

@@ -228,3 +228,17 @@ def test_every_group_waits_as_long_as_the_world(data: list[str], tmp_path: Path)
 
     for wanted, *found in run_ranks(4, on_rank):
         assert len(found) > 4 and set(found) == {wanted}
+
+
+def test_middle_stages_score_what_the_others_read_after_steps_that_drop_nothing(
+    data: list[str], tmp_path: Path
+) -> None:
+    runs = {"pp3": (3, 1, ("--pipeline-model-parallel-size", "3", "--num-layers", "6"))}
+    outcomes = course(data, tmp_path, runs, "--num-layers", "6", "--eslm-start-iter", "2")
+    assert outcomes["pp3"].column("kept_instances")[:2] == [1.0, 1.0]
+    for column in ("loss", "tau_instance", "tau_token"):
+        for ours, theirs in zip(
+            outcomes["pp3"].column(column), outcomes["one"].column(column), strict=True
+        ):
+            assert (ours is None) == (theirs is None), column
+            assert ours is None or ours == pytest.approx(theirs, rel=1e-5), column

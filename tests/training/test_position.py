@@ -103,7 +103,9 @@ def test_what_a_run_reads_is_what_was_read_and_what_is_left(
     assert "--max-epochs 1 allows" in more and "(1088 sequences" in more
     (line,) = [line for line in log.splitlines() if "--allow-data-change: " in line]
     assert "seed: 1234 there, 7 here" in line and "global_batch_size: 8 there, 16 here" in line
-    assert "reading goes on with sample 480 of the new order, whose samples may have been " in line
+    assert (
+        "reading continues with sample 480 of the new order, whose samples may have been " in line
+    )
     assert other_order == list(range(480, 496))
 
 

@@ -223,7 +223,7 @@ def test_finetuning_starts_anew_from_the_weights(
             assert outcome.column(column) == outcomes[1].column(column), column
         assert outcome.valid_losses() == outcomes[1].valid_losses()
     assert (state.iteration, state.consumed_samples) == (3, 3 * ROWS)
-    assert f"--save {start / 'trained'} is the same folder" in refused[0]
+    assert f"--save {start / 'trained'} is the folder of that run" in refused[0]
     # What reports ask: which documents it was not trained on.
     data_of = read_weights(start / "trained").data
     assert data_of is not None and data_of["split"] == "98,1,1"

@@ -140,7 +140,7 @@ def test_the_table() -> None:
     plan, _, shape = planned(*flags)
     lines = plan_text(plan).splitlines()
     assert len(lines) == 6
-    assert lines[0].split() == ["stage", "blocks", "FLOPs", "a", "step", "share", "parameters"]
+    assert lines[0].split() == ["stage", "blocks", "FLOPs", "/", "step", "share", "parameters"]
     shares = [float(line.split("%")[0].split()[-1]) for line in lines[1:5]]
     assert sum(shares) == pytest.approx(100, abs=0.3)
     assert lines[1].endswith("  embedding, early exit behind block 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_eslm.data.hub import TOKENIZER_FILES, model_folder
-from megatron_eslm.data.meta import TokenizerFacts
+from megatron_eslm.data.meta import TokenizerMetadata
 from megatron_eslm.data.tokenizers.base import META_FILE, Tokenizer
 from megatron_eslm.data.tokenizers.gpt2 import GPT2BPETokenizer
 from megatron_eslm.data.tokenizers.json_format import HuggingFaceTokenizer
@@ -83,7 +83,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         ConfigError: there is none, or its files have changed since they were stored.
     """
     directory = Path(directory)
-    stored = _read_facts(directory / META_FILE)
+    stored = _read_metadata(directory / META_FILE)
     kind = stored.type
     tokenizer: Tokenizer
     if kind == "GPT2BPETokenizer":
@@ -109,10 +109,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def _read_facts(path: Path) -> TokenizerFacts:
+def _read_metadata(path: Path) -> TokenizerMetadata:
     otherwise = "name the tokenizer with --tokenizer-type and its files."
     try:
-        return read_as(TokenizerFacts, path)
+        return read_as(TokenizerMetadata, path)
     except FileNotFoundError:
         raise ConfigError(
             f"{path.parent} has no stored tokenizer: {path.name} is missing. Preprocess the "
