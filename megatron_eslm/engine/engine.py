@@ -7,14 +7,14 @@ import io
 import logging
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_eslm.config.deepspeed_json import blamed_on
-from megatron_eslm.config.resolved import ResolvedOptimizer
-from megatron_eslm.config.run import RunConfig
+from megatron_eslm.config.resolved import ResolvedEngine, ResolvedOptimizer
 from megatron_eslm.data.batch import Batch, Rows
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT
@@ -61,6 +61,17 @@ def build_optimizer(
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What an engine needs of a run."""
+
+    optimizer: ResolvedOptimizer
+    engine: ResolvedEngine
+    dtype: torch.dtype
+    deepspeed: dict[str, Any]
+    """What deepspeed.initialize gets."""
+
+
 class Engine:
     """Thin wrapper over DeepSpeedEngine; `engine.pipeline` wraps its pipeline engine.
 
@@ -76,21 +87,25 @@ class Engine:
 
     before_micro_step: Callable[[Batch], None] | None = None
 
-    def __init__(self, run: RunConfig, model: GPT, mesh: Mesh, phases: Phases) -> None:
+    def __init__(self, settings: EngineSettings, model: GPT, mesh: Mesh, phases: Phases) -> None:
         import deepspeed
         from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-        self.run, self.model, self.mesh, self.phases = run, model, mesh, phases
-        self.plain_optimizer = run.engine.zero_stage == 0 and run.dtype == torch.float32
+        self.settings, self.model, self.mesh, self.phases = settings, model, mesh, phases
+        self.plain_optimizer = settings.engine.zero_stage == 0 and settings.dtype == torch.float32
         module = self._module()
         # DeepSpeed's pipeline builds its own grid.
         mpu = ModelParallelUnit(mesh) if mesh.pp_size == 1 else None
-        optimizer = build_optimizer(model, run.optimizer, cpu_offload=run.engine.cpu_offload)
+        optimizer = build_optimizer(
+            model, settings.optimizer, cpu_offload=settings.engine.cpu_offload
+        )
         config = (
-            {**run.deepspeed, "gradient_clipping": 0.0} if self.plain_optimizer else run.deepspeed
+            {**settings.deepspeed, "gradient_clipping": 0.0}
+            if self.plain_optimizer
+            else settings.deepspeed
         )
         # Some of DeepSpeed's optimizers print memory use while they are built.
-        with contextlib.redirect_stdout(io.StringIO()), blamed_on(run.engine.deepspeed_config):
+        with contextlib.redirect_stdout(io.StringIO()), blamed_on(settings.engine.deepspeed_config):
             self.ds, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
             )
@@ -185,8 +200,10 @@ class Engine:
         if not math.isfinite(float(norm)):
             # An optimizer step over parameters without gradients changes nothing.
             self.ds.zero_grad()
-        elif self.run.optimizer.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(with_gradient, self.run.optimizer.clip_grad, norm)
+        elif self.settings.optimizer.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(
+                with_gradient, self.settings.optimizer.clip_grad, norm
+            )
         return float(norm)
 
     def _norm(self, parameters: list[nn.Parameter]) -> torch.Tensor:

@@ -106,7 +106,7 @@ class PipelinedEngine(Engine):
         super().__init__(*args)
         self._plain_norm: float | None = None
         # Some of DeepSpeed's optimizers cast parameters but not buffers.
-        self.model.copies.to(self.run.dtype)
+        self.model.copies.to(self.settings.dtype)
         self._rows = self.ds.train_micro_batch_size_per_gpu()
         # DeepSpeed's pipeline would write its own loss beside our metrics.
         self._monitor, self.ds.monitor = self.ds.monitor, _NoMonitor()

@@ -24,7 +24,7 @@ from megatron_eslm.cost.of_run import build_flops, step_work
 from megatron_eslm.cost.stages import plan_stages, plan_text
 from megatron_eslm.data.mixture import build_datasets
 from megatron_eslm.engine.compile import check_compiler, compile_blocks
-from megatron_eslm.engine.engine import Engine
+from megatron_eslm.engine.engine import Engine, EngineSettings
 from megatron_eslm.frozen.objective import (
     build_objective,
     find_run_teacher,
@@ -225,8 +225,11 @@ def build_model(
 
 def build_engine(run: RunConfig, model: GPT, mesh: Mesh, phases: Phases) -> Engine:
     """Build the engine for a full model or a pipeline stage. Collective."""
+    settings = EngineSettings(
+        optimizer=run.optimizer, engine=run.engine, dtype=run.dtype, deepspeed=run.deepspeed
+    )
     if mesh.pp_size == 1:
-        return Engine(run, model, mesh, phases)
+        return Engine(settings, model, mesh, phases)
     from megatron_eslm.engine.pipeline import PipelinedEngine
 
-    return PipelinedEngine(run, model, mesh, phases)
+    return PipelinedEngine(settings, model, mesh, phases)
