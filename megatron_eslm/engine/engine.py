@@ -99,11 +99,9 @@ class Engine:
         optimizer = build_optimizer(
             model, settings.optimizer, cpu_offload=settings.engine.cpu_offload
         )
-        config = (
-            {**settings.deepspeed, "gradient_clipping": 0.0}
-            if self.plain_optimizer
-            else settings.deepspeed
-        )
+        config = dict(settings.deepspeed)
+        if self.plain_optimizer:
+            config["gradient_clipping"] = 0.0
         # Some of DeepSpeed's optimizers print memory use while they are built.
         with contextlib.redirect_stdout(io.StringIO()), blamed_on(settings.engine.deepspeed_config):
             self.ds, *_ = deepspeed.initialize(
@@ -200,10 +198,8 @@ class Engine:
         if not math.isfinite(float(norm)):
             # An optimizer step over parameters without gradients changes nothing.
             self.ds.zero_grad()
-        elif self.settings.optimizer.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(
-                with_gradient, self.settings.optimizer.clip_grad, norm
-            )
+        elif limit := self.settings.optimizer.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(with_gradient, limit, norm)
         return float(norm)
 
     def _norm(self, parameters: list[nn.Parameter]) -> torch.Tensor:
