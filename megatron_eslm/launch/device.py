@@ -89,6 +89,19 @@ def prepare_device() -> torch.device:
     return torch.device("cpu")
 
 
+def out_of_memory_text(error: BaseException) -> str | None:
+    """What to do about an error if it is a lack of memory; None for others."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
+        return None
+    first = text.strip().partition("\n")[0]
+    return (
+        f"Out of memory: {first} Lower --micro-batch-size (with the same --global-batch-size), or "
+        "give --head-logits recompute, --activation-checkpoint-interval 1, a higher --zero-stage, "
+        "--cpu-offload, or more tensor-parallel ranks or stages. --dry-run estimates each."
+    )
+
+
 def device_text(device: torch.device) -> str:
     """What a rank trains on, for the first line of the log."""
     if device.type != "cuda":

@@ -44,7 +44,7 @@ def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int
             valid = torch.stack([item["valid"] for item in items])
             valid &= torch.tensor([i < len(dataset) for i in numbers(begin)])[:, None]
             tokens = torch.stack([item["tokens"] for item in items])
-            yield Batch.of(tokens.to(engine.device), valid.to(engine.device))
+            yield Batch.of(*(on_device(x, engine.device) for x in (tokens, valid)))
 
     sums_R2 = engine.evaluate(batches(), len(begins), micro_batch_size)
     domain_R = torch.tensor(
@@ -64,6 +64,12 @@ def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int
             if tokens
         },
     )
+
+
+def on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device; the host does not wait for it."""
+    pinned = x.pin_memory() if device.type == "cuda" else x
+    return pinned.to(device, non_blocking=True)
 
 
 def _round_up(n: int, multiple: int) -> int:

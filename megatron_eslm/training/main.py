@@ -15,6 +15,7 @@ from megatron_eslm.launch.bootstrap import init_distributed, leave
 from megatron_eslm.launch.device import (
     device_text,
     order_kernels_for_tensor_parallel,
+    out_of_memory_text,
     set_matmul_precision,
 )
 from megatron_eslm.launch.launchers import discover
@@ -129,6 +130,9 @@ def main(argv: Sequence[str] | None = None, launcher: Launcher | None = None) ->
             watchdog.fail(str(end), code=end.code, patience_seconds=1.0)
         fail(str(end), end.code)
     except Exception as error:
+        if (lack := out_of_memory_text(error)) is not None:
+            traceback.print_exc()
+            fail(lack, 1, watchdog)
         # Do not re-raise: the interpreter would wait for its loader processes at exit, and the
         # launcher or another rank for this one.
         signals.ignore()

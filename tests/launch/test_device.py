@@ -14,6 +14,7 @@ from megatron_eslm.launch.device import (
     device_text,
     driver_version,
     order_kernels_for_tensor_parallel,
+    out_of_memory_text,
     prepare_device,
     set_matmul_precision,
     unusable_gpu,
@@ -113,3 +114,14 @@ def test_precision_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.use_deterministic_algorithms(False)
         set_matmul_precision(tf32=False, deterministic=False)
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_lack_of_memory_names_what_needs_less() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    for error in (caught.value, torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore.")):
+        text = out_of_memory_text(error)
+        assert text is not None and text.startswith("Out of memory: ")
+        for flag in ("--micro-batch-size", "--head-logits", "--zero-stage", "--cpu-offload"):
+            assert flag in text
+    assert out_of_memory_text(RuntimeError("another")) is None
