@@ -42,9 +42,10 @@ class SelectionOptions:
     eslm_proxy_layers: Annotated[int, ONE_OR_MORE] = 1
     """Transformer blocks before the early exit that scores sequences."""
 
-    eslm_score: Literal["loss", "entropy"] = "loss"
-    """Risk of a token: its loss (CVaR-loss) or the entropy of the model's prediction
-    (VaR-entropy)."""
+    eslm_score: Literal["loss", "entropy", "excess"] = "loss"
+    """Risk of a token: its loss (CVaR-loss), the entropy of the model's prediction (VaR-entropy),
+    or its loss minus that of a reference model (excess), of which --reference-losses names the
+    stored losses. Once the model is better than its reference, excess loss says little."""
 
     eslm_level: Literal["both", "instance", "token"] = "both"
     """Select sequences (instance), tokens, or both (Appendix E.3)."""
@@ -120,6 +121,12 @@ class SelectionOptions:
                 f"--eslm-adaptive follows the CVaR of token risk, which --selection "
                 f"{self.selection} with --eslm-level {self.eslm_level} does not have. Use "
                 "--selection eslm with --eslm-level both or token."
+            )
+        if self.eslm_score == "excess":
+            raise ConfigError(
+                "--eslm-adaptive follows the relative change of CVaR, and the CVaR of --eslm-score "
+                "excess may be zero or negative. Use --eslm-score loss or entropy, or leave out "
+                "--eslm-adaptive."
             )
         if not low <= self.eslm_alpha <= high:
             raise ConfigError(

@@ -85,7 +85,8 @@ class SelectionPolicy:
             early_exit_blocks=options.eslm_proxy_layers if early_exit else 0,
             proxy_stride=options.eslm_proxy_stride if early_exit else 1,
             needs_entropy="eslm_score" in cls.reads and options.eslm_score == "entropy",
-            needs_reference=cls.needs_reference,
+            needs_reference=cls.needs_reference
+            or ("eslm_score" in cls.reads and options.eslm_score == "excess"),
             needs_gradients=cls.needs_gradients,
             holds_dropped_tokens=cls.holds_dropped_tokens,
             reads=frozenset(reads),

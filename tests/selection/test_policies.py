@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.head.statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.selection.build import build_policy
@@ -195,3 +196,21 @@ def test_each_micro_step_has_a_record_and_taking_them_starts_anew() -> None:
     assert [record.num_rows for record in recorder.take()] == [3, 0]
     assert recorder.take() == []
     assert recorder.begin() == 0
+
+
+def test_excess_is_risk_minus_that_of_the_reference() -> None:
+    got = policy(eslm_score="excess")
+    assert got.traits.needs_reference and not got.traits.needs_entropy
+    valid_MT = torch.tensor([[True, True], [True, False]])
+    risk_MT = torch.tensor([[3.0, 5.0], [4.0, 9.0]])
+    reference_MT = torch.tensor([[1.0, 2.0], [5.0, math.inf]])
+    batch = scored(got, valid_MT, risk_MT)._replace(reference_MP=reference_MT)
+    assert got.sequence_scores(batch).tolist() == [2.5, -1.0]
+    assert got.token_scores(batch, valid_MT).tolist() == [[2.0, 3.0], [-1.0, EXCLUDED]]
+    unknown = batch._replace(reference_MP=torch.full((2, 2), math.inf))
+    assert got.sequence_scores(unknown).isnan().all()
+
+
+def test_adaptive_alpha_does_not_follow_excess() -> None:
+    with pytest.raises(ConfigError, match=r"--eslm-adaptive .* --eslm-score excess may be zero"):
+        SelectionOptions(eslm_score="excess", eslm_adaptive=True)

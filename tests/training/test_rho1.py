@@ -178,6 +178,41 @@ def test_layouts_keep_the_tokens_of_the_single_process(
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=f"{name} {column}")
 
 
+EXCESS = (
+    *("--selection", "eslm", "--eslm-score", "excess", "--reference-losses", "self"),
+    *("--eslm-scope", "step", "--eslm-alpha", "0.25", "--eslm-proxy-stride", "2"),
+    *("--global-batch-size", 4 * ROWS),
+)
+
+
+def test_excess_at_both_levels_is_the_same_in_every_layout(
+    text: list[str], reference: Path, tmp_path: Path
+) -> None:
+    pp, tp = "--pipeline-model-parallel-size", "--tensor-model-parallel-size"
+    layouts = {"one": (1, ()), "pp2": (2, (pp, 2)), "tp2": (2, (tp, 2)), "pp2dp2": (4, (pp, 2))}
+    outcomes = {}
+    for name, (world, flags) in layouts.items():
+        dp = 2 if "dp2" in name else 1
+        argv = words(
+            text,
+            *(*EXCESS, *flags, "--dump-selection", tmp_path / name),
+            micro_batch_size=ROWS // dp,
+        )
+        metrics = tmp_path / f"{name}.jsonl"
+        outcomes[name] = run_ranks(world, lambda rank, a=argv, m=metrics: train(a, m))[0]
+    for name in layouts:
+        assert_same_dumps(tmp_path / name, tmp_path / "one")
+        for column in ("loss", "tau_instance", "tau_token"):
+            a, b = outcomes[name].column(column), outcomes["one"].column(column)
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=f"{name} {column}")
+    assert outcomes["one"].column("kept_instances") == [0.75] * 4
+    first = read_dumps(tmp_path / "one")["iter0000001.npz"]
+    kept = first["instance_kept"]
+    assert first["instance_scores"][kept].min() >= first["instance_scores"][~kept].max()
+    # By excess, not by loss: losses of an untrained model over 257 bytes are above 5.
+    assert first["instance_scores"].max() < 5.0
+
+
 @pytest.mark.parametrize("head", ["keep", "recompute"])
 def test_ledgers(
     text: list[str], sources: dict[str, tuple[str, str]], tmp_path: Path, head: str
@@ -372,6 +407,8 @@ def test_refusals(text: list[str], reference: Path, tmp_path: Path) -> None:
             "path": refused(*rho1, "--reference-losses", "runs/self"),
             "eslm": refused(*online),
             "clm": refused("--selection", "clm", *stored),
+            "excess": refused("--eslm-score", "excess"),
+            "excess, live": refused("--eslm-score", "excess", *online),
             "no losses": refused(*rho1, "--reference-losses", "none"),
             "other text": refused(*rho1, *stored, data=[text[0], other]),
             "no folder": refused(*rho1, "--reference", tmp_path / "none"),
@@ -385,6 +422,8 @@ def test_refusals(text: list[str], reference: Path, tmp_path: Path) -> None:
         "path": "--reference-losses 'runs/self' is not a name",
         "eslm": "--reference has no meaning with --selection eslm",
         "clm": "--reference-losses has no meaning with --selection clm",
+        "excess": "--eslm-score excess needs the losses of a reference model. Score the text once",
+        "excess, live": "--eslm-score excess scores sequences by stored losses and --reference",
         "no losses": f"--reference-losses none: {losses_path(text[0], 'none')}",
         "other text": f"--reference-losses self: {losses_path(other, 'self')}",
         "no folder": f"--reference {tmp_path / 'none'} cannot be used as a reference model: there",

@@ -23,11 +23,19 @@ class ESLM(SelectionPolicy):
         assert statistics.entropy_N is not None
         return statistics.entropy_N
 
+    def _risk(self, scored: ScoredBatch) -> torch.Tensor:
+        """float32 [M, P]: loss, entropy, or loss minus that of the reference model."""
+        if not self.traits.needs_reference:
+            return scored.risk_MP
+        # An infinite loss of the reference must not pass for a token that takes no part.
+        excess_MP = scored.risk_MP - scored.reference_MP
+        return torch.where(scored.reference_MP.isfinite(), excess_MP, torch.nan)
+
     def score_sequences(self, scored: ScoredBatch) -> torch.Tensor:
         # Mean over valid positions (line 4); a row without any is excluded.
         num_valid_M = scored.valid_MP.sum(dim=1)
-        sum_M = torch.where(scored.valid_MP, scored.risk_MP, 0.0).sum(dim=1)
+        sum_M = torch.where(scored.valid_MP, self._risk(scored), 0.0).sum(dim=1)
         return torch.where(num_valid_M > 0, sum_M / num_valid_M.clamp(min=1), EXCLUDED)
 
     def score_tokens(self, scored: ScoredBatch) -> torch.Tensor:
-        return scored.risk_MP
+        return self._risk(scored)
