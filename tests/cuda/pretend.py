@@ -199,7 +199,8 @@ class PretendCuda(TorchDispatchMode):
     # -- what is noted ------------------------------------------------------------------------
     def where(self) -> str:
         for frame in reversed(traceback.extract_stack(limit=60)):
-            if frame.filename.startswith(self.root) and "tests/cuda/pretend" not in frame.filename:
+            ours = frame.filename.startswith(self.root) and "/site-packages/" not in frame.filename
+            if ours and "tests/cuda/pretend" not in frame.filename:
                 return f"{os.path.relpath(frame.filename, self.root)}:{frame.lineno}  {frame.line}"
         return "?"
 

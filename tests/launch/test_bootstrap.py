@@ -75,7 +75,7 @@ def watched(meeting: Meeting) -> None:
     watchdog = job_watchdog(meeting, Phases(), 60.0)
     assert watchdog is not None
     if meeting.rank == 1:
-        while watchdog._courier.num_exchanges < 3:
+        while watchdog._client.num_exchanges < 3:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     init_distributed(meeting=meeting, connect_seconds=30.0)

@@ -351,7 +351,7 @@ def test_the_papers_ledger_of_greats_by_hand(data: list[str]) -> None:
     work = Work(tokens=24_576, tokens_deep=20_480, tokens_scored=20_480, tokens_trained=20_480)
     greats, plain = FlopsModel(**sizes, alignment_rows=(12, 6)), FlopsModel(**sizes)
     once = 18 * 1024 * 611_149_824 + 78 * 421_175_230_464
-    assert greats.paper_flops(work) - plain.paper(work) == pytest.approx(2 * once, rel=1e-9)
+    assert greats.paper_flops(work) - plain.paper_flops(work) == pytest.approx(2 * once, rel=1e-9)
 
 
 def refusals(data: list[str], world: int, cases: list[tuple]) -> list[str]:

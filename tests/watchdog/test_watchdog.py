@@ -111,7 +111,7 @@ class Job:
             process=replace(process, namespace=process.namespace + self._places[rank]),
         )
         watchdog.start()
-        client = watchdog._courier
+        client = watchdog._client
         wait_until(lambda: client.neighbours is not None)
         (self._ready / str(rank)).touch()
         self._work(rank, phases, watchdog)
@@ -391,7 +391,7 @@ def test_ranks_that_end_with_their_launcher_are_not_to_blame(tmp_path: Path) -> 
     watchdog = Watchdog(
         Phases(), rank=0, world_size=2, store=store, timeout_seconds=600, launcher=launcher
     )
-    watchdog._courier.neighbours = {1: replace(Process.this(), started=0)}
+    watchdog._client.neighbours = {1: replace(Process.this(), started=0)}
     found = watchdog._look(0.2, news=False)
     assert isinstance(found, Diagnosis) and (found.rank, found.did) == (1, "died")
     gone.append("torchrun (pid 4)")
