@@ -1,7 +1,7 @@
-"""Standard callbacks: profiler, selection dump, evaluation, report, checkpoints.
+"""Standard callbacks: selection dump, evaluation, report, checkpoints, profiler.
 
-Order matters: a report includes the evaluation of its step. Checkpoints come last, so that all
-records of a step are written before the step counts as saved.
+Order matters: a report includes the evaluation of its step. A checkpoint comes after all records of
+its step. A profile begins after that, so that it holds steps only.
 """
 
 from __future__ import annotations
