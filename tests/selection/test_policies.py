@@ -90,7 +90,7 @@ def test_a_sequence_scores_the_mean_over_its_valid_positions() -> None:
     valid_MT = torch.tensor([[True] * 3, [True, False, True], [False] * 3])
     before = risk_MT.clone()
     got = policy()
-    scores_M = got.score_sequences(scored(got, valid_MT, risk_MT))
+    scores_M = got.sequence_scores(scored(got, valid_MT, risk_MT))
     assert scores_M.tolist() == [3.0, 3.0, EXCLUDED]
     assert torch.equal(risk_MT.nan_to_num(), before.nan_to_num())
 
@@ -98,7 +98,7 @@ def test_a_sequence_scores_the_mean_over_its_valid_positions() -> None:
 def test_a_valid_nan_makes_the_score_nan() -> None:
     risk_MT = torch.tensor([[1.0, math.nan], [1.0, math.inf]])
     got, valid_MT = policy(), torch.ones(2, 2, dtype=torch.bool)
-    scores_M = got.score_sequences(scored(got, valid_MT, risk_MT))
+    scores_M = got.sequence_scores(scored(got, valid_MT, risk_MT))
     assert scores_M.isnan().tolist() == [True, False]
     assert scores_M[1] == math.inf
 
@@ -183,7 +183,7 @@ def test_random_keeps_its_share_and_every_place_as_often(alpha: float) -> None:
 def test_random_gives_rows_without_labels_no_place() -> None:
     valid_MT = torch.tensor([[True, False], [False, False], [False, True]])
     got = policy(selection="random")
-    scores_M = got.score_sequences(scored(got, valid_MT))
+    scores_M = got.sequence_scores(scored(got, valid_MT))
     assert (scores_M == EXCLUDED).tolist() == [False, True, False]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from megatron_eslm.ops.head.statistics import HeadStatistics
-from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.selection.policy import SelectionPolicy, register
 from megatron_eslm.selection.scored import ScoredBatch
 
@@ -32,10 +31,9 @@ class ESLM(SelectionPolicy):
         return torch.where(scored.reference_MP.isfinite(), excess_MP, torch.nan)
 
     def score_sequences(self, scored: ScoredBatch) -> torch.Tensor:
-        # Mean over valid positions (line 4); a row without any is excluded.
-        num_valid_M = scored.valid_MP.sum(dim=1)
+        # Mean over valid positions (line 4).
         sum_M = torch.where(scored.valid_MP, self._risk(scored), 0.0).sum(dim=1)
-        return torch.where(num_valid_M > 0, sum_M / num_valid_M.clamp(min=1), EXCLUDED)
+        return sum_M / scored.valid_MP.sum(dim=1).clamp(min=1)
 
     def score_tokens(self, scored: ScoredBatch) -> torch.Tensor:
         return self._risk(scored)

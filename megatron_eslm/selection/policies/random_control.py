@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from megatron_eslm.data.batch import Rows
-from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.parallel.seeding import derive_seed, uniform
 from megatron_eslm.selection.policy import SelectionPolicy, register
 from megatron_eslm.selection.scored import ScoredBatch
@@ -31,8 +30,7 @@ class RandomControl(SelectionPolicy):
         return uniform(seed, first, count, like.device).view(rows.num_rows, positions)
 
     def score_sequences(self, scored: ScoredBatch) -> torch.Tensor:
-        scores_M = self._uniform("instance", scored.rows, 1, scored.valid_MP).squeeze(1)
-        return torch.where(scored.valid_MP.any(dim=1), scores_M, EXCLUDED)
+        return self._uniform("instance", scored.rows, 1, scored.valid_MP).squeeze(1)
 
     def score_tokens(self, scored: ScoredBatch) -> torch.Tensor:
         return self._uniform("token", scored.rows, scored.valid_MP.shape[1], scored.valid_MP)
