@@ -25,8 +25,8 @@ from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from megatron_eslm.training.build import build_engine, build_model
-from megatron_eslm.training.candidates import rows_of_rank
 from megatron_eslm.training.step_batches import StepBatches
+from megatron_eslm.training.step_selection import rows_of_rank
 from megatron_eslm.watchdog.phases import Phases
 
 

@@ -11,9 +11,9 @@ import pytest
 from megatron_eslm.config.flags import options
 from megatron_eslm.config.run import GROUPS, PAGES
 from megatron_eslm.limits import flag_of
-from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.registry import POLICIES
+from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.selection.state import Peers, SelectionState
 
 from .selection.scoring import scored

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_eslm.checkpoint.find import CheckpointInfo
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.options import Lora
+from megatron_eslm.model.model_options import Lora
 
 _TO_WEIGHTS = "start a new run from its weights with --finetune"
 

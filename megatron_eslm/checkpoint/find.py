@@ -19,7 +19,7 @@ from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.json_file import read_json
 from megatron_eslm.files.schema import STRICT, Count, Size, parse_as
-from megatron_eslm.model.options import Lora, ModelOptions
+from megatron_eslm.model.model_options import Lora, ModelOptions
 from megatron_eslm.model.shape import ModelShape
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.json_file import read_json
 from megatron_eslm.files.schema import parse_as
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.selection.options import Scope
+from megatron_eslm.selection.selection_options import Scope
 
 
 def holds_nothing_yet(options: CheckpointOptions) -> bool:

@@ -16,7 +16,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.schema import STRICT, Count, Size, read_as
 from megatron_eslm.model.hf.gpt2_names import num_weights, weight_sizes
 from megatron_eslm.model.lora import adapter_names, is_adapter
-from megatron_eslm.model.options import Lora
+from megatron_eslm.model.model_options import Lora
 from megatron_eslm.model.shape import ModelShape
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

@@ -28,7 +28,7 @@ from megatron_eslm.planning.hardware import (
     assumptions,
     machine_of,
 )
-from megatron_eslm.planning.report import plans_values, report
+from megatron_eslm.planning.plan_report import plans_values, report
 from megatron_eslm.planning.request import Request
 from megatron_eslm.planning.search import Pins, search
 from megatron_eslm.planning.tables import TABLES

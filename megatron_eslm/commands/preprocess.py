@@ -18,7 +18,7 @@ from typing import Annotated
 from megatron_eslm.command_line import command
 from megatron_eslm.config.flags import parse_options
 from megatron_eslm.data.bad_lines import OnBadLine
-from megatron_eslm.data.options import TokenizerType
+from megatron_eslm.data.data_options import TokenizerType
 from megatron_eslm.limits import Flag
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 from megatron_eslm.command_line import command
 from megatron_eslm.config.flags import parse_options
-from megatron_eslm.data.options import TokenizerType
+from megatron_eslm.data.data_options import TokenizerType
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.limits import ONE_OR_MORE, Flag
 from megatron_eslm.selection.reference_options import is_plain_name
@@ -85,7 +85,7 @@ def score(options: ScoreOptions) -> None:
     """Score all prefixes, one after the other."""
     import torch
 
-    from megatron_eslm.data.options import DataOptions
+    from megatron_eslm.data.data_options import DataOptions
     from megatron_eslm.data.reference_losses import losses_path
     from megatron_eslm.data.source import open_data
     from megatron_eslm.frozen.reference import find_reference, load_reference

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_eslm.config import deepspeed_json
 from megatron_eslm.config.flags import flag_of
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.options import ModelOptions
+from megatron_eslm.model.model_options import ModelOptions
 from megatron_eslm.model.shape import PRESETS, ModelShape, Preset
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.selection.build import policy_traits
-from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.selection_options import SelectionOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from megatron_eslm.config.training_options import (
     OptimizerOptions,
     TrainingOptions,
 )
-from megatron_eslm.model.options import ModelOptions
+from megatron_eslm.model.model_options import ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)

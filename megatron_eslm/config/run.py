@@ -1,9 +1,8 @@
-"""All options of a run: parsing, resolving, and rules across components."""
+"""All options of a run: parsing and resolving."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +10,10 @@ from typing import Any
 import torch
 
 from megatron_eslm.config import deepspeed_json
+from megatron_eslm.config.fill_training import fill_optimizer, fill_training
 from megatron_eslm.config.filler import SHAPE, Filler, with_shape
 from megatron_eslm.config.flags import flag_of, parse_groups
-from megatron_eslm.config.layouts import (
-    LayoutRequest,
-    check_layout_rules,
-    early_exit_layers,
-    layout_table,
-    layout_warnings,
-)
+from megatron_eslm.config.layouts import layout_table
 from megatron_eslm.config.resolved import (
     ResolvedEngine,
     ResolvedModel,
@@ -27,7 +21,13 @@ from megatron_eslm.config.resolved import (
     ResolvedTraining,
     resolved,
 )
-from megatron_eslm.config.schedule import fill_schedule
+from megatron_eslm.config.rules import (
+    check_engine_options,
+    check_lora,
+    check_model_options,
+    check_reference,
+    check_split,
+)
 from megatron_eslm.config.scope import fill_scope, warn_of_ramp
 from megatron_eslm.config.training_options import (
     CheckpointOptions,
@@ -37,20 +37,16 @@ from megatron_eslm.config.training_options import (
     TrainingOptions,
 )
 from megatron_eslm.data.batch_schedule import BatchSchedule
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.label_noise import check_label_noise
-from megatron_eslm.data.options import DataOptions
-from megatron_eslm.data.skipped_samples import parse_ranges
-from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.options import ModelOptions
+from megatron_eslm.model.model_options import ModelOptions
 from megatron_eslm.model.shape import PRESETS, ModelShape, Preset, pad_vocab_size
-from megatron_eslm.objectives.options import ObjectiveOptions, check_objective
+from megatron_eslm.objectives.objective_options import ObjectiveOptions, check_objective
 from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.parallel.mesh import check_layout
 from megatron_eslm.selection.build import policy_traits
-from megatron_eslm.selection.options import Scope, SelectionOptions
 from megatron_eslm.selection.reference_options import ReferenceOptions
-
-logger = logging.getLogger(__name__)
+from megatron_eslm.selection.selection_options import Scope, SelectionOptions
 
 GROUPS: dict[str, type] = {
     "model": ModelOptions,
@@ -246,7 +242,7 @@ def resolve(
     dp_size = check_layout(
         world_size, engine.tensor_model_parallel_size, engine.pipeline_model_parallel_size
     )
-    _check_engine(engine)
+    check_engine_options(engine)
 
     if preset is None:
         needed = {model: SHAPE, training: ("micro_batch_size", "train_iters"), optimizer: ("lr",)}
@@ -261,9 +257,9 @@ def resolve(
         ffn_hidden_size=fill(model, "ffn_hidden_size", 4 * hidden_size),
         seq_length=fill(model, "seq_length"),
     )
-    _check_model(model, selection)
-    _check_reference(selection, reference, data)
-    _check_lora(model, selection, checkpoint)
+    check_model_options(model, selection)
+    check_reference(selection, reference, data)
+    check_lora(model, selection, checkpoint)
     check_objective(objective, selection.selection, loads=checkpoint.load is not None, given=given)
     check_label_noise(data.label_noise, model.seq_length)
     if preset is DEMO_PRESET:
@@ -275,13 +271,13 @@ def resolve(
             gradient_accumulation_steps=steps * dp_size,
         )
         fill = Filler(given, json, preset)
-    training = _fill_training(
+    training = fill_training(
         training, fill, preset, dp_size, deepspeed_json.accumulation_steps(json)
     )
-    optimizer = _fill_optimizer(optimizer, fill, training)
+    optimizer = fill_optimizer(optimizer, fill, training)
 
     steps = training.global_batch_size // (training.micro_batch_size * dp_size)
-    _check_layout(model, selection, engine, steps)
+    check_split(model, selection, engine, steps)
     selection = fill_scope(
         selection,
         dp_size=dp_size,
@@ -324,179 +320,4 @@ def resolve(
         dp_size=dp_size,
         gradient_accumulation_steps=steps,
         deepspeed=full_json,
-    )
-
-
-def _check_engine(engine: EngineOptions) -> None:
-    if engine.bf16 and engine.fp16:
-        raise ConfigError("bf16 and fp16 are both enabled, by flags and DeepSpeed JSON together.")
-    cuda = torch.cuda.is_available()
-    if engine.bf16 and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(
-            f"--bf16 needs a GPU of compute capability 8.0 or newer (A100, H100) and this one is "
-            f"{torch.cuda.get_device_name()}. Use --fp16, or neither."
-        )
-    if engine.fp16 and not cuda:
-        from deepspeed.accelerator import get_accelerator
-
-        if not get_accelerator().is_fp16_supported():
-            raise ConfigError("--fp16 is not supported by this processor; use --bf16 or neither.")
-
-
-def _check_model(model: ResolvedModel, selection: SelectionOptions) -> None:
-    if model.hidden_size % model.num_attention_heads:
-        raise ConfigError(
-            f"--hidden-size {model.hidden_size} is not a multiple of --num-attention-heads "
-            f"{model.num_attention_heads}; change one of them."
-        )
-    depth = early_exit_layers(selection)
-    if depth >= model.num_layers:
-        raise ConfigError(
-            f"--eslm-proxy-layers {depth} must be smaller than --num-layers {model.num_layers}: "
-            "the early exit would be the whole model."
-        )
-    if depth and selection.eslm_proxy_stride > model.seq_length:
-        raise ConfigError(
-            f"--eslm-proxy-stride {selection.eslm_proxy_stride} is longer than --seq-length "
-            f"{model.seq_length}; it would score one position per sequence. Lower it."
-        )
-
-
-def _check_lora(
-    model: ModelOptions, selection: SelectionOptions, checkpoint: CheckpointOptions
-) -> None:
-    if model.lora is None:
-        return
-    if checkpoint.load is None:
-        raise ConfigError(
-            f"--lora-rank {model.lora_rank} trains adapters on top of existing weights, but --load "
-            "is not set. Give --load (tools/convert_from_hf.py converts a Hugging Face GPT-2), or "
-            "leave out --lora-rank."
-        )
-    if policy_traits(selection).needs_gradients:
-        raise ConfigError(
-            f"--selection greats computes inner products of the gradients of all weights, but "
-            f"--lora-rank {model.lora_rank} freezes them. Use another --selection, or leave out "
-            "--lora-rank."
-        )
-
-
-def _check_reference(
-    selection: SelectionOptions, reference: ReferenceOptions, data: DataOptions
-) -> None:
-    traits = policy_traits(selection)
-    needed, method = traits.needs_reference, f"--selection {selection.selection}"
-    # A live model is there where tokens are scored, not where sequences are.
-    live = needed and not traits.selects_sequences
-    if "eslm_score" in traits.reads:
-        method = f"--eslm-score {selection.eslm_score}"
-    stored = (
-        "Score the text once with tools/score_reference.py and give its --name as "
-        "--reference-losses"
-    )
-    if needed and not reference.given:
-        also = ", or give --reference a folder of checkpoints" if live else ""
-        raise ConfigError(f"{method} needs the losses of a reference model. {stored}{also}.")
-    if needed and not live and reference.reference is not None:
-        raise ConfigError(
-            f"{method} scores sequences by stored losses and --reference {reference.reference} "
-            f"names a model. {stored}, or select tokens only with --eslm-level token."
-        )
-    if reference.given and not needed:
-        flag = "--reference" if reference.reference is not None else "--reference-losses"
-        raise ConfigError(
-            f"{flag} has no meaning with --selection {selection.selection}, which uses no "
-            f"reference model. Leave out {flag}, or use --selection rho1 or --eslm-score excess."
-        )
-    if reference.reference_losses is not None and data.label_noise:
-        raise ConfigError(
-            f"--label-noise {data.label_noise:g} with --reference-losses "
-            f"{reference.reference_losses}: the stored losses are those of the original targets, "
-            "not of the permuted ones. Use --reference, which scores the targets used in training."
-        )
-
-
-def _check_layout(
-    model: ResolvedModel, selection: SelectionOptions, engine: ResolvedEngine, micro_steps: int
-) -> None:
-    asked = LayoutRequest(
-        tp=engine.tensor_model_parallel_size,
-        pp=engine.pipeline_model_parallel_size,
-        zero_stage=engine.zero_stage,
-        cpu_offload=engine.cpu_offload,
-        bf16=engine.bf16,
-        fp16=engine.fp16,
-        sequence_parallel=engine.sequence_parallel,
-        split=engine.pipeline_blocks,
-        micro_steps=micro_steps,
-        early_exit=early_exit_layers(selection),
-        num_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        ffn_hidden_size=model.ffn_hidden_size,
-        seq_length=model.seq_length,
-        needs_gradients=policy_traits(selection).needs_gradients,
-        compiles=model.compile,
-        drops_out=model.hidden_dropout > 0 or model.attention_dropout > 0,
-        trains_adapters=model.lora is not None,
-        last_mlp_kept=model.last_mlp_backward == "kept",
-    )
-    check_layout_rules(asked)
-    for warning in layout_warnings(asked):
-        logger.warning("%s", warning)
-
-
-def _fill_training(
-    training: TrainingOptions,
-    fill: Filler,
-    preset: Preset | None,
-    dp_size: int,
-    accumulation_steps: int | None,
-) -> ResolvedTraining:
-    micro = fill(training, "micro_batch_size")
-    # The presets' 40 micro-steps are divided among the ranks, as in the paper's runs.
-    default = micro * (preset.gradient_accumulation_steps if preset else dp_size)
-    if accumulation_steps is not None:
-        default = micro * accumulation_steps * dp_size
-    total = fill(training, "global_batch_size", default)
-    BatchSchedule(total, training.rampup_batch_size).check(micro, dp_size)
-    parse_ranges(training.skip_samples)
-    iters = fill(training, "train_iters", preset.lr_decay_iters if preset else None)
-    return resolved(
-        ResolvedTraining,
-        training,
-        micro_batch_size=micro,
-        global_batch_size=total,
-        train_iters=iters,
-        eval_interval=fill(training, "eval_interval", min(1000, max(1, iters // 10))),
-    )
-
-
-def _fill_optimizer(
-    optimizer: OptimizerOptions, fill: Filler, training: ResolvedTraining
-) -> ResolvedOptimizer:
-    lr = fill(optimizer, "lr")
-    min_lr = fill(optimizer, "min_lr", lr / 10)
-    if "lr" in fill.given and "min_lr" not in fill.given and min_lr > lr:
-        min_lr = lr / 10
-    if min_lr > lr:
-        raise ConfigError(f"--min-lr {min_lr:g} is above --lr {lr:g}.")
-    warmup, decay = fill_schedule(
-        training.train_iters, optimizer.lr_warmup_iters, optimizer.lr_decay_iters, fill.preset
-    )
-    if warmup > training.train_iters:
-        logger.warning(
-            "--train-iters %d ends before the warm-up of --lr-warmup-iters %d: the learning rate "
-            "never reaches --lr %g.",
-            training.train_iters,
-            warmup,
-            lr,
-        )
-    return resolved(
-        ResolvedOptimizer,
-        optimizer,
-        lr=lr,
-        min_lr=min_lr,
-        lr_warmup_iters=warmup,
-        lr_decay_iters=decay,
-        clip_grad=fill(optimizer, "clip_grad"),
     )

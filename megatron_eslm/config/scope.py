@@ -10,7 +10,7 @@ from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.selection.build import policy_traits
-from megatron_eslm.selection.options import Scope, SelectionOptions
+from megatron_eslm.selection.selection_options import Scope, SelectionOptions
 
 logger = logging.getLogger(__name__)
 

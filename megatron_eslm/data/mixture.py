@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.label_noise import LabelNoise
 from megatron_eslm.data.limits import check_order
 from megatron_eslm.data.megatron_imports import gpt_dataset
-from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.plan import MixtureReport, document_ranges, plan_mixture
 from megatron_eslm.data.reference_losses import ReferenceLosses
 from megatron_eslm.data.shared_folder import shared_folder

@@ -6,8 +6,8 @@ import logging
 import math
 from dataclasses import dataclass
 
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.index_file import read_index
-from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.skipped_samples import SkippedSamples
 from megatron_eslm.data.source import DataSource, parse_split
 from megatron_eslm.errors import ConfigError

@@ -12,11 +12,11 @@ from decimal import Decimal
 from fractions import Fraction
 
 from megatron_eslm.data.contents import check_ends, check_ids, check_meta, check_sum, fingerprint
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.document_ends import check_document_ends
 from megatron_eslm.data.index_file import IndexFile, read_index
 from megatron_eslm.data.limits import check_domains
 from megatron_eslm.data.meta import DataMeta, read_meta
-from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.tokenizers.build import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.ranks import first_on_machine, has_group, rank_zero_first

@@ -2,7 +2,7 @@
 
 Each stage is a GPT with its own blocks. Stages pass hidden states; labels are not sent, since the
 first and the last stage read the same batches. Sequences are selected before a step
-(training.candidates), never inside the model.
+(training.step_selection), never inside the model.
 """
 
 from __future__ import annotations

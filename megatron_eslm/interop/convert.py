@@ -11,7 +11,7 @@ from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
 from megatron_eslm.errors import ConfigError, Failure
 from megatron_eslm.interop import huggingface
 from megatron_eslm.interop.prompts import prompts_ids
-from megatron_eslm.interop.publish import published
+from megatron_eslm.interop.whole_folder import published
 from megatron_eslm.model.hf.gpt2_folder import from_gpt2, load_gpt2
 
 

@@ -23,7 +23,7 @@ from megatron_eslm.model.init import init_parameters
 from megatron_eslm.model.instance_selector import InstanceSelector, Selected
 from megatron_eslm.model.layers import Block, Embedding, FinalNorm, Layout
 from megatron_eslm.model.lora import freeze_all_but_adapters
-from megatron_eslm.model.options import Lora
+from megatron_eslm.model.model_options import Lora
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.objectives.base import Objective
 from megatron_eslm.objectives.loss_tokens import LossTokens
@@ -32,8 +32,8 @@ from megatron_eslm.ops.head.statistics import VocabShard
 from megatron_eslm.ops.kept_tokens_mlp import LossTokenIndex
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.selection.build import build_policy
-from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policy import SelectionPolicy
+from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from megatron_eslm.model.dropout import DropoutKey, NamedDropout
 from megatron_eslm.model.lora import AdaptedColumnLinear, AdaptedRowLinear
-from megatron_eslm.model.options import Lora
+from megatron_eslm.model.model_options import Lora
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.kept_tokens_mlp import LossTokenIndex, kept_tokens_mlp
 from megatron_eslm.parallel.mesh import Mesh

@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import nn
 
-from megatron_eslm.model.options import Lora
+from megatron_eslm.model.model_options import Lora
 
 LORA_A, LORA_B = ".lora_a", ".lora_b"
 """Suffixes of the names of an adapter's factors: [R, in] and [out, R]."""

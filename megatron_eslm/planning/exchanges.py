@@ -1,7 +1,7 @@
 """Communication in a step: volumes, groups and times of all collectives.
 
 Volumes follow the code: megatron-core's layers for tensor parallelism, DeepSpeed for gradients and
-traffic between stages, ops/keep_rule.py and training/candidates.py for selection. Candidates'
+traffic between stages, ops/keep_rule.py and training/step_selection.py for selection. Candidates'
 scores within a model-parallel group (4 bytes each, once per step) are left out.
 """
 

@@ -31,7 +31,7 @@ class Accelerator:
     gpus_per_node: int
     efficiency: float
     """Share of the peak that large matmuls reach in training. Not a vendor's number: fitted to
-    published throughputs (planning/published.py)."""
+    published throughputs (planning/published_throughputs.py)."""
 
 
 # NVIDIA A100 datasheet (June 2021): 312 TFLOPS bf16 dense; 1,555 GB/s (40 GB) and 2,039 GB/s (80

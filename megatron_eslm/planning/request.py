@@ -19,7 +19,7 @@ from megatron_eslm.config.scope import fill_scope
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.limits import ONE_OR_MORE, Flag, check_fields
 from megatron_eslm.model.shape import PRESETS
-from megatron_eslm.selection.options import Scope
+from megatron_eslm.selection.selection_options import Scope
 
 GPT2_VOCAB_SIZE = 50_257
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.planning.hardware import Machine
-from megatron_eslm.planning.published import PUBLISHED, predicted
+from megatron_eslm.planning.published_throughputs import PUBLISHED, predicted
 from megatron_eslm.planning.request import Request
 from megatron_eslm.planning.search import Plan, search
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.selection.state import SelectionState
 
 

@@ -6,9 +6,9 @@ import importlib
 import pkgutil
 
 from megatron_eslm.selection import policies
-from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.registry import POLICIES
+from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.selection.state import Peers, SelectionState
 from megatron_eslm.selection.traits import PolicyTraits
 

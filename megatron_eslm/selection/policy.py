@@ -15,9 +15,9 @@ from megatron_eslm.data.batch import Batch, Rows
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.head.statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import EXCLUDED, KeepDecision, keep_riskiest, num_to_keep
-from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.registry import POLICIES
 from megatron_eslm.selection.scored import ScoredBatch
+from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.selection.state import Peers, SelectionState
 from megatron_eslm.selection.traits import PolicyTraits, Source
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_eslm.selection.options import Scope
+from megatron_eslm.selection.selection_options import Scope
 
 Source = Literal["nothing", "policy", "head"]
 """Source of scores: none (no selection at this level), the policy alone (no logits needed), or loss

@@ -25,11 +25,6 @@ from megatron_eslm.cost.stages import plan_stages, plan_text
 from megatron_eslm.data.mixture import build_datasets
 from megatron_eslm.engine.compile import check_compiler, compile_blocks
 from megatron_eslm.engine.engine import Engine, EngineSettings
-from megatron_eslm.frozen.objective import (
-    build_objective,
-    find_run_teacher,
-    teacher_shape,
-)
 from megatron_eslm.frozen.reference import find_run_reference, load_reference
 from megatron_eslm.launch.bootstrap import set_timeout_of_all_groups
 from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt
@@ -42,6 +37,11 @@ from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.selection.build import build_policy
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.state import Peers, Recorder
+from megatron_eslm.training.build_objective import (
+    build_objective,
+    find_run_teacher,
+    teacher_shape,
+)
 from megatron_eslm.training.callbacks import standard_callbacks
 from megatron_eslm.training.gradient_alignment import (
     align_before_micro_steps,

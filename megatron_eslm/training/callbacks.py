@@ -15,12 +15,17 @@ import torch
 from megatron_eslm.checkpoint.save import save_checkpoint
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.flops import device_peak_flops
-from megatron_eslm.engine.schedule import learning_rate
+from megatron_eslm.engine.learning_rate import learning_rate
 from megatron_eslm.training.dump import dump_selection, read_tokens
 from megatron_eslm.training.evaluate import Evaluation, evaluate
 from megatron_eslm.training.loop import Callback, StepOutcome, Trainer
 from megatron_eslm.training.profile import Profiler
-from megatron_eslm.training.report import Speed, metrics_line, progress_line, write_monitors
+from megatron_eslm.training.progress_report import (
+    Speed,
+    metrics_line,
+    progress_line,
+    write_monitors,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from megatron_eslm.checkpoint.stored_shape import holds_nothing_yet, stored_run
 from megatron_eslm.config.filler import MissingFlags
 from megatron_eslm.config.run import RunConfig, parse_flags, resolve
 from megatron_eslm.config.training_options import CheckpointOptions
-from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.data_options import DataOptions
 
 
 def read_command_line(argv: Sequence[str], world_size: int) -> RunConfig:

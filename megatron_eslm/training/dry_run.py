@@ -16,9 +16,6 @@ from megatron_eslm.data.plan import (
     MixtureReport,
 )
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.frozen.objective import (
-    teacher_shape,
-)
 from megatron_eslm.frozen.reference import find_run_reference
 from megatron_eslm.frozen.teacher import find_teacher
 from megatron_eslm.model.arithmetic import adapter_params
@@ -26,6 +23,9 @@ from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.parallel.collectives import on_rank_zero
 from megatron_eslm.selection.alpha import AlphaController
 from megatron_eslm.selection.state import SelectionState
+from megatron_eslm.training.build_objective import (
+    teacher_shape,
+)
 from megatron_eslm.training.header import batch_text, layout_text, machine_text
 from megatron_eslm.training.method import method_text
 from megatron_eslm.training.reading_plan import ReadingPlan

@@ -18,7 +18,7 @@ from megatron_eslm.cost.flops import FlopsModel
 from megatron_eslm.data.loader import build_loader
 from megatron_eslm.data.mixture import Datasets
 from megatron_eslm.engine.engine import Engine
-from megatron_eslm.engine.schedule import learning_rate
+from megatron_eslm.engine.learning_rate import learning_rate
 from megatron_eslm.launch.signals import StopSignal
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.alpha import AlphaController

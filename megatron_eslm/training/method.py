@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_eslm.selection.build import policy_traits
-from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.selection_options import SelectionOptions
 
 _LEVELS = {
     (True, True): "both",

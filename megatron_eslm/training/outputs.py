@@ -19,7 +19,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.lock import FileLock
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.training.dump import take_dump_folder
-from megatron_eslm.training.report import MetricsFile, run_summary
+from megatron_eslm.training.progress_report import MetricsFile, run_summary
 
 
 class Outputs:

@@ -16,8 +16,8 @@ from megatron_eslm.checkpoint.resume import (
 )
 from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.config.run import RunConfig
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.demo_corpus import prepare_demo_corpus
-from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.plan import (
     MixtureReport,
     check_epochs,

@@ -17,7 +17,7 @@ from megatron_eslm.data.mixture import Mixture
 from megatron_eslm.engine.engine import Engine
 from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.selection.state import SelectionRecord
-from megatron_eslm.training.candidates import Selection, rows_of_rank, select_candidates
+from megatron_eslm.training.step_selection import Selection, rows_of_rank, select_candidates
 
 Arrays = dict[str, torch.Tensor]
 """A batch as the loader yields it."""

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron_eslm.config.run import RunConfig, parse_flags, parse_run, resolve
-from megatron_eslm.engine.schedule import learning_rate
+from megatron_eslm.engine.learning_rate import learning_rate
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.shape import ModelShape
-from megatron_eslm.training.report import run_summary
+from megatron_eslm.training.progress_report import run_summary
 
 from ..argv import later_wins
 

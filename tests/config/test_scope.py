@@ -8,7 +8,7 @@ import pytest
 
 from megatron_eslm.config.run import RunConfig, parse_flags, parse_run, resolve
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.selection.options import Scope
+from megatron_eslm.selection.selection_options import Scope
 from tests.argv import later_wins
 
 SHAPE = "--num-layers 4 --hidden-size 32 --num-attention-heads 2 --seq-length 16"

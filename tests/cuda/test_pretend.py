@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron_eslm.data.batch import Batch
 from megatron_eslm.frozen.model import FrozenModel
 from megatron_eslm.model.gpt import GPT, ModelSettings, bare_gpt, build_gpt
-from megatron_eslm.model.options import Lora
+from megatron_eslm.model.model_options import Lora
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.objectives.distillation import Distillation
@@ -27,7 +27,7 @@ from megatron_eslm.objectives.uncertainty import Uncertainty
 from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
 from megatron_eslm.selection.build import build_policy
-from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.selection.state import Peers, Recorder, SelectionRecord, SelectionState
 from megatron_eslm.training.gradient_alignment import gradient_products
 

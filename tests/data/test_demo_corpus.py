@@ -9,8 +9,8 @@ import os
 import pytest
 
 from megatron_eslm.data import demo_corpus
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.demo_corpus import prepare_demo_corpus, split_docstrings
-from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.source import open_data
 from megatron_eslm.data.verify import verify_data
 from megatron_eslm.errors import ConfigError

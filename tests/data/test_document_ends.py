@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.source import open_data
 from megatron_eslm.data.tokenizers.build import ByteTokenizer

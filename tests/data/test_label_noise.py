@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron_eslm.config.run import parse_run
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.label_noise import LabelNoise
 from megatron_eslm.data.loader import build_loader
 from megatron_eslm.data.mixture import Datasets, build_datasets
-from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.source import open_data
 from megatron_eslm.errors import ConfigError
 

@@ -9,10 +9,10 @@ import time
 import pytest
 import torch
 
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.loader import build_loader
 from megatron_eslm.data.loader_processes import LoaderError
 from megatron_eslm.data.mixture import Datasets, build_datasets
-from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.skipped_samples import SkippedSamples
 from megatron_eslm.data.source import open_data
 from megatron_eslm.errors import ConfigError

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.meta import read_meta
-from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.source import open_data
 from megatron_eslm.data.tokenizers.build import ByteTokenizer

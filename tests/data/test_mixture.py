@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from megatron_eslm.data import shared_folder
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.index_file import read_index
 from megatron_eslm.data.mixture import Datasets, build_datasets
-from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.plan import check_epochs, check_skipped, plan_mixture
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.skipped_samples import SkippedSamples

@@ -19,8 +19,8 @@ import psutil
 import pytest
 import torch
 
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.megatron_imports import indexed_dataset
-from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.source import open_data
 from megatron_eslm.data.tokenizers.build import ByteTokenizer

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.index_file import read_index
 from megatron_eslm.data.loader import build_loader
 from megatron_eslm.data.mixture import Datasets, build_datasets
-from megatron_eslm.data.options import DataOptions
 from megatron_eslm.data.reference_losses import (
     ReferenceMeta,
     ReferenceWriter,

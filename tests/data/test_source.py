@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eslm.data import index_file, source
-from megatron_eslm.data.options import DataOptions
+from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.plan import document_ranges
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.source import (

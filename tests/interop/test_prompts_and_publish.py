@@ -6,7 +6,7 @@ import pytest
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.interop.prompts import TEXTS, prompts_ids
-from megatron_eslm.interop.publish import published
+from megatron_eslm.interop.whole_folder import published
 from megatron_eslm.model.hf.gpt2_folder import from_gpt2
 
 from .conftest import files_of, random_gpt2

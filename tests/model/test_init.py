@@ -14,7 +14,7 @@ from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.selection.build import build_policy
-from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 
 from ..harness import run_ranks

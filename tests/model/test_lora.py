@@ -12,11 +12,11 @@ from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt, load_weights
 from megatron_eslm.model.lora import adapter_names, is_adapter
-from megatron_eslm.model.options import Lora, ModelOptions
+from megatron_eslm.model.model_options import Lora, ModelOptions
 from megatron_eslm.objectives.causal_lm import CausalLM
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.selection.build import build_policy
-from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from tests.harness import run_ranks
 

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_eslm.config.run import RunConfig, parse_run
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.objectives.options import ObjectiveOptions
+from megatron_eslm.objectives.objective_options import ObjectiveOptions
 
 
 def resolved(flags: str) -> RunConfig:

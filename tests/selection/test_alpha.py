@@ -9,7 +9,7 @@ import pytest
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.selection.alpha import AlphaController
-from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.selection.state import SelectionState
 
 

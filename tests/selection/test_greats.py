@@ -12,8 +12,8 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.ghost_products import GradientProducts
 from megatron_eslm.ops.keep_rule import EXCLUDED, num_to_keep
 from megatron_eslm.selection.build import build_policy, policy_traits
-from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policies.greats import Greats, choose_greedily
+from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.selection.state import Peers, SelectionState
 
 from .scoring import scored

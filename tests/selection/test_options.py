@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.selection_options import SelectionOptions
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5, -0.1])

@@ -12,12 +12,12 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.head.statistics import HeadStatistics
 from megatron_eslm.ops.keep_rule import EXCLUDED
 from megatron_eslm.selection.build import build_policy
-from megatron_eslm.selection.options import SelectionOptions
 from megatron_eslm.selection.policies.clm import CausalLM
 from megatron_eslm.selection.policies.eslm import ESLM
 from megatron_eslm.selection.policies.random_control import RandomControl
 from megatron_eslm.selection.policy import SelectionPolicy, register
 from megatron_eslm.selection.registry import POLICIES
+from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.selection.state import Peers, Recorder, SelectionRecord, SelectionState
 
 from ..harness import run_ranks

@@ -20,7 +20,7 @@ from megatron_eslm.ops.ghost_products import GradientProducts
 from megatron_eslm.ops.keep_rule import num_to_keep
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.selection.build import build_policy
-from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.selection.state import Peers, Recorder, SelectionState
 from megatron_eslm.training import gradient_alignment
 from megatron_eslm.training.gradient_alignment import check_covered, gradient_products

@@ -20,7 +20,7 @@ from megatron_eslm.files.lock import FileLock
 from megatron_eslm.training import dump
 from megatron_eslm.training.evaluate import Evaluation
 from megatron_eslm.training.loop import Callback, Trainer
-from megatron_eslm.training.report import MetricsFile
+from megatron_eslm.training.progress_report import MetricsFile
 from tests.harness import run_ranks
 
 from .runs import read_metrics, refusal, train, words

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_eslm.data.batch import Batch
 from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.parallel.mesh import build_mesh
-from megatron_eslm.training.candidates import Selection, rows_of_rank, select_candidates
+from megatron_eslm.training.step_selection import Selection, rows_of_rank, select_candidates
 from megatron_eslm.watchdog.phases import Phases
 
 from ..harness import run_ranks

@@ -18,7 +18,7 @@ from megatron_eslm.data.source import canonical_data_path, canonical_split
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.lock import FileLock
 from megatron_eslm.selection.build import policy_traits
-from megatron_eslm.selection.options import SelectionOptions
+from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.training.evaluate import Evaluation
 from megatron_eslm.training.method import selection_summary
 from megatron_eslm.training.step_stats import StepStats

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eslm.config.training_options import OptimizerOptions
-from megatron_eslm.engine.schedule import learning_rate
+from megatron_eslm.engine.learning_rate import learning_rate
 from tests.harness import run_ranks
 
 from .runs import train, words

@@ -12,7 +12,7 @@ from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.ops.keep_rule import num_to_keep
 from megatron_eslm.training.callbacks import Evaluator
-from megatron_eslm.training.report import MetricsFile, run_summary
+from megatron_eslm.training.progress_report import MetricsFile, run_summary
 from tests.harness import run_ranks
 
 from .runs import Outcome, build, read_dumps, read_metrics, refusal, train, words
