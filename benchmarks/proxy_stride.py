@@ -109,7 +109,7 @@ def token_risks(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.nd
     def risks(hidden_TMD: torch.Tensor, labels_TM: torch.Tensor) -> np.ndarray:
         found = head_statistics(
             model.final_norm(hidden_TMD).flatten(0, 1),
-            model.embedding.word.weight,
+            model.output_layer.weight,
             labels_TM.flatten(),
             shard,
             entropy=True,

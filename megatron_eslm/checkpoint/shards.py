@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from megatron_eslm.model.init import WORD_EMBEDDING
+from megatron_eslm.model.architectures.base import PADDED
 from megatron_eslm.parallel.mesh import Mesh
 
 
@@ -15,9 +15,8 @@ from megatron_eslm.parallel.mesh import Mesh
 class Shard:
     """Part of a parameter, cut along one dimension.
 
-    The full parameter is the one in a checkpoint, without the padding rows of the word embedding,
-    whose number depends on the tensor-parallel size. So shards of the word embedding may extend
-    beyond it.
+    The full parameter is the one in a checkpoint, without the padding rows of word embedding and
+    head, whose number depends on the tensor-parallel size. So shards of these may extend beyond it.
     """
 
     full_shape: tuple[int, ...]
@@ -57,7 +56,7 @@ def shards_of(model: nn.Module, mesh: Mesh, vocab_size: int) -> dict[str, Shard]
         model: parameters carry megatron-core's `tensor_model_parallel` and `partition_dim`; under
             ZeRO 3 they may be partitioned.
         mesh: this rank's position in the mesh.
-        vocab_size: unpadded vocabulary size; later rows of the embedding are padding.
+        vocab_size: unpadded vocabulary size; later rows of embedding and head are padding.
     """
     shards = {}
     for name, parameter in model.named_parameters():
@@ -67,7 +66,7 @@ def shards_of(model: nn.Module, mesh: Mesh, vocab_size: int) -> dict[str, Shard]
         full = list(shape)
         if dim is not None:
             full[dim] *= mesh.tp_size
-        if name == WORD_EMBEDDING:
+        if name in PADDED:
             full[0] = vocab_size
         begin = 0 if dim is None else mesh.tp_rank * shape[dim]
         shards[name] = Shard(full_shape=tuple(full), shape=shape, dim=dim, begin=begin)

@@ -14,7 +14,7 @@ from megatron_eslm.checkpoint.manifest import TENSORS, Stamp, damaged
 from megatron_eslm.checkpoint.shards import Shard
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.schema import STRICT, Count, Size, read_as
-from megatron_eslm.model.hf.gpt2_names import num_weights, weight_sizes
+from megatron_eslm.model.hf.state import num_weights, weight_sizes
 from megatron_eslm.model.lora import adapter_names, is_adapter
 from megatron_eslm.model.model_options import Lora
 from megatron_eslm.model.shape import ModelShape

@@ -17,7 +17,7 @@ from megatron_eslm.checkpoint.publish import publish, write_json
 from megatron_eslm.checkpoint.save_folder import SaveFolder, disk_errors
 from megatron_eslm.checkpoint.shards import whole
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.init import WORD_EMBEDDING
+from megatron_eslm.model.architectures.base import PADDED
 from megatron_eslm.model.shape import ModelShape
 
 
@@ -43,9 +43,10 @@ def read_weights(load: str | Path, tag: str | None = None) -> Weights:
     found = find_checkpoint(load, tag)
     shape = found.shape
     weights = tensor_files.TensorReader(found.folder).read_whole("weight")
-    word = weights[WORD_EMBEDDING]
-    padding = word.new_zeros(shape.padded_vocab_size - shape.vocab_size, word.shape[1])
-    weights[WORD_EMBEDDING] = torch.cat([word, padding])
+    for name in weights.keys() & set(PADDED):
+        rows = weights[name]
+        padding = rows.new_zeros(shape.padded_vocab_size - shape.vocab_size, rows.shape[1])
+        weights[name] = torch.cat([rows, padding])
     data = found.run.get("data") if found.kind == "training" else None
     return Weights(weights, shape, found.tokenizer_dir, found.manifest.iteration, data)
 
@@ -73,7 +74,8 @@ def write_weights(
             not finite or do not match the shape.
     """
     stamp = Stamp(run_id=new_run_id(), iteration=iteration)
-    weights = {**weights, WORD_EMBEDDING: weights[WORD_EMBEDDING][: shape.vocab_size]}
+    cut = {name: weights[name][: shape.vocab_size] for name in weights.keys() & set(PADDED)}
+    weights = {**weights, **cut}
     file = tensor_files.file_name(0)
     shards = {name: whole(tuple(tensor.shape)) for name, tensor in weights.items()}
     index = tensor_index.index_of(stamp, [(file, shards)], tensor_index.Scalars())

@@ -1,4 +1,4 @@
-"""Make a checkpoint that `--load` starts from out of a Hugging Face GPT-2.
+"""Make a checkpoint that `--load` starts from out of a Hugging Face model.
 
     megatron-eslm convert-from-hf --input gpt2 --save runs/gpt2
 
@@ -23,7 +23,7 @@ class ImportOptions:
     """The model and the checkpoint."""
 
     input: Annotated[str, Flag(metavar="MODEL")]
-    """Folder of a Hugging Face GPT-2, or its name on the hub."""
+    """Folder of a Hugging Face model, or its name on the hub."""
 
     save: Annotated[str, Flag(metavar="DIR")]
     """Folder of checkpoints to make."""

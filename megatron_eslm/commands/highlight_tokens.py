@@ -31,7 +31,7 @@ class HighlightOptions:
     """One or two models, what they read, and the page."""
 
     load: Annotated[str, Flag(metavar="DIR")]
-    """Folder of checkpoints, or a Hugging Face GPT-2 folder."""
+    """Folder of checkpoints, or a Hugging Face folder."""
 
     tag: str | None = None
     """Which checkpoint; default: the newest complete one."""

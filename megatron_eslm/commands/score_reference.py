@@ -28,7 +28,7 @@ class ScoreOptions:
     """The model, the text and what the losses are called."""
 
     load: Annotated[str, Flag(metavar="DIR")]
-    """Folder of checkpoints, or a Hugging Face GPT-2 folder."""
+    """Folder of checkpoints, or a Hugging Face folder."""
 
     tag: str | None = None
     """Which checkpoint; default: the newest complete one."""

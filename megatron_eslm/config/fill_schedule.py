@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.shape import Preset
+from megatron_eslm.model.presets import Preset
 
 WARMUP_PART = 20
 """The default warm-up takes 1/WARMUP_PART of the steps."""

@@ -11,7 +11,7 @@ from megatron_eslm.config.training_options import OptimizerOptions, TrainingOpti
 from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.data.skipped_samples import parse_ranges
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.shape import Preset
+from megatron_eslm.model.presets import Preset
 
 logger = logging.getLogger(__name__)
 

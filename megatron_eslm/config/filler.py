@@ -10,7 +10,8 @@ from megatron_eslm.config import deepspeed_json
 from megatron_eslm.config.flags import flag_of
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.model_options import ModelOptions
-from megatron_eslm.model.shape import PRESETS, ModelShape, Preset
+from megatron_eslm.model.presets import PRESETS, Preset
+from megatron_eslm.model.shape import ModelShape
 
 
 class MissingFlags(ConfigError):
@@ -60,20 +61,31 @@ SHAPE = {
     "num_attention_heads": "num_attention_heads",
     "seq_length": "max_position_embeddings",
 }
-"""Flags of the model's shape -> their names in a checkpoint."""
+"""Flags of the model's shape that have no default -> their names in a checkpoint."""
+
+_BLOCK = {
+    "architecture": "architecture",
+    "num_query_groups": "num_key_value_heads",
+    "rotary_base": "rotary_base",
+    "rotary_scaling": "rotary_scaling",
+    "rotary_scaling_factor": "rotary_scaling_factor",
+    "rotary_original_positions": "rotary_original_positions",
+}
+"""Flags of the block -> their names in a checkpoint."""
 
 
 def with_shape(
     model: ModelOptions, stored: ModelShape, given: frozenset[str]
 ) -> tuple[ModelOptions, frozenset[str]]:
-    """Fill missing model flags from a checkpoint; with --model-size, the flags in SHAPE are not.
+    """Fill missing model flags from a checkpoint; with --model-size, only those it does not set.
 
     Returns:
         (the flags, names of the flags taken from the checkpoint).
     """
     found: dict[str, Any] = {}
     if model.model_size is None:
-        found = {name: getattr(stored, theirs) for name, theirs in SHAPE.items()}
+        found = {name: getattr(stored, theirs) for name, theirs in (SHAPE | _BLOCK).items()}
+        found["untie_embeddings_and_output_weights"] = not stored.tied_head
     found["ffn_hidden_size"] = stored.ffn_hidden_size
     found["layernorm_epsilon"] = stored.layernorm_epsilon
     found = {name: value for name, value in found.items() if name not in given}

@@ -36,6 +36,7 @@ class LayoutRequest:
     """Blocks before the early exit that scores sequences; 0 without one."""
     num_layers: int
     num_attention_heads: int
+    num_query_groups: int
     ffn_hidden_size: int
     seq_length: int
     needs_gradients: bool
@@ -170,10 +171,11 @@ def _one_of(values: Iterable[int]) -> str:
 
 
 def _tensor(asked: LayoutRequest) -> str | None:
-    common = math.gcd(asked.num_attention_heads, asked.ffn_hidden_size)
+    common = math.gcd(asked.num_query_groups, asked.ffn_hidden_size)
     fitting = _one_of(n for n in range(1, common + 1) if common % n == 0)
     for flag, value in (
         ("--num-attention-heads", asked.num_attention_heads),
+        ("--num-query-groups", asked.num_query_groups),
         ("--ffn-hidden-size", asked.ffn_hidden_size),
     ):
         if value % asked.tp:

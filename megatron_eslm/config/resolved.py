@@ -12,16 +12,22 @@ from megatron_eslm.config.training_options import (
     TrainingOptions,
 )
 from megatron_eslm.model.model_options import ModelOptions
+from megatron_eslm.model.shape import ArchitectureName, RotaryScalingName
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedModel(ModelOptions):
     """Model options with all of the shape set."""
 
+    architecture: ArchitectureName
     num_layers: int
     hidden_size: int
     num_attention_heads: int
+    num_query_groups: int
     ffn_hidden_size: int
+    rotary_base: float
+    rotary_scaling: RotaryScalingName
+    rotary_scaling_factor: float
     seq_length: int
 
 

@@ -16,6 +16,7 @@ from megatron_eslm.config.resolved import ResolvedEngine, ResolvedModel
 from megatron_eslm.config.training_options import CheckpointOptions, EngineOptions
 from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.architectures.registry import ARCHITECTURES
 from megatron_eslm.model.model_options import ModelOptions
 from megatron_eslm.selection.build import policy_traits
 from megatron_eslm.selection.reference_options import ReferenceOptions
@@ -56,6 +57,12 @@ def check_model_options(model: ResolvedModel, selection: SelectionOptions) -> No
             f"--hidden-size {model.hidden_size} is not a multiple of --num-attention-heads "
             f"{model.num_attention_heads}; change one of them."
         )
+    blocks = ARCHITECTURES[model.architecture]
+    if policy_traits(selection).needs_gradients and blocks.norm != "layer":
+        raise ConfigError(
+            f"--selection greats knows the gradient products of GPT-2's layers only, but "
+            f"--architecture is {model.architecture}. Use another --selection."
+        )
     depth = early_exit_layers(selection)
     if depth >= model.num_layers:
         raise ConfigError(
@@ -82,7 +89,7 @@ def check_lora(
     if checkpoint.load is None:
         raise ConfigError(
             f"--lora-rank {model.lora_rank} trains adapters on top of existing weights, but --load "
-            "is not set. Give --load (tools/convert_from_hf.py converts a Hugging Face GPT-2), or "
+            "is not set. Give --load (tools/convert_from_hf.py converts a Hugging Face model), or "
             "leave out --lora-rank."
         )
     if policy_traits(selection).needs_gradients:
@@ -154,6 +161,7 @@ def check_split(
         early_exit=early_exit_layers(selection),
         num_layers=model.num_layers,
         num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
         ffn_hidden_size=model.ffn_hidden_size,
         seq_length=model.seq_length,
         needs_gradients=policy_traits(selection).needs_gradients,

@@ -39,8 +39,10 @@ from megatron_eslm.config.training_options import (
 from megatron_eslm.data.batch_schedule import BatchSchedule
 from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.label_noise import check_label_noise
+from megatron_eslm.model.architectures.registry import ARCHITECTURES
 from megatron_eslm.model.model_options import ModelOptions
-from megatron_eslm.model.shape import PRESETS, ModelShape, Preset, pad_vocab_size
+from megatron_eslm.model.presets import PRESETS, Preset
+from megatron_eslm.model.shape import ModelShape, pad_vocab_size
 from megatron_eslm.objectives.objective_options import ObjectiveOptions, check_objective
 from megatron_eslm.ops.keep_rule import StepShape
 from megatron_eslm.parallel.mesh import check_layout
@@ -149,14 +151,21 @@ class RunConfig:
         m = self.model
         multiple = m.make_vocab_size_divisible_by * self.engine.tensor_model_parallel_size
         return ModelShape(
+            architecture=m.architecture,
             num_layers=m.num_layers,
             hidden_size=m.hidden_size,
             num_attention_heads=m.num_attention_heads,
+            num_query_groups=m.num_query_groups,
             ffn_hidden_size=m.ffn_hidden_size,
             max_position_embeddings=m.seq_length,
             vocab_size=vocab_size,
             padded_vocab_size=pad_vocab_size(vocab_size, multiple),
             layernorm_epsilon=m.layernorm_epsilon,
+            tied_head=not m.untie_embeddings_and_output_weights,
+            rotary_base=m.rotary_base,
+            rotary_scaling=m.rotary_scaling,
+            rotary_scaling_factor=m.rotary_scaling_factor,
+            rotary_original_positions=m.rotary_original_positions,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -247,14 +256,22 @@ def resolve(
     if preset is None:
         needed = {model: SHAPE, training: ("micro_batch_size", "train_iters"), optimizer: ("lr",)}
         fill.require((options, name) for options, names in needed.items() for name in names)
-    hidden_size = fill(model, "hidden_size")
+    architecture = fill(model, "architecture", "gpt2")
+    default_ffn = ARCHITECTURES[architecture].default_ffn
+    hidden_size, heads = fill(model, "hidden_size"), fill(model, "num_attention_heads")
     model = resolved(
         ResolvedModel,
         model,
+        architecture=architecture,
         num_layers=fill(model, "num_layers"),
         hidden_size=hidden_size,
-        num_attention_heads=fill(model, "num_attention_heads"),
-        ffn_hidden_size=fill(model, "ffn_hidden_size", 4 * hidden_size),
+        num_attention_heads=heads,
+        num_query_groups=fill(model, "num_query_groups", heads),
+        ffn_hidden_size=fill(model, "ffn_hidden_size", default_ffn(hidden_size)),
+        untie_embeddings_and_output_weights=fill(model, "untie_embeddings_and_output_weights"),
+        rotary_base=fill(model, "rotary_base", 10000.0),
+        rotary_scaling=fill(model, "rotary_scaling", "none"),
+        rotary_scaling_factor=fill(model, "rotary_scaling_factor", 1.0),
         seq_length=fill(model, "seq_length"),
     )
     check_model_options(model, selection)
@@ -305,7 +322,7 @@ def resolve(
         cpu_offload=engine.cpu_offload,
         pipeline_stages=engine.pipeline_model_parallel_size,
     )
-    return RunConfig(
+    run = RunConfig(
         model=model,
         selection=selection,
         objective=objective,
@@ -321,3 +338,5 @@ def resolve(
         gradient_accumulation_steps=steps,
         deepspeed=full_json,
     )
+    ARCHITECTURES[model.architecture].check(run.shape(vocab_size=1))
+    return run

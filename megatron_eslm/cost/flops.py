@@ -16,6 +16,12 @@ from megatron_eslm.model.arithmetic import (
     block_forward,
     forward_flops,
     head_forward,
+    linear_params,
+    linear_widths,
+    num_params,
+    num_params_block,
+    num_params_matmul,
+    num_params_named,
 )
 from megatron_eslm.model.shape import ModelShape
 
@@ -91,11 +97,11 @@ class FlopsModel:
             products = (2 + again) * linear
             products += (3 + again) * adapters_forward(self.shape, self.lora_rank)
             if number == 0:
-                d = self.shape.hidden_size
-                products -= 2 * (3 * d * d + self.lora_rank * d)
+                qkv = linear_params(self.shape, "attention.qkv")
+                products -= 2 * (qkv + self.lora_rank * self.shape.hidden_size)
         total = tokens * (products + (3.5 + again) * attention)
         if self.last_mlp_kept and number == self.shape.num_layers - 1:
-            mlp = 4 * self.shape.hidden_size * self.shape.ffn_hidden_size  # forward, per token
+            mlp = 2 * linear_params(self.shape, "mlp.")  # forward, per token
             total -= 2 * mlp * (work.tokens_deep - work.tokens_trained)
         return total
 
@@ -192,10 +198,9 @@ class FlopsModel:
         """FLOPs of products between positions, over all pairs of candidates of a micro-step."""
         assert self.alignment_rows is not None
         s, candidates = self.shape, self.alignment_rows[0]
-        d, f = s.hidden_size, s.ffn_hidden_size
-        blocks = s.num_layers * ((d + 3 * d) + (d + d) + (d + f) + (f + d))
+        blocks = s.num_layers * linear_widths(s)
         # Lookup and head: four similarities of hidden states, one of logits.
-        embedding = 4 * d + s.padded_vocab_size
+        embedding = 4 * s.hidden_size + s.padded_vocab_size
         pairs = candidates * (candidates + 1) / 2
         return pairs * 2 * self.seq_length**2 * (blocks + embedding)
 
@@ -208,10 +213,11 @@ class FlopsModel:
         """FLOPs of the model alone, for MFU as others report it: 6 N + 12 L H Q T per token.
 
         Source: PaLM (Chowdhery et al. 2022), appendix B, over the tokens of the sequences that are
-        trained on, without scoring, recomputation or savings of the head. N leaves out positions.
+        trained on, without scoring, recomputation or savings of the head. N leaves out positions
+        and an embedding that is not the head.
         """
         s = self.shape
-        n = s.num_params - s.max_position_embeddings * s.hidden_size
+        n = num_params_matmul(s)
         attention = 12 * s.num_layers * s.hidden_size * self.seq_length
         return work.tokens_deep * (6.0 * n + attention)
 
@@ -220,7 +226,8 @@ class FlopsModel:
 
         6N + 12 L H Q T per token of kept sequences; for the proxy 2 N_proxy + 6 L' H Q T + 2 D V
         per token read; minus 4 D V + 32 D^2 + 8 D per masked token. N counts every parameter once,
-        N_proxy embeddings, norms and the first L' blocks. The paper runs the proxy separately from
+        N_proxy embeddings, norms and the first L' blocks; 32 D^2 is 4 x the weights of GPT-2's
+        MLP, and counted as such for other blocks. The paper runs the proxy separately from
         the training pass, so its L' blocks count twice, here as there. The paper does not cover
         teachers: one counts as its forward pass, 2 N per token of kept sequences. So does Rho-1's
         reference model, whose forward pass Appendix D.4 adds. Adapters are not covered either and
@@ -228,24 +235,27 @@ class FlopsModel:
         """
         s = self.shape
         d, v, hqt = s.hidden_size, s.padded_vocab_size, s.hidden_size * self.seq_length
-        total = work.tokens_deep * (6.0 * s.num_params + 12 * s.num_layers * hqt)
-        total -= (work.tokens_deep - work.tokens_trained) * (4.0 * d * v + 32 * d * d + 8 * d)
+        mlp = linear_params(s, "mlp.")
+        n = num_params(s)
+        total = work.tokens_deep * (6.0 * n + 12 * s.num_layers * hqt)
+        total -= (work.tokens_deep - work.tokens_trained) * (4.0 * d * v + 4 * mlp + 8 * d)
         if self._scores(work):
-            n_proxy = s.num_params_embedding + self.selector_depth * s.num_params_block + 2 * d
+            n_proxy = num_params_named(s, "embedding.") + num_params_named(s, "final_norm.")
+            n_proxy += self.selector_depth * num_params_block(s)
             total += work.tokens * (2.0 * n_proxy + 6 * self.selector_depth * hqt + 2 * d * v)
         if self._aligns(work):
             # Appendix D.4: forward on candidates and validation rows, backward to activations, and
             # ghost products.
             assert self.alignment_rows is not None
             tokens = self.seq_length * sum(self.alignment_rows)
-            one = tokens * (4.0 * s.num_params + 12 * s.num_layers * hqt) + self._pairs()
+            one = tokens * (4.0 * n + 12 * s.num_layers * hqt) + self._pairs()
             total += self._num_alignments(work) * one
         if self._is_taught:
             assert self.teacher is not None
-            total += work.tokens_deep * 2.0 * self.teacher.shape.num_params
+            total += work.tokens_deep * 2.0 * num_params(self.teacher.shape)
         if self._refers:
             assert self.reference is not None
-            total += work.tokens_deep * 2.0 * self.reference.num_params
+            total += work.tokens_deep * 2.0 * num_params(self.reference)
         return total
 
 

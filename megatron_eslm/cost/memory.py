@@ -11,7 +11,7 @@ import torch
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.flops import FlopsModel
 from megatron_eslm.cost.stages import StagePlan, copied_params
-from megatron_eslm.model.arithmetic import adapter_params, stage_params
+from megatron_eslm.model.arithmetic import adapter_params, linear_params, saved_widths, stage_params
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.head.cross_entropy import LEAST_COLUMNS
 from megatron_eslm.ops.head.statistics import CHUNK_BYTES
@@ -126,14 +126,15 @@ def _activations_of_token(
     """Bytes that a block keeps for its backward pass, per position.
 
     Counts inputs and outputs of both norms, replicated on tensor-parallel ranks unless sequence
-    parallel; qkv, attention output and the MLP's two wide tensors, sharded by columns; activations
-    between the factors of adapters; dropout masks; and in float32 the norms' statistics and the
-    attention's log-sum-exp.
+    parallel; the linear layers' wide sides, sharded by columns (arithmetic.saved_widths);
+    activations between the factors of adapters; dropout masks; and in float32 the norms' statistics
+    and the attention's log-sum-exp.
     """
     tp = run.engine.tensor_model_parallel_size
     tp_residual = tp if run.engine.sequence_parallel else 1
     d, heads, length = shape.hidden_size, shape.num_attention_heads, run.model.seq_length
-    values = 4 * d / tp_residual + (4 * d + 2 * shape.ffn_hidden_size) / tp
+    residual, sharded = saved_widths(shape)
+    values = residual / tp_residual + sharded / tp
     values += 2 * run.model.lora_rank * (1 + 1 / tp_residual)  # between the factors of adapters
     float32 = 4 / tp_residual
     if hidden_dropout:
@@ -187,7 +188,7 @@ def _frozen_bytes(run: RunConfig, shape: ModelShape, element: int) -> float:
     """Bytes of weights, plus activations of one block in a forward pass without gradient."""
     tp, tokens = run.engine.tensor_model_parallel_size, _tokens(run)
     weights = stage_params(shape, shape.num_layers, first=True, last=True, tp=tp)
-    hidden = 3 * shape.hidden_size + 2 * shape.ffn_hidden_size / tp
+    hidden = 3 * shape.hidden_size + 2 * linear_params(shape, "mlp.up") / shape.hidden_size / tp
     logits = _chunks(tokens * shape.padded_vocab_size / tp)
     return element * (weights + tokens * hidden) + logits
 

@@ -11,7 +11,8 @@ from itertools import accumulate, pairwise
 
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.flops import FlopsModel, Work
-from megatron_eslm.model.arithmetic import adapter_params, stage_params
+from megatron_eslm.model.architectures.base import OUTPUT
+from megatron_eslm.model.arithmetic import adapter_params, num_params_named, stage_params
 from megatron_eslm.model.shape import ModelShape
 
 
@@ -23,8 +24,8 @@ class StagePlan:
     flops: tuple[float, ...]
     """FLOPs of each stage per optimizer step, over all its ranks."""
     num_params: tuple[int, ...]
-    """Parameters of each stage, over its tensor-parallel ranks; the first and the last stage both
-    have the word embedding."""
+    """Parameters of each stage, over its tensor-parallel ranks; with a tied head, the first and the
+    last stage both have the word embedding."""
     early_exit: int = 0
     """Blocks before the early exit; all other stages have copies of them. 0 without one."""
 
@@ -133,11 +134,11 @@ def copied_params(
     """
     if not plan.early_exit or plan.num_stages == 1:
         return 0
-    norm = 2 * shape.hidden_size
+    end = num_params_named(shape, "final_norm.", tp) + num_params_named(shape, OUTPUT, tp)
     if stage == 0:
-        return norm
+        return end
     copied = exit_params(shape, plan, rank, tp)
-    return copied - (norm if stage == plan.num_stages - 1 else 0)
+    return copied - (end if stage == plan.num_stages - 1 else 0)
 
 
 def exit_params(shape: ModelShape, plan: StagePlan, rank: int = 0, tp: int = 1) -> int:

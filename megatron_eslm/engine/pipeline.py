@@ -67,9 +67,8 @@ class StagePipeline(PipelineModule):
                 partition_method="uniform",
             )
         self.stage_layer = layer
-        self._tied = (
-            [stage.embedding.word.weight] if mesh.is_first_stage or mesh.is_last_stage else []
-        )
+        ends = mesh.is_first_stage or mesh.is_last_stage
+        self._tied: list[Any] = [stage.embedding.weight] if ends and stage.shape.tied_head else []
         if mesh.is_last_stage:
             for weight in self._tied:
                 # Only the first stage's copy counts in norms and checkpoints.

@@ -26,8 +26,7 @@ from megatron_eslm.data.tokenizers.build import Tokenizer, load_tokenizer, same_
 from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT, bare_gpt
-from megatron_eslm.model.hf.gpt2_config import gpt2_shape
-from megatron_eslm.model.hf.gpt2_folder import from_gpt2, load_gpt2, read_gpt2_config
+from megatron_eslm.model.hf.folder import from_hf, load_hf, read_hf_shape, with_vocabulary
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.parallel.mesh import Mesh
 
@@ -72,7 +71,7 @@ class FrozenModel:
     @property
     def weight_VE(self) -> torch.Tensor:
         """This rank's rows of the head."""
-        return self._model.embedding.word.weight
+        return self._model.output_layer.weight
 
     @torch.no_grad()
     def hidden(self, tokens_MU: torch.Tensor) -> torch.Tensor:
@@ -89,7 +88,7 @@ def find_frozen(
 
     Args:
         flag: flag that names the folder, for messages.
-        folder: a folder of checkpoints, one checkpoint (of any layout), or a Hugging Face GPT-2.
+        folder: a folder of checkpoints, one checkpoint (of any layout), or a Hugging Face model.
         tokenizer: tokenizer of the data.
         role: role of the model, for messages.
         tag: name of the checkpoint; None is the newest complete one.
@@ -134,6 +133,7 @@ def check_fits(source: FrozenSource, run: RunConfig, what: str, otherwise: str) 
         )
     for things, number in (
         ("attention heads", shape.num_attention_heads),
+        ("key-value heads", shape.num_key_value_heads),
         ("columns of the MLP", shape.ffn_hidden_size),
     ):
         if number % tp:
@@ -165,8 +165,8 @@ def load_frozen(
         reader.check_holds(shards)
         parts = {name: reader.read("weight", name, shard) for name, shard in shards.items()}
     else:
-        gpt2 = load_gpt2(source.folder)
-        weights, _ = from_gpt2(gpt2, gpt2.config, 1, source.shape.vocab_size)
+        theirs = load_hf(source.folder)
+        weights, _ = from_hf(theirs, theirs.config, 1, source.shape.vocab_size)
         parts = {name: _cut(weights[name], shard) for name, shard in shards.items()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -182,7 +182,7 @@ def _open(folder: Path, tag: str | None) -> tuple[FrozenSource, Tokenizer]:
         if tag is not None:
             raise ConfigError(f"--tag {tag}: a Hugging Face folder has no tags.")
         tokenizer = folder_tokenizer(folder)
-        shape = gpt2_shape(read_gpt2_config(folder), 1, tokenizer.vocab_size)
+        shape = with_vocabulary(read_hf_shape(folder), 1, tokenizer.vocab_size)
         return FrozenSource(folder, shape, False), tokenizer
     if not (folder / MANIFEST).is_file() and not list_checkpoints(folder):
         raise ConfigError(

@@ -23,7 +23,7 @@ from megatron_eslm.frozen.model import (
     find_frozen,
     load_frozen,
 )
-from megatron_eslm.model.init import WORD_EMBEDDING
+from megatron_eslm.model.architectures.base import PADDED
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.ops.head.contract import HeadKernel
 from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
@@ -57,7 +57,7 @@ class ReferenceModel:
         """Hash the weights, without vocabulary padding. On a single rank only."""
         digest = hashlib.sha256()
         for name, parameter in sorted(self._frozen.named_parameters()):
-            real = parameter[: self.shape.vocab_size] if name == WORD_EMBEDDING else parameter
+            real = parameter[: self.shape.vocab_size] if name in PADDED else parameter
             digest.update(f"{name} {list(real.shape)}".encode())
             digest.update(real.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()

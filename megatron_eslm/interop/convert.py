@@ -12,7 +12,7 @@ from megatron_eslm.errors import ConfigError, Failure
 from megatron_eslm.interop import huggingface
 from megatron_eslm.interop.prompts import prompts_ids
 from megatron_eslm.interop.whole_folder import published
-from megatron_eslm.model.hf.gpt2_folder import from_gpt2, load_gpt2
+from megatron_eslm.model.hf.folder import from_hf, load_hf
 
 
 class LogitMismatch(Failure):
@@ -77,8 +77,8 @@ def folder_to_checkpoint(source: str, save: str, multiple: int = 128) -> float:
         LogitMismatch: the difference is above `LOGIT_TOLERANCE`.
     """
     folder = _hub_or_local(source)
-    model, tokenizer = load_gpt2(folder), folder_tokenizer(folder)
-    weights, shape = from_gpt2(model, model.config, multiple, tokenizer.vocab_size)
+    model, tokenizer = load_hf(folder), folder_tokenizer(folder)
+    weights, shape = from_hf(model, model.config, multiple, tokenizer.vocab_size)
     from megatron_eslm.checkpoint.weights import read_weights, write_weights
 
     with published(save, "--save") as aside, tempfile.TemporaryDirectory() as tokenizer_dir:
@@ -112,7 +112,7 @@ def checkpoint_tokenizer(directory: Path | None, load: str) -> Any:
 
 def _checked(weights: dict, shape: Any, folder: Path, tokenizer: Any) -> float:
     difference = huggingface.compare_logits(
-        weights, shape, load_gpt2(folder), prompts_ids(tokenizer, shape)
+        weights, shape, load_hf(folder), prompts_ids(tokenizer, shape)
     )
     if not difference <= huggingface.LOGIT_TOLERANCE:
         raise LogitMismatch(difference)

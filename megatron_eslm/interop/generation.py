@@ -11,7 +11,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.limits import NOT_NEGATIVE, ONE_OR_MORE, Range, check_fields
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
+    from transformers import PreTrainedModel
 
 _LOWEST_TEMPERATURE = 1e-6
 """Logits divided by less are beyond float32."""
@@ -59,7 +59,7 @@ class Sampling:
             )
 
 
-def open_model(load: str, tag: str | None = None) -> tuple[GPT2LMHeadModel, Any]:
+def open_model(load: str, tag: str | None = None) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer of a checkpoint of ours or of an exported Hugging Face folder.
 
     Raises:
@@ -67,14 +67,13 @@ def open_model(load: str, tag: str | None = None) -> tuple[GPT2LMHeadModel, Any]
     """
     from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
     from megatron_eslm.interop import convert, huggingface
-    from megatron_eslm.model.hf.gpt2_config import gpt2_shape, read_fields
-    from megatron_eslm.model.hf.gpt2_folder import load_gpt2
+    from megatron_eslm.model.hf.folder import hf_shape, load_hf, with_vocabulary
 
     if (Path(load) / "config.json").is_file():
         if tag is not None:
             raise ConfigError(f"--tag {tag}: {load} is a Hugging Face folder and has no tags.")
-        model, tokenizer = load_gpt2(load), folder_tokenizer(load)
-        gpt2_shape(read_fields(model.config), 1, tokenizer.vocab_size)  # a row for every id
+        model, tokenizer = load_hf(load), folder_tokenizer(load)
+        with_vocabulary(hf_shape(model.config), 1, tokenizer.vocab_size)  # a row for every id
         return model, tokenizer
 
     from megatron_eslm.checkpoint.weights import read_weights
@@ -82,10 +81,10 @@ def open_model(load: str, tag: str | None = None) -> tuple[GPT2LMHeadModel, Any]
     source = read_weights(load, tag)
     tokenizer = convert.checkpoint_tokenizer(source.tokenizer_dir, load)
     huggingface.check_tokenizer(tokenizer, source.shape)
-    return huggingface.to_gpt2(source.weights, source.shape, tokenizer.eod), tokenizer
+    return huggingface.to_hf(source.weights, source.shape, tokenizer.eod), tokenizer
 
 
-def generate(model: GPT2LMHeadModel, tokenizer: Any, prompt: str, sampling: Sampling) -> list[str]:
+def generate(model: PreTrainedModel, tokenizer: Any, prompt: str, sampling: Sampling) -> list[str]:
     """Prompt and continuation as text, once for each of `sampling.num_samples`.
 
     An empty prompt starts a new document.

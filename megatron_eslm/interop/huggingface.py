@@ -1,4 +1,4 @@
-"""Our GPT as `transformers.GPT2LMHeadModel`, in memory and in a folder, and the way back.
+"""Our GPT as a model of transformers, in memory and in a folder, and the way back.
 
 Nothing here is believed untested: `compare_logits` runs both models on the same tokens, and the
 tools publish a folder only after it agreed (`LOGIT_TOLERANCE`).
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.hf.gpt2_names import to_gpt2_state
+from megatron_eslm.model.architectures.base import PADDED
+from megatron_eslm.model.architectures.registry import architecture_of
+from megatron_eslm.model.hf.state import to_hf_state
 from megatron_eslm.model.shape import ModelShape
 
 if TYPE_CHECKING:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -28,37 +30,17 @@ LOGIT_TOLERANCE = 1e-4
 """Largest difference of any logit, float32, at which two models count as the same."""
 
 
-def gpt2_config(shape: ModelShape, eod: int) -> GPT2Config:
-    """The configuration of `GPT2LMHeadModel` for our shape; `eod` begins and ends a text."""
-    from transformers import GPT2Config
-
+def hf_config(shape: ModelShape, eod: int) -> PretrainedConfig:
+    """The configuration of the transformers model of our shape; `eod` begins and ends a text."""
     _check_eod(eod, shape)
-    default_width = shape.ffn_hidden_size == 4 * shape.hidden_size
-    return GPT2Config(
-        vocab_size=shape.vocab_size,
-        n_positions=shape.max_position_embeddings,
-        n_embd=shape.hidden_size,
-        n_layer=shape.num_layers,
-        n_head=shape.num_attention_heads,
-        n_inner=None if default_width else shape.ffn_hidden_size,
-        activation_function="gelu_new",
-        layer_norm_epsilon=shape.layernorm_epsilon,
-        # We train without dropout; GPT2Config's default of 0.1 would surprise whoever fine-tunes.
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=eod,
-        eos_token_id=eod,
-        architectures=["GPT2LMHeadModel"],
-        dtype="float32",
-    )
+    return architecture_of(shape).hf.config(shape, eod)
 
 
-def to_gpt2(weights: Mapping[str, Tensor], shape: ModelShape, eod: int) -> GPT2LMHeadModel:
-    """Our weights as a float32 `GPT2LMHeadModel` in evaluation mode.
+def to_hf(weights: Mapping[str, Tensor], shape: ModelShape, eod: int) -> PreTrainedModel:
+    """Our weights as a float32 transformers model (`GPT2LMHeadModel`, ...) in evaluation mode.
 
     Args:
-        weights: our state dict, float32 (see `interop.layout.weight_sizes`); not changed, but
+        weights: our state dict, float32 (see `model.hf.state.weight_sizes`); not changed, but
             shared with the model where the layout is the same.
         shape: its shape; the vocabulary is cut back from its padding.
         eod: id of the end-of-document token.
@@ -66,13 +48,17 @@ def to_gpt2(weights: Mapping[str, Tensor], shape: ModelShape, eod: int) -> GPT2L
     Raises:
         ConfigError: the weights do not fit the shape, or `eod` is outside the vocabulary.
     """
-    from transformers import GPT2LMHeadModel
+    import transformers
+    from transformers.initialization import no_init_weights
 
-    state = to_gpt2_state(weights, shape)
-    # On "meta" no time goes into random weights that the next line replaces.
-    with torch.device("meta"):
-        model = GPT2LMHeadModel(gpt2_config(shape, eod))
-    model.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]}, assign=True)
+    state = to_hf_state(weights, shape)
+    if shape.tied_head:
+        (words,) = (w.hf[0] for w in architecture_of(shape).ends(shape) if w.name in PADDED)
+        state["lm_head.weight"] = state[words]
+    model_class = getattr(transformers, architecture_of(shape).hf.model_class)
+    with no_init_weights():  # no time for random weights that are replaced
+        model = model_class(hf_config(shape, eod))
+    model.load_state_dict(state, assign=True)
     model.tie_weights()
     model.generation_config = _generation_config(eod)
     return model.eval()
@@ -93,7 +79,7 @@ def export(
 
     Args:
         directory: created if missing; files of these names in it are replaced.
-        weights, shape: as for `to_gpt2`.
+        weights, shape: as for `to_hf`.
         tokenizer: of `megatron_eslm.data.tokenizers.build`.
         with_tokenizer: else its files are left out.
 
@@ -106,12 +92,12 @@ def export(
 
     directory = Path(directory)
     check_tokenizer(tokenizer, shape)
-    state = to_gpt2_state(weights, shape)
+    state = to_hf_state(weights, shape)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # One file and no progress bar, unlike save_pretrained; the tied head is not stored twice.
         write_file(directory / "model.safetensors", state, metadata={"format": "pt"})
-        gpt2_config(shape, tokenizer.eod).save_pretrained(directory)
+        hf_config(shape, tokenizer.eod).save_pretrained(directory)
         _generation_config(tokenizer.eod).save_pretrained(directory)
         if with_tokenizer:
             export_tokenizer(tokenizer, directory, shape.max_position_embeddings)
@@ -126,14 +112,14 @@ def export(
 def compare_logits(
     weights: Mapping[str, Tensor],
     shape: ModelShape,
-    hf_model: GPT2LMHeadModel,
+    hf_model: PreTrainedModel,
     prompts_ids: Sequence[Sequence[int]],
 ) -> float:
     """Largest absolute difference of any logit between our model and `hf_model`, float32.
 
     Args:
         weights, shape: our model.
-        hf_model: float32; meant to come from `load_gpt2`, so that what is compared is the folder.
+        hf_model: float32; meant to come from `load_hf`, so that what is compared is the folder.
             Texts of different lengths share a batch; in a causal model what fills up the shorter
             ones changes nothing before it, and is compared as well.
         prompts_ids: token ids of each text, 1 to `max_position_embeddings` of them.

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_eslm.data.batch import Batch, Rows
-from megatron_eslm.model.layers import Block, Embedding, FinalNorm, Layout
+from megatron_eslm.model.layers import Block, Embedding, Layout, Output
 from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 from megatron_eslm.selection.policy import SelectionPolicy
 from megatron_eslm.selection.scored import ScoredBatch
@@ -22,7 +22,9 @@ class ExitLayers:
 
     embedding: Embedding
     blocks: Sequence[Block]
-    final_norm: FinalNorm
+    final_norm: nn.Module
+    output: Embedding | Output
+    """Its weight is the head; the embedding if the head is tied."""
 
 
 class EarlyExit:
@@ -75,7 +77,7 @@ class EarlyExit:
         hidden_PMD = self.layers.final_norm(self.layout.gather(hidden_LMD.detach())[::stride])
         statistics = head_statistics(
             hidden_PMD.flatten(0, 1),
-            self.layers.embedding.word.weight,
+            self.layers.output.weight,
             batch.labels_MT[:, ::stride].t().flatten(),
             self.shard,
             entropy=self.policy.traits.needs_entropy,
@@ -111,8 +113,8 @@ def refresh_copies(layers: ExitLayers, group: dist.ProcessGroup) -> None:
     """Broadcast the early exit's weights from the stages that train them to all. Collective.
 
     Args:
-        layers: this stage's layers. The first stage trains embedding and blocks, the last one the
-            norm.
+        layers: this stage's layers. The first stage trains embedding and blocks, the last one norm
+            and untied head.
         group: the stages of a pipeline, in order.
     """
     work = []
@@ -120,6 +122,7 @@ def refresh_copies(layers: ExitLayers, group: dist.ProcessGroup) -> None:
         (0, layers.embedding),
         *((0, block) for block in layers.blocks),
         (group.size() - 1, layers.final_norm),
+        *((group.size() - 1, end) for end in [layers.output] if end is not layers.embedding),
     ):
         # A module has only parameters or only buffers, in the order of creation.
         for tensor in [*module.parameters(), *module.buffers()]:

@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_eslm.data.batch import Batch, Rows
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.architectures.registry import architecture_of
 from megatron_eslm.model.dropout import DropoutKey, NamedDropout
 from megatron_eslm.model.early_exit import EarlyExit, ExitLayers, as_copy
 from megatron_eslm.model.head import SelectiveHead
 from megatron_eslm.model.init import init_parameters
 from megatron_eslm.model.instance_selector import InstanceSelector, Selected
-from megatron_eslm.model.layers import Block, Embedding, FinalNorm, Layout
+from megatron_eslm.model.layers import Block, Embedding, Layout, Output, final_norm
 from megatron_eslm.model.lora import freeze_all_but_adapters
 from megatron_eslm.model.model_options import Lora
 from megatron_eslm.model.shape import ModelShape
@@ -110,18 +111,20 @@ class GPT(nn.Module):
                 layout, dropout(settings.hidden_dropout, "embedding"), positions=positions
             )
 
-        if self.is_first or self.is_last:
+        if self.is_first or (self.is_last and shape.tied_head):
             self.embedding = embedding(positions=self.is_first)
         own_blocks = {number: block(number) for number in blocks}
         self.blocks = nn.ModuleDict({str(number): own for number, own in own_blocks.items()})
         if self.is_last:
-            self.final_norm = FinalNorm(shape)
+            if not shape.tied_head:
+                self.output = Output(layout)
+            self.final_norm = final_norm(shape)
             self.head = SelectiveHead(
                 policy,
                 recorder,
                 objective,
                 layout,
-                self.embedding,
+                self.output_layer,
                 self.final_norm,
                 shard,
                 settings.keep_logits,
@@ -131,15 +134,22 @@ class GPT(nn.Module):
             # All stages score, so that none waits for the first. They use their own layers, or
             # copies of another stage's layers.
             depth = policy.traits.early_exit_blocks
+            exit_embedding = self.embedding if self.is_first else embedding(positions=True)
+            output: Embedding | Output = exit_embedding
+            if not shape.tied_head:
+                output = self.output if self.is_last else Output(layout)
             exit_layers = ExitLayers(
-                embedding=self.embedding if self.is_first else embedding(positions=True),
+                embedding=exit_embedding,
                 blocks=[own_blocks[i] if self.is_first else block(i) for i in range(depth)],
-                final_norm=self.final_norm if self.is_last else FinalNorm(shape),
+                final_norm=self.final_norm if self.is_last else final_norm(shape),
+                output=output,
             )
             if not self.is_first:
                 self.copies += [exit_layers.embedding, *exit_layers.blocks]
             if not self.is_last:
                 self.copies += [exit_layers.final_norm]
+                if not shape.tied_head:
+                    self.copies += [output]
             as_copy(self.copies)
         self.early_exit = EarlyExit(policy, layout, exit_layers, shard)
         if self.is_first:
@@ -151,6 +161,11 @@ class GPT(nn.Module):
     def is_first(self) -> bool:
         """Whether this is the first stage or the full model."""
         return self.block_range.start == 0
+
+    @property
+    def output_layer(self) -> Embedding | Output:
+        """The layer whose weight is the head, on the last stage."""
+        return self.embedding if self.shape.tied_head else self.output
 
     @property
     def is_last(self) -> bool:
@@ -247,8 +262,10 @@ def _check(
     shape: ModelShape, mesh: Mesh, policy: SelectionPolicy, blocks: range, settings: ModelSettings
 ) -> None:
     tp = mesh.tp_size
+    architecture_of(shape).check(shape)
     for flag, value in (
         ("--num-attention-heads", shape.num_attention_heads),
+        ("--num-query-groups", shape.num_key_value_heads),
         ("--ffn-hidden-size", shape.ffn_hidden_size),
     ):
         if value % tp:
@@ -350,5 +367,5 @@ def reference_logits(
     # The embedding takes T+1 tokens and ignores the last, so any id serves there.
     padded = torch.cat([tokens, tokens[:, :1]], dim=1)
     hidden_TBD, *_ = model.run(Batch.of(padded, torch.ones_like(tokens, dtype=torch.bool)))
-    logits = model.final_norm(hidden_TBD) @ model.embedding.word.weight[: shape.vocab_size].t()
+    logits = model.final_norm(hidden_TBD) @ model.output_layer.weight[: shape.vocab_size].t()
     return logits.transpose(0, 1)

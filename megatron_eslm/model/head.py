@@ -1,4 +1,4 @@
-"""The end of the model: final norm, tied head, and loss of the selected tokens.
+"""The end of the model: final norm, head, and loss of the selected tokens.
 
 Shape legend: T positions, M rows of this rank, K kept rows, N = T*K tokens in (position, row)
 order, S tokens in the loss, D hidden.
@@ -11,7 +11,7 @@ from torch import nn
 
 from megatron_eslm.data.batch import Batch
 from megatron_eslm.model.instance_selector import Selected
-from megatron_eslm.model.layers import Embedding, FinalNorm, Layout
+from megatron_eslm.model.layers import Embedding, Layout, Output
 from megatron_eslm.model.token_selector import SelectedTokens, TokenSelector, num_valid_of
 from megatron_eslm.objectives.base import Objective
 from megatron_eslm.objectives.loss_tokens import LossTokens
@@ -37,8 +37,8 @@ class SelectiveHead(nn.Module):
         recorder: Recorder,
         objective: Objective,
         layout: Layout,
-        embedding: Embedding,
-        final_norm: FinalNorm,
+        output: Embedding | Output,
+        final_norm: nn.Module,
         shard: VocabShard,
         keep_logits: bool,
     ) -> None:
@@ -53,13 +53,13 @@ class SelectiveHead(nn.Module):
         self.tokens: LossTokenIndex | None = None
         """Receives the indices of tokens in the loss, for the current micro-batch."""
         # A tuple keeps the shared modules from being registered under a second name.
-        self._tied = (embedding, final_norm)
+        self._layers = (output, final_norm)
 
     def forward(self, selected: Selected, batch: Batch) -> torch.Tensor:
         hidden_LKD, kept_K = selected
         hidden_TKD = self.layout.gather(hidden_LKD)
-        embedding, final_norm = self._tied
-        weight_VD = embedding.word.weight
+        output, final_norm = self._layers
+        weight_VD = output.weight
         if not self.training:
             # Evaluate on the original tokens, not on labels permuted by --label-noise.
             labels_N = batch.tokens_MU[kept_K, 1:].t().flatten()
@@ -150,7 +150,7 @@ class SelectiveHead(nn.Module):
         labels_N: torch.Tensor,
         valid_N: torch.Tensor,
     ) -> torch.Tensor:
-        normed_ND = self._tied[1](hidden_TMD).flatten(0, 1)
+        normed_ND = self._layers[1](hidden_TMD).flatten(0, 1)
         statistics = head_statistics(normed_ND, weight_VD, labels_N, self.shard, entropy=False)
         loss_N = torch.where(valid_N, statistics.loss_N, 0.0)
         both_2N = torch.stack([loss_N.double(), valid_N.double()])

@@ -8,19 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_eslm.model.architectures.base import PADDED
 from megatron_eslm.model.lora import LORA_A, LORA_B
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.parallel.seeding import generator
-
-WORD_EMBEDDING = "embedding.word.weight"
 
 
 @torch.no_grad()
 def init_parameters(
     module: nn.Module, shape: ModelShape, mesh: Mesh, *, seed: int, std: float
 ) -> None:
-    """Initialize all parameters of `module` in place, as GPT-2 does.
+    """Initialize all parameters of `module` in place, as GPT-2 does, whatever the architecture.
 
     Weights are normal(0, std), projections into the residual stream normal(0, std / sqrt(2
     layers)), norms one and zero, biases zero. In adapters, A is normal(0, 1 / sqrt(columns of A))
@@ -41,7 +40,7 @@ def init_parameters(
                 full[dim] *= mesh.tp_size
             if name.endswith(LORA_A):
                 scale = 1.0 / math.sqrt(full[1])
-            if padded := name == WORD_EMBEDDING:
+            if padded := name in PADDED:
                 # The padded size of the vocabulary depends on the layout; padding is zero.
                 full[0] = shape.vocab_size
             draw = torch.empty(full).normal_(0.0, scale, generator=generator(seed, "init", name))

@@ -1,4 +1,6 @@
-"""The layers of a GPT-2 decoder, built from megatron-core's tensor-parallel layers.
+"""Layers of a decoder, built from megatron-core's tensor-parallel layers.
+
+The architecture (model/architectures/) says which norm, activation and positions a model has.
 
 Shape legend: T positions, L positions of this rank (T / TP under sequence parallelism, else T), M
 rows (sequences), D hidden. Activations are [L, M, D], Megatron's order, which sequence parallelism
@@ -23,10 +25,13 @@ from megatron.core.tensor_parallel import (
 )
 from torch import nn
 
+from megatron_eslm.model.architectures.registry import architecture_of
 from megatron_eslm.model.dropout import DropoutKey, NamedDropout
 from megatron_eslm.model.lora import AdaptedColumnLinear, AdaptedRowLinear
 from megatron_eslm.model.model_options import Lora
+from megatron_eslm.model.rotary import Rotary, rotate
 from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.ops.activations import ACTIVATIONS
 from megatron_eslm.ops.kept_tokens_mlp import LossTokenIndex, kept_tokens_mlp
 from megatron_eslm.parallel.mesh import Mesh
 
@@ -50,6 +55,8 @@ class Layout:
         self, shape: ModelShape, mesh: Mesh, sequence_parallel: bool, lora: Lora | None = None
     ) -> None:
         self.shape = shape
+        self.architecture = architecture_of(shape)
+        self.rotary = Rotary(shape) if self.architecture.rotary else None
         self.mesh = mesh
         self.lora = lora
         self.sequence_parallel = sequence_parallel and mesh.tp_size > 1
@@ -69,6 +76,7 @@ class Layout:
         settings: dict[str, Any] = {
             "config": self.megatron,
             "init_method": _no_init,
+            "bias": self.architecture.bias,
             "tp_group": self.mesh.tp_group,
         }
         if self.lora is None:
@@ -80,14 +88,14 @@ class Layout:
         return layer
 
     def row(self, d_in: int, d_out: int) -> RowParallelLinear:
-        """Build a row-parallel layer, bias not added (see `shared`).
+        """Build a row-parallel layer, bias not added (see `with_bias`).
 
         [T, M, d_in / TP] -> [L, M, d_out].
         """
         settings: dict[str, Any] = {
             "config": self.megatron,
             "init_method": _no_init,
-            "bias": True,
+            "bias": self.architecture.bias,
             "input_is_parallel": True,
             "skip_bias_add": True,
             "tp_group": self.mesh.tp_group,
@@ -110,6 +118,10 @@ class Layout:
             return parameter
         return copy_to_tensor_model_parallel_region(parameter, group=self.mesh.tp_group)
 
+    def with_bias(self, out_LMD: torch.Tensor, bias_D: torch.Tensor | None) -> torch.Tensor:
+        """Add the bias of a row-parallel layer, if it has one."""
+        return out_LMD if bias_D is None else out_LMD + self.shared(bias_D)
+
     def scatter(self, x_TMD: torch.Tensor) -> torch.Tensor:
         """[T, M, D] on every tensor-parallel rank -> [L, M, D], this rank's positions."""
         if not self.sequence_parallel:
@@ -126,9 +138,9 @@ class Layout:
 
 
 class Embedding(nn.Module):
-    """Word and position embeddings: tokens int64 [M, T+1] -> hidden [L, M, D].
+    """Word embedding, and positions where they are learned: tokens int64 [M, T+1] -> [L, M, D].
 
-    A pipeline's last stage needs the word embedding only, as its head (`positions=False`).
+    A pipeline's last stage needs the word embedding only, as its tied head (`positions=False`).
     """
 
     def __init__(self, layout: Layout, dropout: NamedDropout, *, positions: bool = True) -> None:
@@ -143,15 +155,34 @@ class Embedding(nn.Module):
             tp_group=layout.mesh.tp_group,
         )
         _mark_sharded(self.word.weight, 0)
-        if positions:
+        self.position: nn.Embedding | None = None
+        if positions and not layout.architecture.rotary:
             self.position = nn.Embedding(shape.max_position_embeddings, shape.hidden_size)
         self.dropout = dropout
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The word embedding, which is also a tied head: [V / TP, D]."""
+        return self.word.weight
+
     def forward(self, tokens_MU: torch.Tensor, places: DropoutKey | None = None) -> torch.Tensor:
         inputs_TM = tokens_MU[:, :-1].t().contiguous()
-        positions_T = torch.arange(inputs_TM.shape[0], device=inputs_TM.device)
-        hidden_TMD = self.word(inputs_TM) + self.position(positions_T)[:, None]
+        hidden_TMD = self.word(inputs_TM)
+        if self.position is not None:
+            positions_T = torch.arange(inputs_TM.shape[0], device=inputs_TM.device)
+            hidden_TMD = hidden_TMD + self.position(positions_T)[:, None]
         return self.dropout.hidden(self.layout.scatter(hidden_TMD), places)
+
+
+class Output(nn.Module):
+    """The weight of an untied head, sharded like the word embedding; the head multiplies by it."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        shape = layout.shape
+        rows = shape.padded_vocab_size // layout.mesh.tp_size
+        self.weight = nn.Parameter(torch.empty(rows, shape.hidden_size))
+        _mark_sharded(self.weight, 0)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -166,49 +197,88 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x_LMD, self.normalized_shape, weight, bias, self.eps)
 
 
-class Attention(nn.Module):
-    """Causal multi-head self-attention; heads are sharded over the tensor-parallel ranks.
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm over the hidden dimension of [L, M, D]."""
 
-    The fused projection's rows are ordered (head, {query, key, value}, channel), so that a column
-    shard holds complete heads.
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout.shape.hidden_size, eps=layout.shape.layernorm_epsilon)
+        self.layout = layout
+
+    def forward(self, x_LMD: torch.Tensor) -> torch.Tensor:
+        weight = self.layout.shared(self.weight)
+        return F.rms_norm(x_LMD, self.normalized_shape, weight, self.eps)
+
+
+def block_norm(layout: Layout) -> nn.Module:
+    """Build a norm inside a block, over [L, M, D]."""
+    return LayerNorm(layout) if layout.architecture.norm == "layer" else RMSNorm(layout)
+
+
+def final_norm(shape: ModelShape) -> nn.Module:
+    """Build the last norm; its input is gathered [T, M, D] or selected tokens [N, D]."""
+    kind = nn.LayerNorm if architecture_of(shape).norm == "layer" else nn.RMSNorm
+    return kind(shape.hidden_size, eps=shape.layernorm_epsilon)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; heads are sharded over the tensor-parallel ranks.
+
+    Each key-value head serves a group of query heads (arXiv 2305.13245; one each by default). The
+    fused projection's rows are ordered (group, {its queries, key, value}, channel), so that a
+    column shard holds complete groups.
     """
 
     def __init__(self, layout: Layout, dropout: NamedDropout) -> None:
         super().__init__()
         shape = layout.shape
         self.layout = layout
-        self.num_heads_local = shape.num_attention_heads // layout.mesh.tp_size
+        self.num_groups_local = shape.num_key_value_heads // layout.mesh.tp_size
+        self.queries_per_group = shape.num_attention_heads // shape.num_key_value_heads
         self.head_dim = shape.head_dim
         self.dropout = dropout
-        self.qkv = layout.column(shape.hidden_size, 3 * shape.hidden_size)
+        heads = shape.num_attention_heads + 2 * shape.num_key_value_heads
+        self.qkv = layout.column(shape.hidden_size, heads * shape.head_dim)
         self.out = layout.row(shape.hidden_size, shape.hidden_size)
 
     def forward(self, x_LMD: torch.Tensor, places: DropoutKey | None) -> torch.Tensor:
         qkv, _ = self.qkv(x_LMD)
         t, m, _ = qkv.shape
-        # [T, M, heads, 3, channels] -> 3 x [M, heads, T, channels]
-        q, k, v = qkv.view(t, m, self.num_heads_local, 3, self.head_dim).permute(3, 1, 2, 0, 4)
+        q, k, v = self._heads(qkv)
         if places is not None and self.dropout.probability:
             mixed = self._with_dropout(q, k, v, places)
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            grouped = self.queries_per_group > 1
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         # Not -1: m is 0 on a rank that keeps no row.
-        mixed_TMD = mixed.permute(2, 0, 1, 3).reshape(t, m, self.num_heads_local * self.head_dim)
-        out_LMD, bias = self.out(mixed_TMD)
-        return out_LMD + self.layout.shared(bias)
+        columns = self.num_groups_local * self.queries_per_group * self.head_dim
+        mixed_TMD = mixed.permute(2, 0, 1, 3).reshape(t, m, columns)
+        return self.layout.with_bias(*self.out(mixed_TMD))
+
+    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[T, M, columns] -> queries, keys, values, each [M, heads, T, channels]."""
+        t, m, _ = qkv.shape
+        of_group = self.queries_per_group + 2
+        split = qkv.view(t, m, self.num_groups_local, of_group, self.head_dim)
+        q, k, v = split.split([self.queries_per_group, 1, 1], dim=3)
+        if self.layout.rotary is not None:
+            cos, sin = self.layout.rotary.tables(t, split)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return tuple(part.flatten(2, 3).permute(1, 2, 0, 3) for part in (q, k, v))
 
     def _with_dropout(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: DropoutKey
     ) -> torch.Tensor:
         # Fused kernels draw their own masks; ours need the unfused form.
         t = q.shape[2]
+        if self.queries_per_group > 1:
+            k, v = (part.repeat_interleave(self.queries_per_group, dim=1) for part in (k, v))
         future_TT = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
         scores = (q @ k.mT * self.head_dim**-0.5).masked_fill(future_TT, -torch.inf)
         return self.dropout.attention(scores.softmax(dim=-1), places) @ v
 
 
 class MLP(nn.Module):
-    """Two projections with GELU (tanh form) between them.
+    """Two projections with an activation between them; a gated one takes two columns for each.
 
     If given the tokens in the loss, the backward pass runs over these only (ops.kept_tokens_mlp).
     Not supported with sequence parallelism or adapters.
@@ -216,23 +286,25 @@ class MLP(nn.Module):
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
+        shape, gated = layout.shape, layout.architecture.activation == "swiglu"
         self.layout = layout
-        self.up = layout.column(layout.shape.hidden_size, layout.shape.ffn_hidden_size)
-        self.down = layout.row(layout.shape.ffn_hidden_size, layout.shape.hidden_size)
+        self.activation = ACTIVATIONS[layout.architecture.activation]
+        self.up = layout.column(shape.hidden_size, (2 if gated else 1) * shape.ffn_hidden_size)
+        self.down = layout.row(shape.ffn_hidden_size, shape.hidden_size)
 
     def forward(self, x_LMD: torch.Tensor, tokens: LossTokenIndex | None = None) -> torch.Tensor:
         if tokens is None:
-            out_LMD, bias = self.down(F.gelu(self.up(x_LMD)[0], approximate="tanh"))
-            return out_LMD + self.layout.shared(bias)
+            return self.layout.with_bias(*self.down(self.activation.apply(self.up(x_LMD)[0])))
         out_ND = kept_tokens_mlp(
             x_LMD.flatten(0, 1),
             self.up.weight,
             self.up.bias,
             self.down.weight,
+            self.activation,
             tokens,
             self.layout.mesh.tp_group,
         )
-        return out_ND.view(x_LMD.shape) + self.down.bias
+        return self.layout.with_bias(out_ND.view(x_LMD.shape), self.down.bias)
 
 
 class Block(nn.Module):
@@ -240,9 +312,9 @@ class Block(nn.Module):
 
     def __init__(self, layout: Layout, dropouts: dict[str, NamedDropout]) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(layout)
+        self.norm1 = block_norm(layout)
         self.attention = Attention(layout, dropouts["weights"])
-        self.norm2 = LayerNorm(layout)
+        self.norm2 = block_norm(layout)
         self.mlp = MLP(layout)
         self.dropouts = dropouts
 
@@ -256,10 +328,3 @@ class Block(nn.Module):
         x_LMD = x_LMD + self.dropouts["attention"].hidden(out_LMD, places)
         out_LMD = self.mlp(self.norm2(x_LMD), tokens)
         return x_LMD + self.dropouts["mlp"].hidden(out_LMD, places)
-
-
-class FinalNorm(nn.LayerNorm):
-    """The last layer norm; its input is gathered [T, M, D] or selected tokens [N, D]."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        super().__init__(shape.hidden_size, eps=shape.layernorm_epsilon)

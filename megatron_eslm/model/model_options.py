@@ -14,6 +14,8 @@ from megatron_eslm.limits import (
     Range,
     check_fields,
 )
+from megatron_eslm.model.presets import ModelSize
+from megatron_eslm.model.shape import ArchitectureName, RotaryScalingName
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,14 @@ class Lora:
 class ModelOptions:
     """Model."""
 
-    model_size: Literal["124M", "350M", "774M", "1.5B"] | None = None
-    """GPT-2 size with the paper's recipe: sets shape, batch, learning rate and schedule unless
-    their own flags are given."""
+    model_size: ModelSize | None = None
+    """Size with its recipe: sets shape, batch, learning rate and schedule unless their own flags
+    are given. 124M to 1.5B are the paper's GPT-2 models; llama-1B to llama-8B have the shapes of
+    Llama 3."""
+
+    architecture: ArchitectureName | None = None
+    """Block of the model. gpt2: layer norm, learned positions, GELU, biases. llama: RMSNorm, rotary
+    positions, SwiGLU, grouped-query attention, no biases. Default: gpt2."""
 
     num_layers: Annotated[int, ONE_OR_MORE] | None = None
     """Transformer blocks."""
@@ -46,11 +53,32 @@ class ModelOptions:
     num_attention_heads: Annotated[int, ONE_OR_MORE] | None = None
     """Attention heads; must divide the hidden size."""
 
+    num_query_groups: Annotated[int, ONE_OR_MORE] | None = None
+    """Key-value heads, each shared by a group of query heads (llama). Default: one per query
+    head."""
+
     ffn_hidden_size: Annotated[int, ONE_OR_MORE] | None = None
-    """Width inside the MLP. Default: 4 x hidden size."""
+    """Width inside the MLP. Default: 4 x hidden size in gpt2; 8/3 x, rounded up to a multiple of
+    256, in llama."""
+
+    untie_embeddings_and_output_weights: bool = False
+    """Give the head a weight of its own instead of the word embedding (llama)."""
+
+    rotary_base: Annotated[float, Range(above=1)] | None = None
+    """Base of the rotary frequencies (llama). Default: 10000."""
+
+    rotary_scaling: RotaryScalingName | None = None
+    """Scaling of the rotary frequencies, to fine-tune on longer sequences (llama). Default:
+    none."""
+
+    rotary_scaling_factor: Annotated[float, Range(at_least=1)] | None = None
+    """Factor of --rotary-scaling."""
+
+    rotary_original_positions: Annotated[int, ONE_OR_MORE] | None = None
+    """Sequence length of the model before --rotary-scaling llama3."""
 
     seq_length: Annotated[int, Range(at_least=2)] | None = None
-    """Tokens per sequence; also the number of learned positions."""
+    """Tokens per sequence; also the number of positions of the model."""
 
     make_vocab_size_divisible_by: Annotated[int, ONE_OR_MORE] = 128
     """Pad the vocabulary to a multiple of this times the tensor-parallel size."""
@@ -66,7 +94,7 @@ class ModelOptions:
     down by sqrt(2 x layers)."""
 
     layernorm_epsilon: Annotated[float, POSITIVE] = 1e-5
-    """Added to the variance in layer norms."""
+    """Added to the variance in layer norms, and to the mean square in RMSNorm."""
 
     head_logits: Literal["auto", "keep", "recompute"] = "auto"
     """Keep the head's logits in the compute dtype for the backward pass, or recompute those of kept

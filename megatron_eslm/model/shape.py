@@ -1,9 +1,9 @@
-"""The shape of a GPT-2 model, and the paper's four sizes."""
+"""The shape of a model: its architecture and sizes."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -14,15 +14,22 @@ MOST_PADDING = 2**16
 """Limit of vocabulary padding: at most this many rows more than there are ids."""
 
 
+ArchitectureName = Literal["gpt2", "llama"]
+RotaryScalingName = Literal["none", "linear", "llama3"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A GPT-2 decoder: pre-norm, learned positions, GELU-tanh, tied head, biases."""
+    """A decoder-only transformer: its architecture (model/architectures/) and sizes."""
 
     __pydantic_config__ = STRICT
 
+    architecture: ArchitectureName = "gpt2"
     num_layers: Size
     hidden_size: Size
     num_attention_heads: Size
+    num_query_groups: Size | None = None
+    """Key-value heads, each shared by a group of query heads; None if every query head has one."""
     ffn_hidden_size: Size
     max_position_embeddings: Size
     vocab_size: Size
@@ -30,12 +37,27 @@ class ModelShape:
     padded_vocab_size: Size
     """Rows of the embedding; rows from `vocab_size` on get no probability."""
     layernorm_epsilon: Annotated[float, pydantic.Field(ge=0)] = 1e-5
+    tied_head: bool = True
+    """Whether the head is the word embedding."""
+    rotary_base: Annotated[float, pydantic.Field(gt=1)] = 10000.0
+    """Base of the rotary frequencies; architectures with learned positions ignore all of these."""
+    rotary_scaling: RotaryScalingName = "none"
+    rotary_scaling_factor: Annotated[float, pydantic.Field(ge=1)] = 1.0
+    rotary_original_positions: Size | None = None
+    """Positions of the model before scaling (llama3)."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"--hidden-size {self.hidden_size} is not a multiple of --num-attention-heads "
                 f"{self.num_attention_heads}; change one of them."
+            )
+        if self.num_query_groups == self.num_attention_heads:  # two spellings would be unequal
+            object.__setattr__(self, "num_query_groups", None)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"--num-attention-heads {self.num_attention_heads} is not a multiple of "
+                f"--num-query-groups {self.num_query_groups}; change one of them."
             )
         if self.padded_vocab_size < self.vocab_size:
             raise ConfigError(
@@ -55,24 +77,9 @@ class ModelShape:
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def num_params_block(self) -> int:
-        """Parameters of one transformer block, biases and norms included."""
-        d, f = self.hidden_size, self.ffn_hidden_size
-        return (3 * d * d + 3 * d) + (d * d + d) + (d * f + f) + (f * d + d) + 4 * d
-
-    @property
-    def num_params_embedding(self) -> int:
-        """Word (padded) and position embeddings; the head is tied to the word embedding."""
-        return (self.padded_vocab_size + self.max_position_embeddings) * self.hidden_size
-
-    @property
-    def num_params(self) -> int:
-        """All parameters, the tied head counted once."""
-        return (
-            self.num_params_embedding
-            + self.num_layers * self.num_params_block
-            + 2 * self.hidden_size
-        )
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_query_groups or self.num_attention_heads
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain numbers, for run.json."""
@@ -82,39 +89,3 @@ class ModelShape:
 def pad_vocab_size(vocab_size: int, multiple: int) -> int:
     """Round `vocab_size` up to a multiple of `multiple` (50257 -> 50304 for 128)."""
     return -(-vocab_size // multiple) * multiple
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """A model size with its recipe: defaults of flags under `--model-size`.
-
-    Sources: Table 5 (shapes) and Table 4 (batch, learning rates, warm-up, decay) of the ESLM paper.
-    """
-
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    seq_length: int = 1024
-    micro_batch_size: int
-    gradient_accumulation_steps: int = 40
-    lr: float
-    min_lr: float = 6e-5
-    lr_warmup_iters: int | None = 2000
-    lr_decay_iters: int | None = 200_000
-    train_iters: int | None = None
-
-
-PRESETS: dict[str, Preset] = {
-    "124M": Preset(
-        num_layers=12, hidden_size=768, num_attention_heads=12, micro_batch_size=12, lr=6e-4
-    ),
-    "350M": Preset(
-        num_layers=24, hidden_size=1024, num_attention_heads=16, micro_batch_size=8, lr=6e-4
-    ),
-    "774M": Preset(
-        num_layers=36, hidden_size=1280, num_attention_heads=20, micro_batch_size=8, lr=1e-4
-    ),
-    "1.5B": Preset(
-        num_layers=48, hidden_size=1600, num_attention_heads=25, micro_batch_size=4, lr=1e-4
-    ),
-}

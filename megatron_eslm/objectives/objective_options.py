@@ -20,7 +20,7 @@ class ObjectiveOptions:
 
     distill_teacher: str | None = None
     """The teacher, of any size with the same tokenizer: a folder of checkpoints, one checkpoint, or
-    a Hugging Face GPT-2. With --selection uncertainty: the starting weights, if --load does not
+    a Hugging Face model. With --selection uncertainty: the starting weights, if --load does not
     name them."""
 
     distill_teacher_dtype: Literal["bf16", "float32"] = "bf16"
@@ -70,7 +70,7 @@ def check_objective(
     if kind is not None and options.distill_teacher is None:
         raise ConfigError(
             f"--distill {kind} needs a teacher, but --distill-teacher is not set. Give a folder of "
-            "checkpoints or of a Hugging Face GPT-2."
+            "checkpoints or of a Hugging Face model."
         )
     idle = given & {"distill_weight", "distill_temperature", "salt_iters"}
     if kind is not None:
@@ -87,5 +87,5 @@ def check_objective(
         raise ConfigError(
             "--selection uncertainty regularizes a trained model towards its starting weights and "
             "needs --load with such weights (tools/convert_from_hf.py converts a Hugging Face "
-            "GPT-2). To train from scratch, use another --selection."
+            "model). To train from scratch, use another --selection."
         )

@@ -5,7 +5,8 @@ If tokens are selected by their logits, the forward pass needs all tokens, but t
 dropped tokens are zero. The four backward products skip those rows. The result is exact; only the
 order of float32 sums differs.
 
-Shape legend: N tokens, S of them in the loss, D hidden, F the MLP's columns on this rank.
+Shape legend: N tokens, S of them in the loss, D hidden, F the MLP's columns on this rank, W the
+first projection's (F, or 2 F for gated activations).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
+from megatron_eslm.ops.activations import Activation
 from megatron_eslm.parallel.collectives import all_reduce_
 
 
@@ -32,19 +33,21 @@ class LossTokenIndex:
 @torch.compiler.disable
 def kept_tokens_mlp(
     x_ND: torch.Tensor,
-    up_weight_FD: torch.Tensor,
-    up_bias_F: torch.Tensor,
+    up_weight_WD: torch.Tensor,
+    up_bias_W: torch.Tensor | None,
     down_weight_DF: torch.Tensor,
+    activation: Activation,
     tokens: LossTokenIndex,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Two matmuls with GELU (tanh form) between them, without the second bias.
+    """Two matmuls with an activation between them, without the second bias.
 
     Args:
         x_ND: [N, D], the same on every rank of the group.
-        up_weight_FD: [F, D], this rank's rows.
-        up_bias_F: [F].
+        up_weight_WD: [W, D], this rank's rows.
+        up_bias_W: [W], if there is one.
         down_weight_DF: [D, F], this rank's columns.
+        activation: [N, W] -> [N, F].
         tokens: read in the backward pass. Output gradients of other tokens are ignored and must be
             zero.
         group: tensor-parallel ranks over which the columns are sharded.
@@ -52,7 +55,9 @@ def kept_tokens_mlp(
     Returns:
         [N, D], summed over the group. Gradients equal those of a plain MLP.
     """
-    return _KeptTokensMLP.apply(x_ND, up_weight_FD, up_bias_F, down_weight_DF, tokens, group)
+    return _KeptTokensMLP.apply(
+        x_ND, up_weight_WD, up_bias_W, down_weight_DF, activation, tokens, group
+    )
 
 
 class _KeptTokensMLP(torch.autograd.Function):
@@ -60,27 +65,31 @@ class _KeptTokensMLP(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_ND: torch.Tensor,
-        up_weight_FD: torch.Tensor,
-        up_bias_F: torch.Tensor,
+        up_weight_WD: torch.Tensor,
+        up_bias_W: torch.Tensor | None,
         down_weight_DF: torch.Tensor,
+        activation: Activation,
         tokens: LossTokenIndex,
         group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
         # Add the bias after the matmul, as the regular layers do, so that selection sees identical
         # values.
-        wide_NF = (x_ND @ up_weight_FD.t()).add_(up_bias_F)
-        active_NF = F.gelu(wide_NF, approximate="tanh")
+        wide_NW = x_ND @ up_weight_WD.t()
+        if up_bias_W is not None:
+            wide_NW.add_(up_bias_W)
+        active_NF = activation.apply(wide_NW)
         out_ND = active_NF @ down_weight_DF.t()
         if group is not None and group.size() > 1:
             all_reduce_(out_ND, group)
-        ctx.save_for_backward(x_ND, up_weight_FD, down_weight_DF, wide_NF, active_NF)
-        ctx.tokens, ctx.group = tokens, group
+        ctx.save_for_backward(x_ND, up_weight_WD, down_weight_DF, wide_NW, active_NF)
+        ctx.activation, ctx.tokens, ctx.group = activation, tokens, group
+        ctx.has_bias = up_bias_W is not None
         return out_ND
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_ND,) = grads
-        x_ND, up_weight_FD, down_weight_DF, wide_NF, active_NF = ctx.saved_tensors
+        x_ND, up_weight_WD, down_weight_DF, wide_NW, active_NF = ctx.saved_tensors
         chosen_S: torch.Tensor | None = ctx.tokens.chosen_S
 
         def of_chosen(full: torch.Tensor) -> torch.Tensor:
@@ -88,14 +97,13 @@ class _KeptTokensMLP(torch.autograd.Function):
 
         grad_SD = of_chosen(grad_ND)
         grad_down_DF = grad_SD.t() @ of_chosen(active_NF)
-        grad_wide_SF = torch.ops.aten.gelu_backward(
-            grad_SD @ down_weight_DF, of_chosen(wide_NF), approximate="tanh"
-        )
-        grad_up_FD = grad_wide_SF.t() @ of_chosen(x_ND)
-        grad_x_SD = grad_wide_SF @ up_weight_FD
+        grad_wide_SW = ctx.activation.backward(grad_SD @ down_weight_DF, of_chosen(wide_NW))
+        grad_up_WD = grad_wide_SW.t() @ of_chosen(x_ND)
+        grad_x_SD = grad_wide_SW @ up_weight_WD
         if ctx.group is not None and ctx.group.size() > 1:
             all_reduce_(grad_x_SD, ctx.group)
         grad_x_ND = grad_x_SD
         if chosen_S is not None:
             grad_x_ND = torch.zeros_like(x_ND).index_copy_(0, chosen_S, grad_x_SD)
-        return grad_x_ND, grad_up_FD, grad_wide_SF.sum(dim=0), grad_down_DF, None, None
+        grad_bias_W = grad_wide_SW.sum(dim=0) if ctx.has_bias else None
+        return grad_x_ND, grad_up_WD, grad_bias_W, grad_down_DF, None, None, None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_eslm.cost.stages import plan_text
+from megatron_eslm.model.arithmetic import num_params
 from megatron_eslm.planning.cost import ideal_bubble, step_cost
 from megatron_eslm.planning.hardware import GIB, Machine, assumptions
 from megatron_eslm.planning.request import Request
@@ -94,7 +95,7 @@ def plan_report(plan: Plan, values: dict[str, Any], request: Request) -> str:
         f"layout        {plan.layout}: {run.gradient_accumulation_steps} micro-steps"
         + (f", {steps} of them trained on" if steps < run.gradient_accumulation_steps else ""),
         f"flags         {' '.join(plan.layout.flags)}",
-        f"parameters    {shape.num_params:,}",
+        f"parameters    {num_params(shape):,}",
         f"memory / GPU  {memory.total / GIB:.2f} GiB = {held} (stage {memory.stage}; "
         f"{machine.budget_bytes / GIB:.1f} can be filled)",
     ]

@@ -18,7 +18,7 @@ from megatron_eslm.config.run import GROUPS, RunConfig, resolve
 from megatron_eslm.config.scope import fill_scope
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.limits import ONE_OR_MORE, Flag, check_fields
-from megatron_eslm.model.shape import PRESETS
+from megatron_eslm.model.presets import PRESETS
 from megatron_eslm.selection.selection_options import Scope
 
 GPT2_VOCAB_SIZE = 50_257
@@ -42,7 +42,7 @@ class Size:
     """Sequences per step, as in the paper or GPT-3."""
 
 
-SIZES = {
+SIZES: dict[str, Size] = {
     **{
         name: Size(
             num_layers=preset.num_layers,

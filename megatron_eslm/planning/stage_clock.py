@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_eslm.cost.flops import Work
+from megatron_eslm.model.architectures.registry import architecture_of
 from megatron_eslm.model.arithmetic import block_forward, head_forward, stage_params
 from megatron_eslm.planning.exchanges import Exchange
 from megatron_eslm.planning.hardware import Machine
@@ -159,10 +160,13 @@ class Clock:
         time.backward["blocks: elementwise"] += (2 + again) * seconds
 
     def _block_pace(self, tokens: float) -> float:
-        d, f, tp = self.setting.shape.hidden_size, self.setting.shape.ffn_hidden_size, self.tp
-        return self._pace(
-            [(tokens, d, 3 * d / tp), (tokens, d / tp, d), (tokens, d, f / tp), (tokens, f / tp, d)]
-        )
+        products = []
+        for weight in architecture_of(self.setting.shape).linears(self.setting.shape):
+            sizes: list[float] = list(weight.size(self.setting.shape))
+            if weight.sharded is not None:
+                sizes[weight.sharded] /= self.tp
+            products.append((tokens, sizes[1], sizes[0]))
+        return self._pace(products)
 
     def _elementwise(self, tokens: float) -> float:
         """Forward seconds of a block's kernels other than matmuls."""

@@ -18,7 +18,7 @@ from megatron_eslm.data.tokenizers.build import Tokenizer, load_tokenizer
 from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import bare_gpt, load_weights
-from megatron_eslm.model.hf.gpt2_folder import from_gpt2, load_gpt2
+from megatron_eslm.model.hf.folder import from_hf, load_hf
 from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.reports.passages import Passage
@@ -68,7 +68,7 @@ class ScoringModel:
             hidden_TMD, *_ = model.run(Batch.of(tokens_MU, valid_MT))
             found = head_statistics(
                 model.final_norm(hidden_TMD.transpose(0, 1)[valid_MT]),
-                model.embedding.word.weight,
+                model.output_layer.weight,
                 tokens_MU[:, 1:][valid_MT],
                 shard,
                 entropy=True,
@@ -86,7 +86,7 @@ def open_scoring_model(load: str, tag: str | None = None, flag: str = "--load") 
     """Load a model from one of our checkpoints or from a Hugging Face folder.
 
     Args:
-        load: folder of checkpoints, one checkpoint, or an exported or downloaded GPT-2.
+        load: folder of checkpoints, one checkpoint, or a Hugging Face folder.
         tag: the checkpoint to load. Default: the newest complete one.
         flag: the flag that named `load`, for messages.
 
@@ -96,8 +96,8 @@ def open_scoring_model(load: str, tag: str | None = None, flag: str = "--load") 
     if (Path(load) / "config.json").is_file():
         if tag is not None:
             raise ConfigError(f"{flag} {load} is a Hugging Face folder and has no tag {tag}.")
-        gpt2, tokenizer = load_gpt2(load), folder_tokenizer(load)
-        state, shape = from_gpt2(gpt2, gpt2.config, 1, tokenizer.vocab_size)
+        theirs, tokenizer = load_hf(load), folder_tokenizer(load)
+        state, shape = from_hf(theirs, theirs.config, 1, tokenizer.vocab_size)
         weights = Weights(dict(state), shape, None, 0)
         return ScoringModel(Path(load).name, weights, tokenizer)
     try:

@@ -13,6 +13,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.frozen.model import FrozenModel, FrozenSource, load_frozen
 from megatron_eslm.frozen.teacher import find_teacher, student_as_teacher
 from megatron_eslm.launch.device import prepare_device
+from megatron_eslm.model.arithmetic import num_params
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.objectives.base import Objective
 from megatron_eslm.objectives.causal_lm import CausalLM
@@ -87,7 +88,7 @@ def build_objective(run: RunConfig, mesh: Mesh, source: FrozenSource | None) -> 
 
     frozen = on_every_rank(teacher)
     if source is not None:
-        logger.info("teacher: %s, %s parameters", source.folder, f"{source.shape.num_params:,}")
+        logger.info("teacher: %s, %s parameters", source.folder, f"{num_params(source.shape):,}")
     if frozen is None:
         return CausalLM()
     if options.distill is None:

@@ -18,7 +18,7 @@ from megatron_eslm.data.plan import (
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.frozen.reference import find_run_reference
 from megatron_eslm.frozen.teacher import find_teacher
-from megatron_eslm.model.arithmetic import adapter_params
+from megatron_eslm.model.arithmetic import adapter_params, num_params
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.parallel.collectives import on_rank_zero
 from megatron_eslm.selection.alpha import AlphaController
@@ -151,7 +151,7 @@ def dry_run_text(
         f"layout               {layout_text(run)}",
         f"tokens read          {read:,}",
         f"tokens trained on    {trained:,} ({trained / read:.1%})",
-        f"parameters           {shape.num_params:,} (vocabulary {shape.vocab_size:,} padded to "
+        f"parameters           {num_params(shape):,} (vocabulary {shape.vocab_size:,} padded to "
         f"{shape.padded_vocab_size:,})",
         *(
             [f"trained              {adapter_params(shape, shape.num_layers, rank):,} (adapters)"]

@@ -201,7 +201,7 @@ def gradient_products(model: GPT, candidates: Batch, validation: Batch) -> Gradi
     normed_RTD = normed_TRD.detach().transpose(0, 1)
     head = head_gradients(
         normed_RTD,
-        model.embedding.word.weight.detach(),
+        model.output_layer.weight.detach(),
         labels_RT,
         valid_RT,
         num_candidates,

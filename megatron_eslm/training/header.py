@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_eslm.config.run import RunConfig
+from megatron_eslm.model.arithmetic import num_params
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.training.method import method_text
 
@@ -24,7 +25,7 @@ def header(run: RunConfig, shape: ModelShape, domains: Iterable[str]) -> str:
     data = f"demo corpus ({names})" if run.demo else names
     first = (
         method_text(run.selection, run.objective.distill),
-        f"{shape.num_params:,} parameters ({shape.num_layers} blocks x {shape.hidden_size})",
+        f"{num_params(shape):,} parameters ({shape.num_layers} blocks x {shape.hidden_size})",
         machine_text(run),
     )
     second = (

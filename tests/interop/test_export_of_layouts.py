@@ -9,8 +9,8 @@ import torch
 
 from megatron_eslm.data.preprocess import preprocess
 from megatron_eslm.data.tokenizers.build import ByteTokenizer
-from megatron_eslm.interop.convert import checkpoint_to_folder
-from megatron_eslm.model.hf.gpt2_folder import load_gpt2
+from megatron_eslm.interop.convert import checkpoint_to_folder, folder_to_checkpoint
+from megatron_eslm.model.hf.folder import load_hf
 from megatron_eslm.training.callbacks import Checkpointer
 from tests.harness import run_ranks
 from tests.training.runs import ROWS, build, train, words
@@ -36,15 +36,26 @@ def data(tmp_path: Path) -> list[str]:
     return prefixes
 
 
+BLOCKS = {
+    "gpt2": (),
+    "llama": (
+        *("--architecture", "llama", "--num-attention-heads", "4", "--num-query-groups", "2"),
+        "--untie-embeddings-and-output-weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", BLOCKS)
 def test_tensor_and_pipeline_parallel_export_as_the_single_process(
-    data: list[str], tmp_path: Path
+    data: list[str], tmp_path: Path, architecture: str
 ) -> None:
     def on_rank(rank: int, name: str, flags: tuple[str, ...]) -> None:
+        flags += BLOCKS[architecture]
         train(words(data, *STEPS, *flags, "--save", tmp_path / name))
 
     def passes_through(rank: int) -> None:
-        trainer = build(words(data, *STEPS, "--load", tmp_path / "3d", "--save", tmp_path / "1d",
-                              "--train-iters", 9))  # fmt: skip
+        flags = (*BLOCKS[architecture], "--load", tmp_path / "3d", "--save", tmp_path / "1d")
+        trainer = build(words(data, *STEPS, *flags, "--train-iters", 9))
         Checkpointer().save(trainer)
 
     run_ranks(4, on_rank, "3d", TP2PP2)
@@ -58,6 +69,9 @@ def test_tensor_and_pipeline_parallel_export_as_the_single_process(
         return (tmp_path / f"hf-{name}" / "model.safetensors").read_bytes()
 
     assert exported("1d") == exported("3d")
+    folder_to_checkpoint(str(tmp_path / "hf-3d"), str(tmp_path / "imported"))
+    checkpoint_to_folder(str(tmp_path / "imported"), str(tmp_path / "hf-imported"))
+    assert exported("imported") == exported("3d")
     config = "config.json"
     assert (tmp_path / "hf-3d" / config).read_text() == (
         tmp_path / "hf-single" / config
@@ -67,6 +81,6 @@ def test_tensor_and_pipeline_parallel_export_as_the_single_process(
     tokens = torch.randint(257, (4, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, theirs = (
-            load_gpt2(tmp_path / f"hf-{name}").eval()(tokens).logits for name in ("3d", "single")
+            load_hf(tmp_path / f"hf-{name}").eval()(tokens).logits for name in ("3d", "single")
         )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

@@ -7,7 +7,7 @@ import pytest
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.interop.prompts import TEXTS, prompts_ids
 from megatron_eslm.interop.whole_folder import published
-from megatron_eslm.model.hf.gpt2_folder import from_gpt2
+from megatron_eslm.model.hf.folder import from_hf
 
 from .conftest import files_of, random_gpt2
 
@@ -15,7 +15,7 @@ from .conftest import files_of, random_gpt2
 @pytest.mark.parametrize("context", [1, 40, 1000])
 def test_prompts_cover_the_edges(byte_tokenizer, context):
     model = random_gpt2(n_layer=1, n_positions=context, vocab_size=300)
-    _, shape = from_gpt2(model, model.config, 128)
+    _, shape = from_hf(model, model.config, 128)
     prompts = prompts_ids(byte_tokenizer, shape)
     assert len(prompts) == len(TEXTS) + 3
     assert [byte_tokenizer.eod] in prompts

@@ -17,7 +17,8 @@ from megatron_eslm.frozen.model import find_frozen, load_frozen
 from megatron_eslm.interop import huggingface
 from megatron_eslm.interop.huggingface import export
 from megatron_eslm.model.gpt import reference_logits
-from megatron_eslm.model.hf.gpt2_folder import from_gpt2, load_gpt2
+from megatron_eslm.model.hf import folder as hf_folder
+from megatron_eslm.model.hf.folder import load_hf
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.reports.token_scores import open_scoring_model
 
@@ -43,14 +44,14 @@ def generate():
 def folder(tmp_path, any_tokenizer):
     """An exported Hugging Face folder."""
     model = random_gpt2(vocab_size=any_tokenizer.vocab_size)
-    weights, shape = from_gpt2(model, model.config, 128)
+    weights, shape = hf_folder.from_hf(model, model.config, 128)
     export(tmp_path / "hf", weights, shape, any_tokenizer)
     return tmp_path / "hf"
 
 
 @pytest.fixture
 def byte_folder(tmp_path, gpt2, byte_tokenizer):
-    weights, shape = from_gpt2(gpt2, gpt2.config, 128)
+    weights, shape = hf_folder.from_hf(gpt2, gpt2.config, 128)
     export(tmp_path / "hf", weights, shape, byte_tokenizer)
     return tmp_path / "hf"
 
@@ -69,8 +70,8 @@ def test_checkpoint_is_what_load_starts_from(tmp_path, byte_folder, from_hf):
     arguments = ["--input", str(byte_folder), "--save", str(tmp_path / "run")]
     assert from_hf.main([*arguments, "--make-vocab-size-divisible-by", "100"]) == 0
     written = read_weights(str(tmp_path / "run"))
-    model = load_gpt2(byte_folder)
-    weights, shape = from_gpt2(model, model.config, 100)
+    model = load_hf(byte_folder)
+    weights, shape = hf_folder.from_hf(model, model.config, 100)
     assert written.shape == shape
     assert shape.padded_vocab_size == 300
     assert written.weights.keys() == weights.keys()
@@ -107,7 +108,7 @@ def test_a_padded_vocabulary_is_cut_to_the_tokenizer(
     written = read_weights(run)
     assert (written.shape.vocab_size, written.shape.padded_vocab_size) == (257, 384)
     tokenizer = folder_tokenizer(padded_folder)
-    theirs = load_gpt2(padded_folder)
+    theirs = load_hf(padded_folder)
     tokens_BT = torch.tensor([tokenizer.encode("a cat on a mat")])
     with torch.no_grad():
         expected_BTV = theirs(tokens_BT).logits[..., :257]
@@ -121,7 +122,7 @@ def test_a_padded_vocabulary_is_cut_to_the_tokenizer(
         scoring = open_scoring_model(str(source))
         assert scoring.weights.shape.vocab_size == 257
     assert to_hf.main(["--load", str(run), "--output", str(tmp_path / "again")]) == 0
-    assert load_gpt2(tmp_path / "again").config.vocab_size == 257
+    assert load_hf(tmp_path / "again").config.vocab_size == 257
     capsys.readouterr()
     texts = []
     for load in (run, padded_folder, tmp_path / "again"):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.arithmetic import num_params, num_params_block
 from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt, load_weights, reference_logits
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.objectives.causal_lm import CausalLM
@@ -40,9 +41,9 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_names_and_number_of_parameters(process_group: None) -> None:
     weights = weights_of(build())
-    assert sum(w.numel() for w in weights.values()) == SHAPE.num_params
+    assert sum(w.numel() for w in weights.values()) == num_params(SHAPE)
     block = sum(w.numel() for name, w in weights.items() if name.startswith("blocks.1."))
-    assert block == SHAPE.num_params_block
+    assert block == num_params_block(SHAPE)
     assert {name.split(".")[0] for name in weights} == {"embedding", "blocks", "final_norm"}
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_eslm.ops.activations import GELU
 from megatron_eslm.ops.kept_tokens_mlp import LossTokenIndex, kept_tokens_mlp
 from tests.harness import run_ranks
 
@@ -48,7 +49,7 @@ def test_value_and_gradients_are_those_of_the_plain_form(chosen, dtype, toleranc
     inputs = [x.requires_grad_() for x in tensors(dtype)]
     before = [x.detach().clone() for x in inputs]
     tokens = LossTokenIndex()
-    out = kept_tokens_mlp(*inputs, tokens)
+    out = kept_tokens_mlp(*inputs, GELU, tokens)
     tokens.chosen_S = chosen  # known only after the forward pass
     torch.testing.assert_close(out, plain(*inputs), rtol=0, atol=0)
     found = gradients(out, inputs, chosen, scale=3.0)
@@ -63,11 +64,13 @@ def test_value_and_gradients_are_those_of_the_plain_form(chosen, dtype, toleranc
 def test_other_tokens_are_not_looked_at():
     inputs = [x.requires_grad_() for x in tensors()]
     chosen = CHOSEN["some"]
-    out = kept_tokens_mlp(*inputs, LossTokenIndex(chosen))
+    out = kept_tokens_mlp(*inputs, GELU, LossTokenIndex(chosen))
     noisy = torch.autograd.grad(out, inputs, torch.ones_like(out))
     zeros = torch.zeros_like(out)
     zeros[chosen] = 1.0
-    clean = torch.autograd.grad(kept_tokens_mlp(*inputs, LossTokenIndex(chosen)), inputs, zeros)
+    clean = torch.autograd.grad(
+        kept_tokens_mlp(*inputs, GELU, LossTokenIndex(chosen)), inputs, zeros
+    )
     for a, b in zip(noisy, clean, strict=True):
         assert torch.equal(a, b)
 
@@ -80,7 +83,7 @@ def _two_ranks(rank: int) -> None:
     parts = [t.clone().requires_grad_() for t in (x, up[half], bias[half], down[:, half])]
     whole = [t.requires_grad_() for t in (x, up, bias, down)]
     chosen = CHOSEN["some"]
-    out = kept_tokens_mlp(*parts, LossTokenIndex(chosen), dist.group.WORLD)
+    out = kept_tokens_mlp(*parts, GELU, LossTokenIndex(chosen), dist.group.WORLD)
     torch.testing.assert_close(out, plain(*whole), rtol=1e-5, atol=1e-5)
     found = gradients(out, parts, chosen)
     full = gradients(plain(*whole), whole, chosen)

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from megatron_eslm.checkpoint.weights import write_weights
 from megatron_eslm.data.tokenizers.build import ByteTokenizer, Tokenizer
-from megatron_eslm.model.hf.gpt2_folder import from_gpt2
+from megatron_eslm.model.hf.folder import from_hf
 from megatron_eslm.model.shape import ModelShape
 
 POSITIONS = 24
@@ -24,7 +24,7 @@ def random_model(seed: int = 0, scale: float = 0.3) -> tuple[dict[str, torch.Ten
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    weights, shape = from_gpt2(model, config, 8)
+    weights, shape = from_hf(model, config, 8)
     return dict(weights), shape
 
 

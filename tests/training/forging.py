@@ -19,7 +19,7 @@ from megatron_eslm.checkpoint.shards import whole
 from megatron_eslm.checkpoint.tensor_files import file_name, metadata_of, write_file
 from megatron_eslm.checkpoint.tensor_index import KINDS, Scalars, index_of, write_index
 from megatron_eslm.checkpoint.train_state import TrainState
-from megatron_eslm.model.hf.gpt2_names import weight_sizes
+from megatron_eslm.model.hf.state import weight_sizes
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.selection.state import SelectionState
 

@@ -30,6 +30,11 @@ METHODS: dict[str, tuple[str, ...]] = {
     # Of 4 micro-steps 3 and 2 are trained on.
     "eslm-loss": ("--eslm-alpha", "0.3", "--eslm-scope", "step"),
     "eslm-entropy": ("--eslm-alpha", "0.5", "--eslm-score", "entropy", "--eslm-scope", "step"),
+    "eslm-llama": (
+        *("--eslm-alpha", "0.3", "--eslm-scope", "step", "--architecture", "llama"),
+        *("--num-attention-heads", "4", "--num-query-groups", "2"),
+        "--untie-embeddings-and-output-weights",
+    ),
     "random": ("--eslm-alpha", "0.5", "--selection", "random", "--eslm-scope", "step"),
 }
 MICRO = 4

@@ -27,6 +27,13 @@ CASES = {
             *("--micro-batch-size", str(ROWS // 2)),
         ),
     ),
+    "llama": (
+        1,
+        (
+            *("--eslm-alpha", "0.3", "--architecture", "llama"),
+            *("--num-attention-heads", "4", "--num-query-groups", "2"),
+        ),
+    ),
     "tp2": (2, ("--eslm-alpha", "0.3", "--tensor-model-parallel-size", "2")),
     "pp2": (2, ("--eslm-alpha", "0.3", "--pipeline-model-parallel-size", "2")),
 }

@@ -36,6 +36,9 @@ from .test_flops import counted
 TEACHER = (
     *("--num-layers", "2", "--hidden-size", "48", "--num-attention-heads", "4"),
     *("--seq-length", "40", "--selection", "clm", "--lr", "1e-2"),
+    # Another architecture than the model that learns.
+    *("--architecture", "llama", "--num-query-groups", "2"),
+    "--untie-embeddings-and-output-weights",
 )
 FLOAT32 = ("--distill-teacher-dtype", "float32")
 STEPS = ("--global-batch-size", 2 * ROWS, "--eslm-scope", "step")
@@ -273,8 +276,8 @@ def test_salt_switches_exactly_at_its_step(data: list[str], teacher: Path, tmp_p
     assert steps[0] == steps[1] > steps[2] == steps[3]
     assert steps[2] == pytest.approx(plain.column("flops")[-1] - plain.column("flops")[-2])
     paper = np.diff([0.0, *straight.column("flops_paper")])
-    # 2 N_teacher a token: 384 x 48 + 40 x 48 + 2 (12 x 48^2 + 13 x 48) + 96 parameters
-    assert paper[1] - paper[2] == 2 * 76_992 * 2 * ROWS * SEQ_LENGTH
+    # 2 N_teacher a token: 2 x 384 x 48 + 2 (96 x 48 + 48^2 + 3 x 256 x 48 + 96) + 48 parameters
+    assert paper[1] - paper[2] == 2 * 124_656 * 2 * ROWS * SEQ_LENGTH
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -394,7 +397,8 @@ def test_teachers_that_are_refused(data: list[str], teacher: Path, tmp_path: Pat
         messages = {}
         for name, more in (("positions", ("--seq-length", "16")), ("heads", ())):
             folders[name] = tmp_path / name
-            odd = ("--num-attention-heads", "3", *more, "--save", folders[name])
+            heads = ("--num-attention-heads", "3", "--num-query-groups", "3")
+            odd = (*heads, *more, "--save", folders[name])
             train(words(data, *TEACHER, *odd, iters=2, micro_batch_size=ROWS // 2))
         dense = ("--selection", "clm", "--distill", "dense", "--distill-teacher")
         for name, folder in folders.items():

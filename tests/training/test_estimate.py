@@ -234,6 +234,7 @@ def test_a_block_keeps_what_is_told(tp: int) -> None:
         ["--ffn-hidden-size", "96"],
         ["--hidden-dropout", "0.1"],
         ["--attention-dropout", "0.1"],
+        ["--architecture", "llama", "--num-query-groups", "2"],
     ]
     if tp > 1:
         cases += [["--sequence-parallel"], ["--sequence-parallel", "--bf16"]]
@@ -247,6 +248,9 @@ def test_a_block_keeps_what_is_told(tp: int) -> None:
         return found
 
     for flags, (kept, told) in zip(cases, run_ranks(tp, fn)[0], strict=True):
+        if "llama" in flags:
+            # Without CUDA's fused kernel, each of two RMSNorms keeps its scaled input, too.
+            told += 4 * 32 * 2 * 64 * torch.float32.itemsize
         assert told == pytest.approx(kept, rel=0.02), flags
 
 

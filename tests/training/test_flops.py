@@ -15,6 +15,7 @@ from torch.utils.flop_counter import (
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.cost.flops import FlopsModel, Work, device_peak_flops
 from megatron_eslm.cost.of_run import build_flops, step_work
+from megatron_eslm.model.arithmetic import num_params, num_params_block
 from megatron_eslm.training.loop import Trainer
 from tests.harness import run_ranks
 
@@ -31,6 +32,11 @@ CASES = {
     "instance": ("--eslm-alpha", "0.3", "--eslm-level", "instance"),
     "token": ("--eslm-alpha", "0.3", "--eslm-level", "token"),
     "random": ("--eslm-alpha", "0.3", "--selection", "random"),
+    "llama": (
+        *("--eslm-alpha", "0.3", "--last-mlp-backward", "kept", "--architecture", "llama"),
+        *("--num-attention-heads", "4", "--num-query-groups", "2"),
+        "--untie-embeddings-and-output-weights",
+    ),
     "last MLP": ("--eslm-alpha", "0.3", "--last-mlp-backward", "kept"),
     "last MLP, checkpoints": (
         *("--eslm-alpha", "0.3", "--last-mlp-backward", "kept"),
@@ -126,8 +132,8 @@ def test_the_papers_ledger_by_hand() -> None:
     1,024 masked.
     """
     shape = SHAPE_124M
-    assert shape.num_params_block == 7_087_872
-    assert shape.num_params == 124_475_904
+    assert num_params_block(shape) == 7_087_872
+    assert num_params(shape) == 124_475_904
     flops = FlopsModel(shape=shape, seq_length=1024, selector_depth=1, proxy=True)
     work = Work(tokens=12_288, tokens_deep=10_240, tokens_scored=10_240, tokens_trained=9_216)
     expected = 10_240 * 860_101_632 + 12_288 * 175_004_160 - 1_024 * 173_414_400
@@ -160,8 +166,8 @@ def test_the_papers_ledger_of_all_sizes_by_hand(size: str) -> None:
     words = ["--data-path", "x", "--model-size", size, "--eslm-alpha", "0.1"]
     run = parse_run([*words, "--eslm-scope", "global"], 1)
     shape = run.shape(50_257)
-    assert shape.num_params_block == block
-    assert shape.num_params == parameters
+    assert num_params_block(shape) == block
+    assert num_params(shape) == parameters
     work = step_work(run)
     steps = run.gradient_accumulation_steps
     assert (work.tokens, work.tokens_deep, work.tokens_trained) == (

@@ -22,7 +22,7 @@ from megatron_eslm.data.batch import Batch
 from megatron_eslm.interop.convert import checkpoint_to_folder, folder_to_checkpoint
 from megatron_eslm.interop.generation import open_model
 from megatron_eslm.launch.bootstrap import init_distributed
-from megatron_eslm.model.hf.gpt2_folder import load_gpt2
+from megatron_eslm.model.hf.folder import load_hf
 from megatron_eslm.model.lora import is_adapter
 from megatron_eslm.training.dry_run import dry_run
 from megatron_eslm.training.loop import Trainer
@@ -275,9 +275,9 @@ def test_exported_is_the_model_that_was_trained(adapted: Path, start: Path, tmp_
     assert checkpoint_to_folder(str(adapted / "run"), str(tmp_path / "hf")) < 1e-5
     inputs_BT, trained = _tokens()[:, :-1], torch.load(adapted / "logits.pt")
     with torch.no_grad():
-        exported = load_gpt2(tmp_path / "hf")(inputs_BT).logits
+        exported = load_hf(tmp_path / "hf")(inputs_BT).logits
         generating = open_model(str(adapted / "run"))[0](inputs_BT).logits
-        before = load_gpt2(start / "hf")(inputs_BT).logits
+        before = load_hf(start / "hf")(inputs_BT).logits
     for logits in (exported, generating):
         torch.testing.assert_close(logits, trained, atol=1e-5, rtol=1e-5)
     assert (before - trained).abs().max() > 0.1

@@ -12,6 +12,7 @@ from megatron_eslm.checkpoint.manifest import Entry, Manifest
 from megatron_eslm.checkpoint.same_method import check_same_method
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.arithmetic import num_params
 from megatron_eslm.training.header import header
 from megatron_eslm.training.method import method_text
 
@@ -107,7 +108,7 @@ def test_the_header_says_what_runs_where() -> None:
     shape = run.shape(257)
     assert header(run, shape, ["prose", "code"]).splitlines() == [
         "eslm of sequences and tokens, alpha 0.1, by loss, early exit after block 1 | "
-        f"{shape.num_params:,} parameters (3 blocks x 32) | bfloat16 on CPU",
+        f"{num_params(shape):,} parameters (3 blocks x 32) | bfloat16 on CPU",
         "2 tensor x 2 pipeline x 2 data-parallel ranks, ZeRO 1 | 10 steps of 48 sequences x 32 "
         "tokens = 6 micro-steps x 2 ranks x 4; trained on 40 = 5 x 2 x 4 (16.7% "
         "dropped) | data: prose, code",

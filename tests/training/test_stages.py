@@ -14,7 +14,7 @@ from megatron_eslm.config.run import RunConfig, parse_run
 from megatron_eslm.cost.of_run import build_flops, step_work
 from megatron_eslm.cost.stages import StagePlan, balanced_split, plan_stages, plan_text
 from megatron_eslm.launch.bootstrap import init_distributed
-from megatron_eslm.model.arithmetic import stage_params
+from megatron_eslm.model.arithmetic import num_params, num_params_block, stage_params
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.parallel.mesh import build_mesh
 from megatron_eslm.selection.build import build_policy
@@ -89,7 +89,7 @@ def test_stages_add_up_to_the_model(stages: int, flags: str) -> None:
     assert [i for s in range(stages) for i in plan.blocks(s)] == list(range(12))
     assert min(plan.num_blocks) >= 1
     tied = shape.padded_vocab_size * shape.hidden_size if stages > 1 else 0
-    assert sum(plan.num_params) == shape.num_params + tied
+    assert sum(plan.num_params) == num_params(shape) + tied
 
 
 def test_a_large_vocabulary_moves_blocks_away_from_the_last_stage() -> None:
@@ -146,7 +146,7 @@ def test_the_table() -> None:
     assert lines[1].endswith("  embedding, early exit behind block 1")
     assert lines[4].endswith(f"{plan.num_params[-1]:,}  head") and "11 (1)" in lines[4]
     assert lines[2].split()[:3] == ["1", "3-6", "(4)"]
-    assert plan.num_params[1] == 4 * shape.num_params_block
+    assert plan.num_params[1] == 4 * num_params_block(shape)
     mean = sum(plan.flops) / 4
     assert lines[5] == f"the most expensive stage costs {max(plan.flops) / mean:.2f} x the mean"
     single, _, _ = planned()

@@ -1,1 +1,1 @@
-"""GPT-2 in Hugging Face's format: names of weights and fields of config.json."""
+"""Models in Hugging Face's format: state dicts and folders."""

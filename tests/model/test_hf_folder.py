@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.model.hf.gpt2_config import gpt2_shape, read_fields
-from megatron_eslm.model.hf.gpt2_folder import from_gpt2, load_gpt2, read_gpt2_config
+from megatron_eslm.model.hf.folder import from_hf, hf_shape, load_hf, read_hf_shape, with_vocabulary
 from tests.interop.conftest import edit_json, random_gpt2
 
 
@@ -46,7 +45,7 @@ def test_what_config_json_says_is_not_believed(folder, fields, message):
     """Ten million layers used to be built for minutes before anyone looked at the tensors."""
     edit_json(folder / "config.json", **fields)
     with pytest.raises(ConfigError, match=message):
-        load_gpt2(folder)
+        load_hf(folder)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,7 @@ def test_files_that_are_none(folder, name, content, message):
     else:
         (folder / name).write_text(content)
     with pytest.raises(ConfigError, match=message) as error:
-        load_gpt2(folder)
+        load_hf(folder)
     assert "\n" not in str(error.value)
 
 
@@ -86,14 +85,14 @@ def test_files_that_are_none(folder, name, content, message):
 def test_tensors_of_another_size(folder, fields, message, capfd):
     edit_json(folder / "config.json", **fields)
     with pytest.raises(ConfigError, match=message):
-        load_gpt2(folder)
+        load_hf(folder)
     assert capfd.readouterr().err == ""
 
 
 def test_a_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
-        read_gpt2_config(folder)
+        read_hf_shape(folder)
 
 
 class Harm:
@@ -113,7 +112,7 @@ def test_code_in_pickled_weights_is_refused_in_one_paragraph(folder, how, capfd)
     with (folder / "pytorch_model.bin").open("wb") as file:
         how({"transformer.wte.weight": Harm(folder / "harmed"), "fill": b"x" * 30_000}, file)
     with pytest.raises(ConfigError, match=r"contains more than tensors.*so it is refused") as error:
-        load_gpt2(folder)
+        load_hf(folder)
     assert "weights_only" not in str(error.value)
     assert "\n" not in str(error.value)
     assert not (folder / "harmed").exists()
@@ -124,22 +123,22 @@ def test_plain_pickled_weights_are_read(folder):
     model = random_gpt2()
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    loaded = load_gpt2(folder).state_dict()
+    loaded = load_hf(folder).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_names_that_transformers_takes_too():
-    fields = read_fields({"model_type": "gpt2", "num_hidden_layers": 3, "hidden_size": 24})
-    assert (fields.n_layer, fields.n_embd, fields.n_head) == (3, 24, 12)
-    fields = read_fields({"model_type": "gpt2", "num_hidden_layers": 3, "n_layer": 4})
-    assert fields.n_layer == 4
+    shape = hf_shape({"model_type": "gpt2", "num_hidden_layers": 3, "hidden_size": 24})
+    assert (shape.num_layers, shape.hidden_size, shape.num_attention_heads) == (3, 24, 12)
+    shape = hf_shape({"model_type": "gpt2", "num_hidden_layers": 3, "n_layer": 4})
+    assert shape.num_layers == 4
 
 
 def test_rows_beyond_the_tokenizer_are_padding(caplog):
     """50257 ids in 50304 rows is how most folders with a padded vocabulary look."""
     model = random_gpt2(vocab_size=300)
     with caplog.at_level(logging.INFO):
-        weights, shape = from_gpt2(model, model.config, 128, 257)
+        weights, shape = from_hf(model, model.config, 128, 257)
     (record,) = caplog.records
     assert "300 rows of embeddings and its tokenizer 257 ids: the last 43" in record.getMessage()
     assert (shape.vocab_size, shape.padded_vocab_size) == (257, 384)
@@ -147,11 +146,11 @@ def test_rows_beyond_the_tokenizer_are_padding(caplog):
     assert torch.equal(words[:257], model.transformer.wte.weight[:257])
     assert not words[257:].any()
     with pytest.raises(ConfigError, match="tokenizer has 301 ids, but the model only 300 rows"):
-        from_gpt2(model, model.config, 128, 301)
+        from_hf(model, model.config, 128, 301)
 
 
 @pytest.mark.parametrize("multiple", [0, -5, 2**40])
 def test_padding_out_of_all_proportion(multiple):
-    fields = read_fields({"model_type": "gpt2"})
+    shape = hf_shape({"model_type": "gpt2"})
     with pytest.raises(ConfigError, match=f"--make-vocab-size-divisible-by {multiple} must be"):
-        gpt2_shape(fields, multiple)
+        with_vocabulary(shape, multiple)

@@ -1,0 +1,1 @@
+"""Architectures: what differs between GPT-2, Llama and others, one module each."""
