@@ -76,6 +76,21 @@ def check_model_options(model: ResolvedModel, selection: SelectionOptions) -> No
         )
 
 
+def check_documents(data: DataOptions, engine: EngineOptions) -> None:
+    """Check that every pipeline stage reads the tokens that mark documents.
+
+    Raises:
+        ConfigError: the combination cannot be used.
+    """
+    stages = engine.pipeline_model_parallel_size
+    if stages > 2 and (data.reset_attention_mask or data.reset_position_ids):
+        flag = "attention-mask" if data.reset_attention_mask else "position-ids"
+        raise ConfigError(
+            f"--reset-{flag} with --pipeline-model-parallel-size {stages}: only the first and the "
+            "last stage read tokens, which mark the documents. Use at most 2 stages."
+        )
+
+
 def check_lora(
     model: ModelOptions, selection: SelectionOptions, checkpoint: CheckpointOptions
 ) -> None:

@@ -22,6 +22,7 @@ from megatron_eslm.config.resolved import (
     resolved,
 )
 from megatron_eslm.config.rules import (
+    check_documents,
     check_engine_options,
     check_lora,
     check_model_options,
@@ -276,6 +277,7 @@ def resolve(
     )
     check_model_options(model, selection)
     check_reference(selection, reference, data)
+    check_documents(data, engine)
     check_lora(model, selection, checkpoint)
     check_objective(objective, selection.selection, loads=checkpoint.load is not None, given=given)
     check_label_noise(data.label_noise, model.seq_length)

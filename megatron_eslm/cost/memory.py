@@ -154,14 +154,15 @@ def _stage_activations(run: RunConfig, shape: ModelShape, plan: StagePlan, stage
     # 1F1B: before its first backward pass, a stage starts one micro-step for itself and one per
     # stage after it. Its received and sent activations are kept as long.
     in_flight = min(plan.num_stages - stage, run.gradient_accumulation_steps)
+    mask = _tokens(run) * run.model.seq_length if run.data.reset_attention_mask else 0
     ends = (stage > 0) + (stage < plan.num_stages - 1)
     blocks, interval = plan.num_blocks[stage], run.model.activation_checkpoint_interval
     if interval == 0:
-        return in_flight * (blocks * block + ends * hidden)
+        return in_flight * (blocks * block + ends * hidden + mask)
     # Groups of recomputed blocks do not cross the selector.
     before = plan.early_exit if stage == 0 else 0
     groups = math.ceil(before / interval) + math.ceil((blocks - before) / interval)
-    return in_flight * (groups + ends) * hidden + min(interval, blocks) * block
+    return in_flight * ((groups + ends) * hidden + mask) + min(interval, blocks) * block
 
 
 def _head_bytes(run: RunConfig, shape: ModelShape, *, early_exit: bool, last: bool) -> float:

@@ -43,6 +43,12 @@ class DataOptions:
     eod_mask_loss: bool = False
     """Exclude the token directly after an end-of-document token from scores and loss."""
 
+    reset_attention_mask: bool = False
+    """Attend within the same document only. Documents end with an end-of-document token."""
+
+    reset_position_ids: bool = False
+    """Count positions from the beginning of each document."""
+
     label_noise: Annotated[
         float,
         Range(

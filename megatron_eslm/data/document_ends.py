@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from megatron_eslm.data.index_file import IndexFile
 from megatron_eslm.data.meta import DataMeta
@@ -15,7 +15,7 @@ _LOOK_AT_IDS = 1 << 22
 
 
 def check_document_ends(
-    domains: Iterable[tuple[IndexFile, DataMeta | None]], eod: int, *, eod_mask_loss: bool
+    domains: Iterable[tuple[IndexFile, DataMeta | None]], eod: int, relying: Sequence[str]
 ) -> None:
     """Warn of domains that were written without --append-eod.
 
@@ -24,10 +24,10 @@ def check_document_ends(
     Args:
         domains: the pairs and their metadata.
         eod: the tokenizer's end-of-document id.
-        eod_mask_loss: whether the run relies on that id.
+        relying: flags of the run that rely on that id.
 
     Raises:
-        ConfigError: the run relies on the id, but --eod-mask-loss would have no effect in such a
+        ConfigError: the run relies on the id, but the flag would have no effect in such a
             domain.
     """
     without = [index.prefix for index, meta in domains if not _has_ends(index, meta, eod)]
@@ -35,9 +35,9 @@ def check_document_ends(
         return
     what = f"{', '.join(without)}: no end-of-document id ({eod}) follows the documents"
     remedy = "preprocess again with --append-eod"
-    if eod_mask_loss:
+    if relying:
         raise ConfigError(
-            f"--eod-mask-loss has no effect on --data-path {what}. Leave the flag out, or {remedy}."
+            f"{relying[0]} has no effect on --data-path {what}. Leave the flag out, or {remedy}."
         )
     logger.warning(
         "--data-path %s, so a model cannot tell where one ends; to change that, %s", what, remedy

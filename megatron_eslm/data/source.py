@@ -91,9 +91,16 @@ def _open(options: DataOptions, *, trust: bool) -> DataSource:
     for index, meta in zip(indexes, metas, strict=True):
         if not trust:
             _check_contents(index, meta, tokenizer)
-    check_document_ends(
-        zip(indexes, metas, strict=True), tokenizer.eod, eod_mask_loss=options.eod_mask_loss
-    )
+    relying = [
+        flag
+        for flag, is_set in (
+            ("--eod-mask-loss", options.eod_mask_loss),
+            ("--reset-attention-mask", options.reset_attention_mask),
+            ("--reset-position-ids", options.reset_position_ids),
+        )
+        if is_set
+    ]
+    check_document_ends(zip(indexes, metas, strict=True), tokenizer.eod, relying)
     weights = lowest_terms([weight for weight, _ in pairs])
     names = _names([prefix for _, prefix in pairs])
     domains = tuple(

@@ -43,7 +43,7 @@ class _StageLayer(nn.Module):
 
     def forward(self, inputs: tuple[torch.Tensor, ...] | torch.Tensor) -> torch.Tensor:
         is_first = not isinstance(inputs, torch.Tensor)
-        selected = self.stage.run(Batch(*inputs) if is_first else inputs)  # type: ignore[arg-type]
+        selected = self.stage.run(Batch(*inputs) if is_first else inputs, self.batch)  # type: ignore[arg-type]
         if not self.stage.is_last:
             return selected.hidden_LKD
         assert self.batch is not None

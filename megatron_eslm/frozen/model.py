@@ -22,6 +22,7 @@ from megatron_eslm.checkpoint.shards import Shard, shards_of
 from megatron_eslm.checkpoint.tensor_files import TensorReader
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.batch import Batch
+from megatron_eslm.data.documents import DocumentRules
 from megatron_eslm.data.tokenizers.build import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
 from megatron_eslm.errors import ConfigError
@@ -145,7 +146,11 @@ def check_fits(source: FrozenSource, run: RunConfig, what: str, otherwise: str) 
 
 
 def load_frozen(
-    source: FrozenSource, mesh: Mesh, dtype: torch.dtype, device: torch.device
+    source: FrozenSource,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    device: torch.device,
+    documents: DocumentRules | None = None,
 ) -> FrozenModel:
     """Load a frozen model on a rank of the last stage. Not collective.
 
@@ -154,11 +159,12 @@ def load_frozen(
         mesh: this rank's position in the mesh; the model is sharded over its tensor-parallel group.
         dtype: compute dtype.
         device: device of the model.
+        documents: keep attention or positions inside documents.
 
     Raises:
         ConfigError: the model's files are damaged.
     """
-    model = bare_gpt(source.shape, mesh)
+    model = bare_gpt(source.shape, mesh, documents)
     shards = shards_of(model, mesh, source.shape.vocab_size)
     if source.is_checkpoint:
         reader = TensorReader(source.folder, merged=source.merged)

@@ -15,6 +15,7 @@ import torch
 
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.batch import Batch
+from megatron_eslm.data.documents import DocumentRules
 from megatron_eslm.data.tokenizers.build import Tokenizer
 from megatron_eslm.frozen.model import (
     FrozenModel,
@@ -124,13 +125,14 @@ def load_reference(
     device: torch.device,
     dtype: torch.dtype,
     head_kernel: HeadKernel = "auto",
+    documents: DocumentRules | None = None,
 ) -> ReferenceModel | None:
     """Load the reference model on the last pipeline stage; None on others. Collective."""
 
     def load() -> ReferenceModel | None:
         if not mesh.is_last_stage:
             return None
-        frozen = load_frozen(source, mesh, dtype, device)
+        frozen = load_frozen(source, mesh, dtype, device, documents)
         return ReferenceModel(frozen, source.shape, mesh, head_kernel)
 
     return on_every_rank(load)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_eslm.data.batch import Batch, Rows
+from megatron_eslm.data.documents import WHOLE, DocumentRules
 from megatron_eslm.model.layers import Block, Embedding, Layout, Output
 from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 from megatron_eslm.selection.policy import SelectionPolicy
@@ -35,24 +36,33 @@ class EarlyExit:
         layout: layout of the layers.
         layers: None if the policy scores without the model.
         shard: vocabulary shard of this rank.
+        documents: keep attention or positions inside documents, as the model does.
     """
 
     def __init__(
-        self, policy: SelectionPolicy, layout: Layout, layers: ExitLayers | None, shard: VocabShard
+        self,
+        policy: SelectionPolicy,
+        layout: Layout,
+        layers: ExitLayers | None,
+        shard: VocabShard,
+        documents: DocumentRules | None = None,
     ) -> None:
         self.policy = policy
         self.layout = layout
         self.layers = layers
         self.shard = shard
+        self.documents = documents
 
     @torch.no_grad()
     def candidate_scores(self, batch: Batch, rows: Rows) -> torch.Tensor:
         """Run the proxy pass from the tokens on, without dropout; float32 [M] as `scores`."""
         if self.layers is None:
             return self.scores(batch.tokens_MU.new_empty(0), batch, rows)
-        hidden_LMD = self.layers.embedding(batch.tokens_MU)
+        rules = self.documents
+        documents = WHOLE if rules is None else rules.of(batch.tokens_MU)
+        hidden_LMD = self.layers.embedding(batch.tokens_MU, None, documents)
         for block in self.layers.blocks:
-            hidden_LMD = block(hidden_LMD)
+            hidden_LMD = block(hidden_LMD, None, None, documents)
         return self.scores(hidden_LMD, batch, rows)
 
     @torch.no_grad()

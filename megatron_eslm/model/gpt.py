@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_eslm.data.batch import Batch, Rows
+from megatron_eslm.data.documents import WHOLE, DocumentRules, Documents
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.architectures.registry import architecture_of
 from megatron_eslm.model.dropout import DropoutKey, NamedDropout
@@ -55,6 +56,8 @@ class ModelSettings:
     """Blocks per recomputed group, of which only the first block's input is kept; 0 keeps all."""
     last_mlp_kept: bool = False
     """Run the backward pass of the last block's MLP over the tokens in the loss only."""
+    documents: DocumentRules | None = None
+    """Keep attention or positions inside documents."""
     lora: Lora | None = None
     """Adapters on the blocks' linear layers; if set, nothing else trains."""
 
@@ -151,7 +154,7 @@ class GPT(nn.Module):
                 if not shape.tied_head:
                     self.copies += [output]
             as_copy(self.copies)
-        self.early_exit = EarlyExit(policy, layout, exit_layers, shard)
+        self.early_exit = EarlyExit(policy, layout, exit_layers, shard, settings.documents)
         if self.is_first:
             self.selector = InstanceSelector(policy, recorder, self.early_exit)
         if settings.lora is not None:
@@ -179,11 +182,12 @@ class GPT(nn.Module):
             return self.early_exit.candidate_scores(batch, candidates)
         return self.loss(self.run(batch), batch)
 
-    def run(self, inputs: Batch | torch.Tensor) -> Selected:
+    def run(self, inputs: Batch | torch.Tensor, batch: Batch | None = None) -> Selected:
         """Run this stage's layers, except the head, on one micro-batch.
 
         Args:
             inputs: the batch on the first stage, hidden states [L, M, D] on the others.
+            batch: the rows of hidden states, which only document rules need.
         """
         tokens = None
         if self.training:
@@ -195,15 +199,23 @@ class GPT(nn.Module):
             num_rows = inputs.shape[1]
             rows = torch.arange(num_rows, device=inputs.device)
             places = self._places(range(num_rows), num_rows)
-            return Selected(self._blocks(inputs, self.block_range, places, tokens), rows)
+            documents = WHOLE if batch is None else self._documents(batch)
+            hidden = self._blocks(inputs, self.block_range, places, tokens, documents)
+            return Selected(hidden, rows)
         depth, num_rows = self.policy.traits.early_exit_blocks, len(inputs.tokens_MU)
         places = self._places(range(num_rows), num_rows)
-        hidden_LMD = self.embedding(inputs.tokens_MU, places)
-        hidden_LMD = self._blocks(hidden_LMD, self.block_range[:depth], places)
+        documents = self._documents(inputs)
+        hidden_LMD = self.embedding(inputs.tokens_MU, places, documents)
+        hidden_LMD = self._blocks(hidden_LMD, self.block_range[:depth], places, None, documents)
         hidden_LKD, kept_K = self.selector(hidden_LMD, inputs)
-        places = self._places(kept_K if len(kept_K) < num_rows else range(num_rows), num_rows)
-        hidden_LKD = self._blocks(hidden_LKD, self.block_range[depth:], places, tokens)
+        if len(kept_K) < num_rows:
+            places, documents = self._places(kept_K, num_rows), documents.rows(kept_K)
+        hidden_LKD = self._blocks(hidden_LKD, self.block_range[depth:], places, tokens, documents)
         return Selected(hidden_LKD, kept_K)
+
+    def _documents(self, batch: Batch) -> Documents:
+        rules = self.settings.documents
+        return WHOLE if rules is None else rules.of(batch.tokens_MU)
 
     def loss(self, selected: Selected, batch: Batch) -> torch.Tensor:
         """Run the head, on the last stage."""
@@ -214,11 +226,12 @@ class GPT(nn.Module):
         hidden: torch.Tensor,
         numbers: Sequence[int],
         places: DropoutKey | None,
-        tokens: LossTokenIndex | None = None,
+        tokens: LossTokenIndex | None,
+        documents: Documents,
     ) -> torch.Tensor:
         interval = self.settings.activation_checkpoint_interval
         if not interval or not self.training:
-            return self._run_blocks(hidden, numbers, places, tokens)
+            return self._run_blocks(hidden, numbers, places, tokens, documents)
         for first in range(0, len(numbers), interval):
             # Dropout masks are seeded by name, so no RNG state has to be kept.
             hidden = checkpoint(
@@ -227,6 +240,7 @@ class GPT(nn.Module):
                 numbers[first : first + interval],
                 places,
                 tokens,
+                documents,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
@@ -236,12 +250,13 @@ class GPT(nn.Module):
         self,
         hidden: torch.Tensor,
         numbers: Sequence[int],
-        places: DropoutKey | None = None,
-        tokens: LossTokenIndex | None = None,
+        places: DropoutKey | None,
+        tokens: LossTokenIndex | None,
+        documents: Documents,
     ) -> torch.Tensor:
         for number in numbers:
             last = number == self.shape.num_layers - 1
-            hidden = self.blocks[str(number)](hidden, places, tokens if last else None)
+            hidden = self.blocks[str(number)](hidden, places, tokens if last else None, documents)
         return hidden
 
     def _places(self, rows_K: torch.Tensor | range, num_rows: int) -> DropoutKey | None:
@@ -333,17 +348,19 @@ class _NoObjective(Objective):
         raise AssertionError("a model without an objective was asked for its loss")
 
 
-def bare_gpt(shape: ModelShape, mesh: Mesh) -> GPT:
+def bare_gpt(shape: ModelShape, mesh: Mesh, documents: DocumentRules | None = None) -> GPT:
     """Build a full GPT for inference: evaluation mode, no weights loaded, no policy, no loss.
 
     Args:
         shape: the model's shape.
         mesh: only its tensor-parallel group is used.
+        documents: keep attention or positions inside documents.
     """
     alone = dataclasses.replace(mesh, pp_size=1, pp_rank=0)
     options = SelectionOptions(selection="clm")
     policy = build_policy(options, SelectionState(alpha=0.0), Peers(0, 1, None), seed=0)
-    return GPT(shape, alone, policy, Recorder(), _NoObjective(), ModelSettings()).eval()
+    settings = ModelSettings(documents=documents)
+    return GPT(shape, alone, policy, Recorder(), _NoObjective(), settings).eval()
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import nn
 
+from megatron_eslm.data.documents import WHOLE, Documents
 from megatron_eslm.model.architectures.registry import architecture_of
 from megatron_eslm.model.dropout import DropoutKey, NamedDropout
 from megatron_eslm.model.lora import AdaptedColumnLinear, AdaptedRowLinear
@@ -165,12 +166,20 @@ class Embedding(nn.Module):
         """The word embedding, which is also a tied head: [V / TP, D]."""
         return self.word.weight
 
-    def forward(self, tokens_MU: torch.Tensor, places: DropoutKey | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens_MU: torch.Tensor,
+        places: DropoutKey | None = None,
+        documents: Documents = WHOLE,
+    ) -> torch.Tensor:
         inputs_TM = tokens_MU[:, :-1].t().contiguous()
         hidden_TMD = self.word(inputs_TM)
         if self.position is not None:
-            positions_T = torch.arange(inputs_TM.shape[0], device=inputs_TM.device)
-            hidden_TMD = hidden_TMD + self.position(positions_T)[:, None]
+            if documents.positions_TM is None:
+                positions_T = torch.arange(inputs_TM.shape[0], device=inputs_TM.device)
+                hidden_TMD = hidden_TMD + self.position(positions_T)[:, None]
+            else:
+                hidden_TMD = hidden_TMD + self.position(documents.positions_TM)
         return self.dropout.hidden(self.layout.scatter(hidden_TMD), places)
 
 
@@ -240,40 +249,52 @@ class Attention(nn.Module):
         self.qkv = layout.column(shape.hidden_size, heads * shape.head_dim)
         self.out = layout.row(shape.hidden_size, shape.hidden_size)
 
-    def forward(self, x_LMD: torch.Tensor, places: DropoutKey | None) -> torch.Tensor:
+    def forward(
+        self, x_LMD: torch.Tensor, places: DropoutKey | None, documents: Documents = WHOLE
+    ) -> torch.Tensor:
         qkv, _ = self.qkv(x_LMD)
         t, m, _ = qkv.shape
-        q, k, v = self._heads(qkv)
+        q, k, v = self._heads(qkv, documents.positions_TM)
+        mask = documents.mask_M1TT
         if places is not None and self.dropout.probability:
-            mixed = self._with_dropout(q, k, v, places)
+            mixed = self._with_dropout(q, k, v, places, mask)
         else:
-            grouped = self.queries_per_group > 1
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, enable_gqa=self.queries_per_group > 1
+            )
         # Not -1: m is 0 on a rank that keeps no row.
         columns = self.num_groups_local * self.queries_per_group * self.head_dim
         mixed_TMD = mixed.permute(2, 0, 1, 3).reshape(t, m, columns)
         return self.layout.with_bias(*self.out(mixed_TMD))
 
-    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _heads(
+        self, qkv: torch.Tensor, positions_TM: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[T, M, columns] -> queries, keys, values, each [M, heads, T, channels]."""
         t, m, _ = qkv.shape
         of_group = self.queries_per_group + 2
         split = qkv.view(t, m, self.num_groups_local, of_group, self.head_dim)
         q, k, v = split.split([self.queries_per_group, 1, 1], dim=3)
         if self.layout.rotary is not None:
-            cos, sin = self.layout.rotary.tables(t, split)
+            cos, sin = self.layout.rotary.tables(t, split, positions_TM)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return tuple(part.flatten(2, 3).permute(1, 2, 0, 3) for part in (q, k, v))
 
     def _with_dropout(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: DropoutKey
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        places: DropoutKey,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         # Fused kernels draw their own masks; ours need the unfused form.
         t = q.shape[2]
         if self.queries_per_group > 1:
             k, v = (part.repeat_interleave(self.queries_per_group, dim=1) for part in (k, v))
-        future_TT = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
-        scores = (q @ k.mT * self.head_dim**-0.5).masked_fill(future_TT, -torch.inf)
+        if mask is None:
+            mask = torch.ones(t, t, dtype=torch.bool, device=q.device).tril()
+        scores = (q @ k.mT * self.head_dim**-0.5).masked_fill(~mask, -torch.inf)
         return self.dropout.attention(scores.softmax(dim=-1), places) @ v
 
 
@@ -323,8 +344,9 @@ class Block(nn.Module):
         x_LMD: torch.Tensor,
         places: DropoutKey | None = None,
         tokens: LossTokenIndex | None = None,
+        documents: Documents = WHOLE,
     ) -> torch.Tensor:
-        out_LMD = self.attention(self.norm1(x_LMD), places)
+        out_LMD = self.attention(self.norm1(x_LMD), places, documents)
         x_LMD = x_LMD + self.dropouts["attention"].hidden(out_LMD, places)
         out_LMD = self.mlp(self.norm2(x_LMD), tokens)
         return x_LMD + self.dropouts["mlp"].hidden(out_LMD, places)

@@ -38,8 +38,16 @@ class Rotary:
         self._shape = shape
         self._tables: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
-    def tables(self, length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cosines, sines), each [T, 1, 1, 1, K], in the dtype and on the device of `like`."""
+    def tables(
+        self, length: int, like: torch.Tensor, positions_TM: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look up (cosines, sines), each [T, 1 or M, 1, 1, K].
+
+        Args:
+            length: T.
+            like: gives dtype and device.
+            positions_TM: int64, if rows count positions of their own; below T.
+        """
         key = (like.device, like.dtype)
         table = self._tables.get(key)
         if table is None or table.shape[1] < length:
@@ -48,7 +56,9 @@ class Rotary:
             angles = angles.repeat(1, 2)[:, None, None, None]
             table = torch.stack([angles.cos(), angles.sin()]).to(like.dtype)
             self._tables[key] = table
-        return table[0, :length], table[1, :length]
+        if positions_TM is None:
+            return table[0, :length], table[1, :length]
+        return table[0, positions_TM, 0], table[1, positions_TM, 0]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

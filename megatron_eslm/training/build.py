@@ -22,6 +22,7 @@ from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.last_mlp import last_mlp_kept
 from megatron_eslm.cost.of_run import build_flops, step_work
 from megatron_eslm.cost.stages import plan_stages, plan_text
+from megatron_eslm.data.documents import DocumentRules, document_rules
 from megatron_eslm.data.mixture import build_datasets
 from megatron_eslm.engine.compile import check_compiler, compile_blocks
 from megatron_eslm.engine.engine import Engine, EngineSettings
@@ -128,8 +129,10 @@ def _build_trainer(
     plan = plan_stages(run, shape, flops, step_work(run))
     if mesh.pp_size > 1:
         logger.info("%s", plan_text(plan))
-    objective = build_objective(run, mesh, teacher)
-    model = build_model(run, shape, mesh, policy, recorder, plan.blocks(mesh.pp_rank), objective)
+    documents = document_rules(run.data, source.tokenizer.eod)
+    objective = build_objective(run, mesh, teacher, documents)
+    blocks = plan.blocks(mesh.pp_rank)
+    model = build_model(run, shape, mesh, policy, recorder, blocks, objective, documents)
     if found is not None and found.kind == "weights":
         load_model(model, mesh, found)
         logger.info("weights from %s", found.folder)
@@ -138,7 +141,7 @@ def _build_trainer(
     align_before_micro_steps(run, engine, datasets.alignment)
     if reference is not None:
         policy.reference = load_reference(
-            reference, mesh, engine.device, run.dtype, run.model.head_kernel
+            reference, mesh, engine.device, run.dtype, run.model.head_kernel, documents
         )
     if outputs.save is not None:
         OptimizerState(engine)  # refuses now an optimizer that could not be saved later
@@ -194,6 +197,7 @@ def build_model(
     recorder: Recorder,
     blocks: range,
     objective: Objective | None = None,
+    documents: DocumentRules | None = None,
 ) -> GPT:
     """Build a run's model or pipeline stage with initial weights, in float32 on the CPU."""
     settings = ModelSettings(
@@ -205,6 +209,7 @@ def build_model(
         keep_logits=run.keeps_logits(shape),
         head_kernel=run.model.head_kernel,
         last_mlp_kept=last_mlp_kept(run, shape),
+        documents=documents,
         lora=run.model.lora,
     )
     model = build_gpt(

@@ -8,6 +8,7 @@ import torch
 
 from megatron_eslm.checkpoint.find import CheckpointInfo
 from megatron_eslm.config.run import RunConfig
+from megatron_eslm.data.documents import DocumentRules
 from megatron_eslm.data.tokenizers.build import Tokenizer
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.frozen.model import FrozenModel, FrozenSource, load_frozen
@@ -73,8 +74,15 @@ def teacher_shape(
     return shape if policy_traits(run.selection).holds_dropped_tokens else None
 
 
-def build_objective(run: RunConfig, mesh: Mesh, source: FrozenSource | None) -> Objective:
+def build_objective(
+    run: RunConfig,
+    mesh: Mesh,
+    source: FrozenSource | None,
+    documents: DocumentRules | None = None,
+) -> Objective:
     """Build the objective of a run, with its teacher on the last stage's ranks. Collective.
+
+    The teacher keeps to documents as the model does.
 
     Raises:
         ConfigError: the teacher's files are damaged.
@@ -84,7 +92,7 @@ def build_objective(run: RunConfig, mesh: Mesh, source: FrozenSource | None) -> 
     def teacher() -> FrozenModel | None:
         if source is None or not mesh.is_last_stage:
             return None  # earlier stages have no loss
-        return load_frozen(source, mesh, _teacher_dtype(run), prepare_device())
+        return load_frozen(source, mesh, _teacher_dtype(run), prepare_device(), documents)
 
     frozen = on_every_rank(teacher)
     if source is not None:

@@ -100,6 +100,8 @@ def data_record(
     return {
         **order_record(run, source, report),
         "eod_mask_loss": run.data.eod_mask_loss,
+        "reset_attention_mask": run.data.reset_attention_mask or None,
+        "reset_position_ids": run.data.reset_position_ids or None,
         "global_batch_size": run.training.global_batch_size,
         "rampup_batch_size": list(run.training.rampup_batch_size) or None,
         "micro_batch_rows": run.training.micro_batch_size * run.dp_size,
