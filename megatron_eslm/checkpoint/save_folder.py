@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -52,12 +53,15 @@ class SaveFolder:
         saves.prune(checkpoint, keep_last=2)
         saves.release()
 
-    In a job of several ranks, only rank 0 does this.
+    In a job of several ranks, only rank 0 does this. `publish` may run in another thread: `release`
+    waits for it, and nothing is published afterwards.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock = FileLock(self.path / _LOCK)
+        self._publishing = threading.Lock()
+        self._taken = False
 
     def take(self, load: str | Path | None) -> None:
         """Lock the folder and make sure that checkpoints can be written.
@@ -81,13 +85,16 @@ class SaveFolder:
                 probe.unlink()
             self._check_continues(load)
             self._clean()
+            self._taken = True
         except BaseException:
             self.release()
             raise
 
     def release(self) -> None:
         """Unlock the folder."""
-        self._lock.release()
+        with self._publishing:
+            self._taken = False
+            self._lock.release()
 
     def begin(self, iteration: int) -> Path:
         """Create an empty draft folder for a checkpoint.
@@ -117,6 +124,12 @@ class SaveFolder:
         Raises:
             OSError: the checkpoint could not be published.
         """
+        with self._publishing:
+            if not self._taken:
+                raise OSError("the folder has been unlocked, so others may write there")
+            return self._publish(draft, manifest)
+
+    def _publish(self, draft: Path, manifest: Manifest) -> Path:
         folder = self.path / checkpoint_name(manifest.iteration)
         (draft / MANIFEST).write_bytes(encode(manifest))
         sync_file(draft / MANIFEST)

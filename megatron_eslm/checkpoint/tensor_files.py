@@ -30,7 +30,12 @@ def file_name(rank: int) -> str:
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """Name of the first tensor with nan or infinity; None if all are finite."""
-    return next((n for n, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+    return next((name for name, tensor in tensors.items() if not _all_finite(tensor)), None)
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    # A sum is one pass over memory and finite only if all its terms are; large terms may overflow.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def write_file(

@@ -7,6 +7,7 @@ divide their common tensors among themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,16 +29,30 @@ def deal(sizes: dict[str, int], num_ranks: int) -> dict[str, int]:
     return owners
 
 
+def to_host(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor on the CPU, which may be a view of the given one."""
+    return tensor.cpu().contiguous()
+
+
 def gather_share(
-    engine: Engine, state: OptimizerState, vocab_size: int
+    engine: Engine,
+    state: OptimizerState,
+    vocab_size: int,
+    hold: Callable[[str, torch.Tensor], torch.Tensor] = to_host,
 ) -> tuple[dict[str, Shard], dict[str, torch.Tensor]]:
     """Gather the tensors that this rank writes. Collective over the data-parallel group.
 
     Memory holds at most one parameter besides the share.
 
+    Args:
+        engine: the training engine.
+        state: its optimizer's state.
+        vocab_size: unpadded vocabulary size.
+        hold: brings a tensor (by its name in the file) to the CPU. By default the result may be a
+            view of the state that training changes.
+
     Returns:
-        (shards by parameter name, tensors on the CPU by their name in the file); the tensors may be
-        views of the state that training changes.
+        (shards by parameter name, tensors on the CPU by their name in the file).
     """
     mesh, parameters = engine.mesh, dict(engine.model.named_parameters())
     written = {
@@ -54,6 +69,6 @@ def gather_share(
             flat = state.gather(parameters[name], kind, owners[name])
             if flat is not None:
                 kept = flat.view(shard.shape).narrow(shard.axis, 0, shard.end - shard.begin)
-                tensors[f"{kind}/{name}"] = kept.cpu().contiguous()
+                tensors[f"{kind}/{name}"] = hold(f"{kind}/{name}", kept)
     mine = {name: shard for name, shard in written.items() if owners[name] == mesh.dp_rank}
     return mine, tensors

@@ -230,6 +230,10 @@ class CheckpointOptions:
     save_interval: Annotated[int, ONE_OR_MORE] = 1000
     """Steps between checkpoints."""
 
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy of weights and moments in host memory
+    (--dry-run prints its size). Saves at the end of the run, and on signals, are waited for."""
+
     keep_last: Annotated[int, NOT_NEGATIVE] = 2
     """Number of checkpoints to keep; older ones are removed once a newer one is complete. 0 keeps
     all."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_eslm.checkpoint.save import save_checkpoint
+from megatron_eslm.checkpoint.saver import CheckpointSaver
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.flops import device_peak_flops
 from megatron_eslm.engine.learning_rate import learning_rate
@@ -159,23 +159,56 @@ def _peak_flops(trainer: Trainer) -> float | None:
 class Checkpointer(Callback):
     """Saves a checkpoint every --save-interval steps and at the end of the run."""
 
+    def __init__(self) -> None:
+        self._saver: CheckpointSaver | None = None
+
     def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
-        if step.ends or trainer.state.iteration % trainer.run.checkpoint.save_interval == 0:
+        saver = self._saver_of(trainer)
+        if saver is None:
+            return
+        self._tell(trainer, saver.look())
+        if step.ends:
             self.save(trainer)
+        elif trainer.state.iteration % trainer.run.checkpoint.save_interval == 0:
+            self._begin(trainer, saver)
+
+    def on_failure(self, trainer: Trainer, step: StepOutcome) -> None:
+        if self._saver is not None:
+            self._tell(trainer, self._saver.finish())
 
     def save(self, trainer: Trainer) -> None:
-        """Save now and tell all callbacks; do nothing without --save. Collective."""
-        saves = trainer.outputs.save
-        if saves is None:
-            return
-        with trainer.phases("checkpoint", waits=trainer.mesh.world_size > 1):
-            folder = save_checkpoint(
+        """Save now, wait for it, and tell all callbacks; do nothing without --save. Collective."""
+        saver = self._saver_of(trainer)
+        if saver is not None:
+            self._finish_earlier(trainer, saver)
+            self._tell(trainer, saver.save(trainer.state))
+
+    def _begin(self, trainer: Trainer, saver: CheckpointSaver) -> None:
+        if not trainer.run.checkpoint.async_save:
+            return self.save(trainer)
+        self._finish_earlier(trainer, saver)
+        saver.begin(trainer.state)
+
+    def _finish_earlier(self, trainer: Trainer, saver: CheckpointSaver) -> None:
+        if (earlier := saver.under_way) is not None:
+            iteration = trainer.state.iteration
+            logger.info("saving iteration %d waits until %s is written", iteration, earlier)
+            self._tell(trainer, saver.finish())
+
+    def _tell(self, trainer: Trainer, complete: Path | None) -> None:
+        if complete is not None:
+            logger.info("saved %s", complete)
+            trainer.saved(complete)
+
+    def _saver_of(self, trainer: Trainer) -> CheckpointSaver | None:
+        """The saver of a run with --save."""
+        if self._saver is None and trainer.outputs.save is not None:
+            self._saver = CheckpointSaver(
                 trainer.engine,
-                saves,
-                state=trainer.state,
+                trainer.outputs.save,
                 run=trainer.run_record,
                 tokenizer=trainer.datasets.train.source.tokenizer,
                 keep_last=trainer.run.checkpoint.keep_last,
+                phases=trainer.phases,
             )
-        logger.info("saved %s", folder)
-        trainer.saved(folder)
+        return self._saver

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_eslm.checkpoint.manifest import iteration_of
 from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.flops import FlopsModel
@@ -87,7 +88,7 @@ class Callback:
         """Called after each evaluation on the validation set."""
 
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
-        """Called when a checkpoint is complete."""
+        """Called when a checkpoint is complete; with --async-save some steps after its own."""
 
     def on_end(self, trainer: Trainer) -> None:
         """Called after the last step, also if the run was stopped early; not after an error."""
@@ -116,7 +117,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.nonfinite = NonfiniteGuard(self.run.selection.max_nonfinite_steps, self.mesh)
         self.alpha = AlphaController(self.run.selection, self.state.selection)
-        self._saved_iteration = -1
+        self._saved_iteration: int | None = None
         self._batch_size: int | None = None
         self.outputs.guard(self.engine.monitor)
 
@@ -154,8 +155,8 @@ class Trainer:
             callback.on_evaluation(self, evaluation)
 
     def saved(self, folder: Path) -> None:
-        """Tell all callbacks of a checkpoint of the current iteration."""
-        self._saved_iteration = self.state.iteration
+        """Tell all callbacks of a complete checkpoint."""
+        self._saved_iteration = iteration_of(folder)
         for callback in self.callbacks:
             callback.on_checkpoint(self, folder)
 
