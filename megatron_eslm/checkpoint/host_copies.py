@@ -1,4 +1,4 @@
-"""Copies of weights and moments in host memory, for files that are written while training goes on."""
+"""Copies of weights and moments in host memory, for files written while training goes on."""
 
 from __future__ import annotations
 

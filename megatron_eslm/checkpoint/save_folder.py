@@ -85,7 +85,6 @@ class SaveFolder:
                 probe.unlink()
             self._check_continues(load)
             self._clean()
-            self._taken = True
         except BaseException:
             self.release()
             raise
@@ -182,6 +181,7 @@ class SaveFolder:
             "Wait for that job to end or stop it, or save to another folder.",
             wait_seconds=WAIT_SECONDS,
         )
+        self._taken = True
 
     def _check_continues(self, load: str | Path | None) -> None:
         there = list_checkpoints(self.path)

@@ -1,8 +1,8 @@
 """Saves of a run: files are written by a thread of each rank, and ranks agree between steps.
 
 The thread of a rank first writes that rank's files, then that of rank 0 publishes the checkpoint.
-It takes part in no collective, so it can neither hang with another rank nor disturb the order of the
-collectives of training. The main thread asks at each step whether the threads of all ranks have
+It takes part in no collective, so it can neither hang with another rank nor disturb the order of
+training's collectives. The main thread asks after each step whether the threads of all ranks have
 ended; then it shares their results or errors and begins the second stage.
 """
 
@@ -35,10 +35,10 @@ _FAILED, _WRITING, _ENDED = -1, 0, 1
 class CheckpointSaver:
     """Saves checkpoints of a run, one at a time. All methods are collective.
 
-        saver.begin(state)             # training may go on
-        saver.look()                   # after each step: the checkpoint, once it is complete
-        saver.finish()                 # wait for it
-        saver.save(state)              # begin and finish, without a copy of the tensors
+    saver.begin(state)             # training may go on
+    saver.look()                   # after each step: the checkpoint, once it is complete
+    saver.finish()                 # wait for it
+    saver.save(state)              # begin and finish, without a copy of the tensors
     """
 
     def __init__(
