@@ -72,6 +72,27 @@ def estimate_memory(
     return max(ranks, key=lambda rank: rank.total)
 
 
+def copy_bytes(run: RunConfig, shape: ModelShape, plan: StagePlan) -> float:
+    """Bytes of host memory in which the fullest rank copies what it saves (--async-save).
+
+    Weights and both moments in float32, each written by one rank; of frozen weights, the weights.
+    Whole parameters are dealt out, so no rank has less than its largest.
+    """
+    tp = run.engine.tensor_model_parallel_size
+    embedding = shape.padded_vocab_size * shape.hidden_size / tp
+    most = 0.0
+    for stage, blocks in enumerate(plan.num_blocks):
+        # The last stage's copy of a tied embedding is not saved.
+        saved = stage_params(shape, blocks, first=stage == 0, last=False, tp=tp)
+        largest = embedding if stage == 0 else 0.0
+        if rank := run.model.lora_rank:
+            size = 4.0 * saved + 12.0 * adapter_params(shape, blocks, rank, tp)
+            most = max(most, size / run.dp_size, 4.0 * largest)
+        else:
+            most = max(most, 12.0 * saved / run.dp_size, 12.0 * largest)
+    return most
+
+
 def _estimate_stage(
     run: RunConfig, shape: ModelShape, plan: StagePlan, stage: int
 ) -> MemoryEstimate:

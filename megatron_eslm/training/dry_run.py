@@ -9,7 +9,7 @@ from collections import Counter
 from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.flops import FlopsModel
-from megatron_eslm.cost.memory import estimate_memory
+from megatron_eslm.cost.memory import copy_bytes, estimate_memory
 from megatron_eslm.cost.of_run import build_flops, step_work
 from megatron_eslm.cost.stages import plan_stages, plan_text
 from megatron_eslm.data.plan import (
@@ -170,6 +170,11 @@ def dry_run_text(
         )
         + (f" (stage {memory.stage}, which needs most)" if plan.num_stages > 1 else ""),
     ]
+    if run.checkpoint.save is not None and run.checkpoint.async_save:
+        lines.append(
+            f"host memory          {copy_bytes(run, shape, plan) / gib:.2f} GiB per rank for copies "
+            "of what is saved (--async-save)"
+        )
     if plan.num_stages > 1:
         steps = run.step_shape_trained.micro_steps
         idle = (plan.num_stages - 1) / (steps + plan.num_stages - 1)
