@@ -35,6 +35,11 @@ class HostCopies:
             self._copies[name] = copy
         return copy.copy_(tensor, non_blocking=True)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of all copies."""
+        return sum(copy.nbytes for copy in self._copies.values())
+
     def wait(self) -> None:
         """Wait until all copies are complete."""
         if any(copy.is_pinned() for copy in self._copies.values()):

@@ -171,9 +171,10 @@ def dry_run_text(
         + (f" (stage {memory.stage}, which needs most)" if plan.num_stages > 1 else ""),
     ]
     if run.checkpoint.save is not None and run.checkpoint.async_save:
+        copies = copy_bytes(run, shape, plan) / gib
         lines.append(
-            f"host memory          {copy_bytes(run, shape, plan) / gib:.2f} GiB per rank for copies "
-            "of what is saved (--async-save)"
+            f"host memory          {copies:.2f} GiB per rank for copies of what is saved "
+            "(--async-save)"
         )
     if plan.num_stages > 1:
         steps = run.step_shape_trained.micro_steps

@@ -20,10 +20,11 @@ from tests.chaos import mutations as m
 from tests.chaos.disk import fill_disks
 from tests.chaos.kills import LAYOUTS, kill_jobs
 from tests.chaos.preprocessing import kill_preprocessing
+from tests.chaos.saves import kill_saves
 from tests.chaos.table import Table
 from tests.training.conftest import DOMAINS, make_domain
 
-PARTS = ("kills", "preprocessing", "files", "disk")
+PARTS = ("kills", "preprocessing", "saves", "files", "disk")
 
 
 def inject(
@@ -51,9 +52,13 @@ def inject(
             kill_jobs(table, data, layout, folder, kills // len(LAYOUTS), rng)
     if "preprocessing" in parts:
         kill_preprocessing(table, root / "preprocessing", count(20), random.Random(seed))
-    if not {"files", "disk"} & set(parts):
+    if not {"saves", "files", "disk"} & set(parts):
         return
     warm.warm_up()
+    if "saves" in parts:
+        kill_saves(table, data, root / "saves", count(20), random.Random(seed))
+    if not {"files", "disk"} & set(parts):
+        return
     original, folder = damage.Original.make(data, root), root / "damaged"
     rng = random.Random(seed)
     if "files" in parts:

@@ -19,6 +19,12 @@ def test_damaged_files_and_full_disks(tmp_path: Path) -> None:
     assert sum(counts.total() for counts in table.counts.values()) > 100
 
 
+def test_kills_in_a_save(tmp_path: Path) -> None:
+    table = Table()
+    inject(table, tmp_path, parts=("saves",), kills=0, scale=0.15, seed=7)
+    assert table.good and table.counts["kills, in a save"][Verdict.SURVIVED] == 3, table.text()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
 def test_all_of_it(tmp_path: Path) -> None:

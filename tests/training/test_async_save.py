@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,20 @@ from megatron_eslm.checkpoint import tensor_files
 from megatron_eslm.checkpoint.find import find_checkpoint
 from megatron_eslm.checkpoint.host_copies import HostCopies
 from megatron_eslm.checkpoint.manifest import files_of, list_checkpoints
+from megatron_eslm.checkpoint.optimizer_state import OptimizerState
+from megatron_eslm.checkpoint.tensor_shares import gather_share
+from megatron_eslm.config.run import parse_run
+from megatron_eslm.cost.memory import copy_bytes
+from megatron_eslm.cost.of_run import build_flops, step_work
+from megatron_eslm.cost.stages import plan_stages
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.selection.state import SelectionState
 from megatron_eslm.training import run_data
 from megatron_eslm.training.loop import Callback, Trainer
 from megatron_eslm.training.nonfinite import NonfiniteError
 from tests.harness import run_ranks
 
-from .runs import Outcome, train, words
+from .runs import VOCAB_SIZE, Outcome, build, train, words
 from .test_command_line import TORCHRUN, run
 from .test_watchdog import ENDLESS, flags, the_error
 
@@ -94,6 +102,24 @@ def test_the_contents_are_those_of_a_save_that_is_waited_for(
             assert ours.keys() == theirs.keys()
             for file in ours:
                 assert ours[file] == theirs[file], (name, iteration, file)
+
+
+def test_the_memory_of_the_copies_is_in_the_estimate(data: list[str]) -> None:
+    def fn(rank: int, flags: tuple) -> int:
+        trainer = build(words(data, *flags, micro_batch_size=4))
+        copies = HostCopies()
+        gather_share(trainer.engine, OptimizerState(trainer.engine), VOCAB_SIZE, copies.hold)
+        return copies.num_bytes
+
+    for name in ("zero2", "pp2"):
+        held = run_ranks(2, fn, LAYOUTS[name])
+        run = parse_run(words(data, *LAYOUTS[name], micro_batch_size=4), 2)
+        shape = replace(run.shape(VOCAB_SIZE), padded_vocab_size=VOCAB_SIZE)
+        plan = plan_stages(
+            run, shape, build_flops(run, shape, SelectionState(alpha=0.0)), step_work(run)
+        )
+        # So few parameters cannot be dealt out evenly.
+        assert copy_bytes(run, shape, plan) == pytest.approx(max(held), rel=0.1), name
 
 
 KINDS = ("async-save", "no-async-save")
