@@ -69,6 +69,7 @@ endif
 	$(BIN)/python -m benchmarks.engine_overhead
 	$(BIN)/python -m benchmarks.head_kernel
 	$(BIN)/python -m benchmarks.compile_step
+	$(BIN)/python -m benchmarks.saving
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.plan_check
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 -m benchmarks.thresholds --rows 2

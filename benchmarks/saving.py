@@ -83,7 +83,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--steps", type=int, default=8, help="with one save (%(default)s)")
     arguments.add_argument("--folder", default=".", help="where to save (%(default)s)")
-    arguments.set_defaults(rows=2, seq_length=256)
+    arguments.set_defaults(rows=1, seq_length=256, repetitions=3)
     args = arguments.parse_args()
     init_distributed()
     ranks = dist.get_world_size()

@@ -22,6 +22,7 @@ MODULES = {
     "thresholds": (2, TINY, 1),
     "step_scope": (2, TINY, 2),
     "compile_step": (1, TINY, 1),
+    "saving": (2, TINY, 4),
     "head_kernel": (1, ("--tokens", "64", "--hidden-size", "64", "--repetitions", "2"), 2),
 }
 

@@ -16,6 +16,7 @@ from megatron_eslm.checkpoint.saver import CheckpointSaver
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.flops import device_peak_flops
 from megatron_eslm.engine.learning_rate import learning_rate
+from megatron_eslm.errors import ConfigError
 from megatron_eslm.training.dump import dump_selection, read_tokens
 from megatron_eslm.training.evaluate import Evaluation, evaluate
 from megatron_eslm.training.loop import Callback, StepOutcome, Trainer
@@ -174,7 +175,10 @@ class Checkpointer(Callback):
 
     def on_failure(self, trainer: Trainer, step: StepOutcome) -> None:
         if self._saver is not None:
-            self._tell(trainer, self._saver.finish())
+            try:
+                self._tell(trainer, self._saver.finish())
+            except ConfigError as error:
+                logger.error("%s", error)  # the run ends with the step's failure
 
     def save(self, trainer: Trainer) -> None:
         """Save now, wait for it, and tell all callbacks; do nothing without --save. Collective."""

@@ -106,14 +106,14 @@ def test_the_contents_are_those_of_a_save_that_is_waited_for(
 
 def test_the_memory_of_the_copies_is_in_the_estimate(data: list[str]) -> None:
     def fn(rank: int, flags: tuple) -> int:
-        trainer = build(words(data, *flags, micro_batch_size=4))
+        trainer = build(words(data, *flags, "--selection", "clm"))
         copies = HostCopies()
         gather_share(trainer.engine, OptimizerState(trainer.engine), VOCAB_SIZE, copies.hold)
         return copies.num_bytes
 
     for name in ("zero2", "pp2"):
         held = run_ranks(2, fn, LAYOUTS[name])
-        run = parse_run(words(data, *LAYOUTS[name], micro_batch_size=4), 2)
+        run = parse_run(words(data, *LAYOUTS[name], "--selection", "clm"), 2)
         shape = replace(run.shape(VOCAB_SIZE), padded_vocab_size=VOCAB_SIZE)
         plan = plan_stages(
             run, shape, build_flops(run, shape, SelectionState(alpha=0.0)), step_work(run)
