@@ -82,9 +82,10 @@ def copy_bytes(run: RunConfig, shape: ModelShape, plan: StagePlan) -> float:
     embedding = shape.padded_vocab_size * shape.hidden_size / tp
     most = 0.0
     for stage, blocks in enumerate(plan.num_blocks):
-        # The last stage's copy of a tied embedding is not saved.
-        saved = stage_params(shape, blocks, first=stage == 0, last=False, tp=tp)
-        largest = embedding if stage == 0 else 0.0
+        # Tied, the last stage's copy of the embedding is not saved, and its norm hardly counts.
+        head = not shape.tied_head and stage == plan.num_stages - 1
+        saved = stage_params(shape, blocks, first=stage == 0, last=head, tp=tp)
+        largest = embedding if stage == 0 or head else 0.0
         if rank := run.model.lora_rank:
             size = 4.0 * saved + 12.0 * adapter_params(shape, blocks, rank, tp)
             most = max(most, size / run.dp_size, 4.0 * largest)
