@@ -77,7 +77,8 @@ class BenchRun:
         for _ in range(self.run.gradient_accumulation_steps):
             tokens = torch.randint(self.vocab_size, (rows, length + 1), generator=rng)
             valid = torch.ones(rows, length, dtype=torch.bool)
-            made.append(Batch.of(tokens.to(self.device), valid.to(self.device)))
+            counts = valid.sum(1)  # on the host, as from the loader
+            made.append(Batch.of(tokens.to(self.device), valid.to(self.device), num_valid_M=counts))
         return made
 
     def stepper(self) -> Callable[[], Any]:
@@ -90,9 +91,11 @@ def stepper(engine: Engine, run: RunConfig, vocab_size: int) -> Callable[[], Any
     rows, sequences = run.training.micro_batch_size, run.training.global_batch_size
     assert rows and sequences and run.model.seq_length
     state, recorder = engine.model.policy.state, engine.model.recorder
-    text = _RandomText(sequences, run.model.seq_length, vocab_size)
+    scored = run.reference.reference_losses is not None
+    text = _RandomText(sequences, run.model.seq_length, vocab_size, scored=scored)
     own = list(rows_of_rank(range(sequences), rows, engine.mesh))
-    loader = itertools.cycle([read_batch(text, numbers) for numbers in own])
+    pin = engine.device.type == "cuda"
+    loader = itertools.cycle([read_batch(text, numbers, pin_memory=pin) for numbers in own])
     batches = StepBatches(engine, text, loader, rows)
 
     def step() -> None:
@@ -106,13 +109,17 @@ def stepper(engine: Engine, run: RunConfig, vocab_size: int) -> Callable[[], Any
 
 
 class _RandomText(Mixture):
-    """Sequences of random ids, in memory."""
+    """Sequences of random ids, in memory; with losses of a reference model if `scored`."""
 
-    def __init__(self, sequences: int, seq_length: int, vocab_size: int) -> None:
+    def __init__(
+        self, sequences: int, seq_length: int, vocab_size: int, *, scored: bool = False
+    ) -> None:
         rng = torch.Generator().manual_seed(0)
         self._tokens = torch.randint(vocab_size, (sequences, seq_length + 1), generator=rng)
+        self._losses = torch.rand(sequences, seq_length, generator=rng) if scored else None
         self.source: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=vocab_size))
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         tokens = self._tokens[i]
-        return {"tokens": tokens, "valid": torch.ones(len(tokens) - 1, dtype=torch.bool)}
+        sample = {"tokens": tokens, "valid": torch.ones(len(tokens) - 1, dtype=torch.bool)}
+        return sample if self._losses is None else {**sample, "reference": self._losses[i]}

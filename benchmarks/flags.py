@@ -7,6 +7,7 @@ import argparse
 GPT2_VOCAB = 50_257
 SHAPES = {
     "124M": ("--model-size", "124M"),
+    "350M": ("--model-size", "350M"),
     # 1.5B's blocks, as many as fit here.
     "1.5B-8": (
         *("--num-layers", "8", "--hidden-size", "1600", "--num-attention-heads", "25"),
