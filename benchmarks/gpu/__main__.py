@@ -15,10 +15,10 @@ import platform
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -50,7 +50,18 @@ GROUPS: dict[str, tuple[tuple[int, ...], Rows]] = {
 """Numbers of the rows and what measures them; what uses the device does so in other processes."""
 
 
-def measure(names: list[str], setup: Setup, groups: dict[str, tuple[tuple[int, ...], Rows]]) -> Any:
+def _ranks(setup: Setup) -> Iterator[Row]:
+    from benchmarks.gpu import ranks  # needs the tests
+
+    return ranks.rows(setup)
+
+
+SECOND_STAGE: dict[str, tuple[tuple[int, ...], Rows]] = {"ranks": ((13, 14, 15), _ranks)}
+
+
+def measure(
+    names: list[str], setup: Setup, groups: dict[str, tuple[tuple[int, ...], Rows]]
+) -> tuple[list[Row], dict[str, float]]:
     """Print and return rows of some groups, and the seconds that each group took."""
     found: list[Row] = []
     seconds: dict[str, float] = {}
@@ -65,8 +76,6 @@ def measure(names: list[str], setup: Setup, groups: dict[str, tuple[tuple[int, .
                 print(row, flush=True)
         except Exception as error:  # one row must not hide the others
             if not isinstance(error, WorkFailed):
-                import traceback
-
                 traceback.print_exc()
             done = {row.number for row in found[before:]}
             number = next((n for n in numbers if n not in done), numbers[-1])
@@ -83,6 +92,9 @@ def main() -> int:
     )
     parser.add_argument("--toy", action="store_true", help="small; the default without a GPU")
     parser.add_argument("--only", nargs="+", choices=GROUPS, help="these groups of rows")
+    parser.add_argument(
+        "--gpus", type=int, choices=(1, 2), default=1, help="2: the second stage (%(default)s)"
+    )
     parser.add_argument("--json", default="gpu.json", metavar="FILE", help="(%(default)s)")
     parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of an unknown device")
     args = parser.parse_args()
@@ -90,6 +102,10 @@ def main() -> int:
         print(f"error: {why}.", file=sys.stderr)
         return 2
     cuda = torch.cuda.is_available()
+    groups = GROUPS if args.gpus == 1 else SECOND_STAGE
+    if cuda and torch.cuda.device_count() < args.gpus:
+        print(f"error: --gpus {args.gpus}: this machine shows fewer.", file=sys.stderr)
+        return 2
     if not cuda:
         quiet_imports()
         prepare_device()
@@ -107,7 +123,7 @@ def main() -> int:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
         setup = Setup(about["toy"], cuda, Path(folder), args.peak_tflops)
-        found, seconds = measure(args.only or list(GROUPS), setup, GROUPS)
+        found, seconds = measure(args.only or list(groups), setup, groups)
     wrong, total = missed(found), time.monotonic() - begin
     record = {**about, "seconds": seconds, "rows": [row.to_dict() for row in found]}
     Path(args.json).write_text(json.dumps(record, indent=1) + "\n")

@@ -40,7 +40,7 @@ def rows(setup: Setup) -> Iterator[Row]:
     shapes = [*ODD, (40, 24, 500)] if setup.toy else [*ODD, *LARGE]
     same_bits = True
     for dtype, bounds in BOUNDS.items():
-        worst = {kind: (0.0, "") for kind in bounds}
+        worst = dict.fromkeys(bounds, (0.0, ""))
         for shape in shapes:
             head = _head(shape, dtype, setup)
             exact = _exact(head)

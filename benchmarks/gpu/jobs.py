@@ -23,20 +23,28 @@ ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0
 
 
+def torchrun(ranks: int) -> list[str]:
+    """The launcher, for a script or -m and a module."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    return [*words, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+
+
+def job_environment() -> dict[str, str]:
+    """Of the launcher."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 class Job:
     """A training of `ranks` processes under torchrun; ended with the `with` block."""
 
     def __init__(self, folder: Path, ranks: int, flags: Flags, script: Path | None = None) -> None:
         folder.mkdir()
         self.metrics, self.log = folder / "metrics.jsonl", folder / "log.txt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        command += [str(script or ROOT / "pretrain_gpt.py"), *map(str, flags)]
+        command = [*torchrun(ranks), str(script or ROOT / "pretrain_gpt.py"), *map(str, flags)]
         command += ["--metrics-file", str(self.metrics)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, start_new_session=True
+                command, stdout=log, stderr=log, env=job_environment(), start_new_session=True
             )
 
     def __enter__(self) -> Job:
@@ -108,17 +116,18 @@ def rows(setup: Setup) -> Iterator[Row]:
         Job(setup.folder / "job-stop", 1, (*flags, "--save", save)) as stopped,
         Job(setup.folder / "job-loader", 1, flags) as bereft,
     ):
-        yield from _row("SIGTERM to a rank saves and stops", lambda: _stop(stopped, save))
-        yield from _row("a killed loader is named", lambda: _kill_loader(bereft))
+        what = "SIGTERM to a rank saves and stops"
+        yield from job_row(12, what, lambda: _stop(stopped, save))
+        yield from job_row(12, "a killed loader is named", lambda: _kill_loader(bereft))
 
 
-def _row(what: str, check: Callable[[], str | None]) -> Iterator[Row]:
-    """What a check finds wrong, if anything."""
+def job_row(number: int, what: str, check: Callable[[], str | None]) -> Iterator[Row]:
+    """A row of whether a check finds nothing wrong."""
     try:
         wrong = check()
     except (RuntimeError, StopIteration) as error:
         wrong = str(error) or "no such process"
-    yield Row.measured(12, what, wrong is None, exactly(1), wrong or "")
+    yield Row.measured(number, what, wrong is None, exactly(1), wrong or "")
 
 
 def _stop(job: Job, save: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import time
@@ -80,6 +81,8 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _work(pipe: Connection, work: Callable[..., Iterator[Any]], args: tuple[Any, ...]) -> None:
+    # DeepSpeed collects garbage several times an engine; what was imported need not be looked at.
+    gc.freeze()
     try:
         for value in work(*args):
             pipe.send(("value", value))

@@ -49,7 +49,7 @@ class Row:
     """One line of the table."""
 
     number: int
-    """Of the twelve."""
+    """Of the twelve, or of the second stage, 13 to 15."""
     what: str
     state: State
     value: float | str | None = None

@@ -89,6 +89,7 @@ def _rows(differences: dict[str, Difference]) -> Iterator[Row]:
     yield Row.measured(4, f"{what}losses, nats", worst.loss, at_most(1e-5), note)
     shares = {n: d.flipped / max(1, d.choices) for n, d in differences.items()}
     name, share = max(shares.items(), key=lambda item: item[1])
+    note = f"worst: {name}" if share else ""
     yield Row.measured(4, f"{what}share of choices that differ", share, at_most(1e-3), note)
     far = {name: d.far for name, d in differences.items() if d.far}
     note = f"{far}" if far else ""

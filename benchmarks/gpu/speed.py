@@ -5,6 +5,7 @@ Each measurement has a process of its own, so that memory is that of one engine.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from statistics import median
 
@@ -16,7 +17,7 @@ from benchmarks.gpu.process import in_process
 from benchmarks.gpu.row import Bound, Row, at_least, at_most
 from benchmarks.gpu.setup import Setup
 from benchmarks.interleave import interleaved
-from megatron_eslm.config.run import RunConfig, parse_run
+from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.memory import estimate_memory
 from megatron_eslm.cost.of_run import step_work
 from megatron_eslm.cost.stages import plan_stages
@@ -120,8 +121,6 @@ def _utilizations(
 
 def _with_rows(run: RunConfig, rows: int) -> RunConfig:
     """The same run with another micro-batch; the engine of the first can take its steps."""
-    import dataclasses
-
     steps = run.gradient_accumulation_steps
     training = dataclasses.replace(
         run.training, micro_batch_size=rows, global_batch_size=rows * steps

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -15,6 +16,8 @@ from benchmarks.engines import BenchRun
 from benchmarks.gpu.row import Row, at_most
 from benchmarks.gpu.setup import Setup
 from benchmarks.gpu.speed import step_flags
+from megatron_eslm.data.batch import Batch
+from megatron_eslm.engine.engine import Engine
 from megatron_eslm.launch.bootstrap import init_distributed
 
 ESLM = ("--eslm-alpha", "0.1", "--eslm-scope")
@@ -25,6 +28,7 @@ CASES: dict[str, tuple[tuple[str, ...], int]] = {
     "random, scope global": (("--selection", "random", *ESLM, "global"), 0),
 }
 """Flags, and waits of a micro-step at most, in one process."""
+MICRO_STEPS = 4
 
 
 def rows(setup: Setup) -> Iterator[Row]:
@@ -38,21 +42,23 @@ def rows(setup: Setup) -> Iterator[Row]:
         engine, step = bench.engine, bench.stepper()
         step()
         found = Counter[str]()
-        for batch in bench.batches()[:4]:
-            loss: list[torch.Tensor] = []
-            found += waits_of(lambda batch=batch, loss=loss: loss.append(engine.ds(*batch)))
-            found += waits_of(lambda loss=loss: engine.ds.backward(loss[0]))
+        for batch in bench.batches()[:MICRO_STEPS]:
+            found += waits_of(partial(_micro_step, engine, batch))
             engine.ds.step()
         bench.recorder.take()
         note = ", ".join(f"{count} x {place}" for place, count in found.most_common(3))
         what = f"waits of the host in a micro-step, {name}"
-        yield Row.measured(8, what, found.total() / 4, at_most(most), note)
+        yield Row.measured(8, what, found.total() / MICRO_STEPS, at_most(most), note)
         whole = waits_of(step)
         note = ", ".join(f"{count} x {place}" for place, count in whole.most_common(3))
         yield Row.measured(8, f"the same in a step of 10, {name}", whole.total(), None, note)
         what = f"synchronisations of the device in a step, {name}"
         # The profiler ends with one of its own.
         yield Row.measured(8, what, _device_synchronisations(step) - 1, at_most(0))
+
+
+def _micro_step(engine: Engine, batch: Batch) -> None:
+    engine.ds.backward(engine.ds(*batch))
 
 
 def waits_of(work: Callable[[], object]) -> Counter[str]:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.harness import run_ranks
 from tests.training.runs import Outcome, read_dumps, train, words
 
 METHODS: dict[str, tuple[str, ...]] = {
@@ -128,6 +127,8 @@ class Difference:
 
 def run_cases(data: list[str], folder: Path, cases: Iterable[Case]) -> dict[Case, dict]:
     """Train every method in every case; {case: {method: Outcome}}. Dumps go to `folder`."""
+    from tests.harness import run_ranks  # hides GPUs, which other users of this file need
+
     outcomes: dict[Case, dict[str, Outcome]] = {}
     # One launch for each world size; ZeRO 3 last, which leaves DeepSpeed in another state.
     ordered = sorted(set(cases), key=lambda case: (case.world, case.zero == 3, case))
@@ -135,14 +136,15 @@ def run_cases(data: list[str], folder: Path, cases: Iterable[Case]) -> dict[Case
         batch = list(group)
 
         def on_rank(rank: int, batch: list[Case] = batch) -> list[dict[str, Outcome]]:
-            return [_train_methods(data, folder, case) for case in batch]
+            return [train_methods(data, folder, case) for case in batch]
 
         results = run_ranks(world, on_rank, timeout=60.0 * len(batch))[0]
         outcomes.update(zip(batch, results, strict=True))
     return outcomes
 
 
-def _train_methods(data: list[str], folder: Path, case: Case) -> dict[str, Outcome]:
+def train_methods(data: list[str], folder: Path, case: Case) -> dict[str, Outcome]:
+    """Train every method in a case, on the ranks that there are; dumps go to `folder`."""
     outcomes = {}
     for method, flags in METHODS.items():
         name = f"{case} {method}".replace(" ", "_")
