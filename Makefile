@@ -12,7 +12,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 DEMO := demo
 DEMO_FLAGS ?= --eval-interval 25 --log-interval 25
 
-.PHONY: help install demo test test-all parity chaos bench check docs clean
+.PHONY: help install demo test test-all parity chaos bench gpu check docs clean
 
 help:
 	@echo "make demo      train the same small GPT with clm, eslm and random selection, compare, export"
@@ -20,6 +20,7 @@ help:
 	@echo "make parity    train one model in every layout and print how the runs differ"
 	@echo "make chaos     kill runs and damage files, and print what became of each"
 	@echo "make bench     measure speed and memory against plain training and a peer"
+	@echo "make gpu       say whether the system works on this machine's GPU, and how fast (GPUS=2: on two)"
 	@echo "make check     formatter, linter, types, spelling, direction of imports, links of the documentation"
 	@echo "make docs      build the documentation into site/"
 	@echo "make clean     remove $(VENV), $(DEMO) and site/"
@@ -75,6 +76,10 @@ endif
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 -m benchmarks.thresholds --rows 2
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.step_scope --rows 4 --seq-length 64
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.step_scope --rows 4 --seq-length 64 --pipeline 2
+
+GPUS ?= 1
+gpu: install
+	$(BIN)/python -m benchmarks.gpu --gpus $(GPUS) --json gpu-$(GPUS).json
 
 parity: install
 	$(BIN)/python -m tests.training.parity

@@ -110,6 +110,7 @@ def main() -> int:
         quiet_imports()
         prepare_device()
         import megatron_eslm.training.build  # noqa: F401  # before processes are forked
+    toy = args.toy or not cuda
     about = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "machine": machine(),
@@ -117,12 +118,12 @@ def main() -> int:
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "toy": args.toy or not cuda,
+        "toy": toy,
     }
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
-        setup = Setup(about["toy"], cuda, Path(folder), args.peak_tflops)
+        setup = Setup(toy, cuda, Path(folder), args.peak_tflops)
         found, seconds = measure(args.only or list(groups), setup, groups)
     wrong, total = missed(found), time.monotonic() - begin
     record = {**about, "seconds": seconds, "rows": [row.to_dict() for row in found]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 
 import torch
@@ -37,7 +38,7 @@ def rows(setup: Setup) -> Iterator[Row]:
         for pinned in (False, True):
             kind = "pinned" if pinned else "pageable"
             host = torch.empty(2**26, pin_memory=pinned)
-            seconds = seconds_of(lambda host=host: host.to(setup.device, non_blocking=True), setup)
+            seconds = seconds_of(partial(host.to, setup.device, non_blocking=True), setup)
             yield Row.measured(1, f"copy from {kind} memory, GB/s", 4 * 2**26 / seconds / 1e9)
 
 

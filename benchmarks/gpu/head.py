@@ -29,7 +29,9 @@ BOUNDS: dict[str, dict[str, Bound]] = {
     "float32": {"losses": at_most(1e-5), "gradients": at_most(1e-5)},
     "bfloat16": {"losses": at_most(2**-5), "gradients": at_most(2**-7)},
 }
-FORMS: list[tuple[HeadKernel, bool]] = [(kernel, keep) for kernel in KERNELS for keep in (0, 1)]
+FORMS: list[tuple[HeadKernel, bool]] = [
+    (kernel, keep) for kernel in KERNELS for keep in (False, True)
+]
 """(kernel, whether logits are kept)."""
 
 

@@ -36,7 +36,8 @@ def in_process(
         WorkFailed: the process did not come to its end; what it yielded before was yielded.
     """
     # A CUDA context does not survive a fork. Without one, a fork saves seconds of imports.
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    spawns = torch.cuda.is_available()
+    context: Any = multiprocessing.get_context("spawn" if spawns else "fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(theirs, work, args))
     with _environment(HIDDEN if on_cpu else {}):
@@ -46,6 +47,7 @@ def in_process(
     try:
         while True:
             if not ours.poll(max(0.0, deadline - time.monotonic())):
+                process.kill()
                 raise WorkFailed(f"not done after {seconds:.0f} s, killed")
             try:
                 kind, value = ours.recv()
