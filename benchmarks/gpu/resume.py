@@ -73,13 +73,13 @@ def _exported(setup: Setup) -> Iterator[Row]:
     from megatron_eslm.checkpoint.weights import read_weights
     from megatron_eslm.interop.convert import checkpoint_to_folder
     from megatron_eslm.interop.huggingface import LOGIT_TOLERANCE, compare_logits
-    from megatron_eslm.model.hf.gpt2_folder import load_gpt2
+    from megatron_eslm.model.hf.folder import load_hf
 
     folder, load = setup.folder / "hf", str(_checkpoints(setup, True))
     difference = checkpoint_to_folder(load, str(folder))
     yield Row.measured(11, "export, logits on the CPU", difference, at_most(LOGIT_TOLERANCE))
     source = read_weights(load)
-    model: Any = load_gpt2(folder)
+    model: Any = load_hf(folder)
     length = source.shape.max_position_embeddings
     rng = torch.Generator().manual_seed(0)
     prompts = torch.randint(source.shape.vocab_size, (4, length), generator=rng)
