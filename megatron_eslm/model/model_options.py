@@ -16,6 +16,7 @@ from megatron_eslm.limits import (
 )
 from megatron_eslm.model.presets import ModelSize
 from megatron_eslm.model.shape import ArchitectureName, RotaryScalingName
+from megatron_eslm.ops.attention import AttentionBackend
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ class ModelOptions:
     compile: bool = False
     """Compile the blocks with torch.compile, which takes minutes at the start. Needs a C++
     compiler; on CUDA, Triton and a C compiler."""
+
+    attention_backend: AttentionBackend = "auto"
+    """Kernel of torch's attention. auto takes the fastest that works; flash and cudnn need bf16 or
+    fp16 on CUDA, efficient needs CUDA. Has no effect with --attention-dropout."""
 
     head_kernel: Literal["auto", "torch", "triton", "triton-fused"] = "auto"
     """Implementation of the head's statistics and gradients: PyTorch, or Triton kernels, which need

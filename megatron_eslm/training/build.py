@@ -32,6 +32,7 @@ from megatron_eslm.model.gpt import GPT, ModelSettings, build_gpt
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.objectives.base import Objective
 from megatron_eslm.objectives.causal_lm import CausalLM
+from megatron_eslm.ops.attention import choose_attention
 from megatron_eslm.ops.head.dispatch import resolve_head_kernel
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.parallel.mesh import Mesh, build_mesh
@@ -97,7 +98,9 @@ def _build_trainer(
     report = plan_run(run, source, options, reading)
     check_reading(run, options, reading, report)
     shape = run.shape(source.tokenizer.vocab_size)
-    logger.info("%s", header(run, shape, (domain.name for domain in source.domains)))
+    attention = on_every_rank(lambda: attention_kernel(run, shape))
+    names = [domain.name for domain in source.domains]
+    logger.info("%s", header(run, shape, names, attention))
     stored = open_stored_losses(run, source)
     data = data_record(run, source, stored, report)
     check_adapters(run, found)
@@ -187,6 +190,26 @@ def check_kernels(run: RunConfig) -> None:
         )
     if run.model.compile:
         check_compiler()
+
+
+def attention_kernel(run: RunConfig, shape: ModelShape) -> str:
+    """Choose the kernel of `--attention-backend`; returns its name.
+
+    Raises:
+        ConfigError: it cannot compute this model on this device.
+    """
+    if run.model.attention_dropout:
+        return "unfused"  # model.layers draws masks of its own
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tp, length, channels = (
+        run.engine.tensor_model_parallel_size,
+        run.model.seq_length,
+        shape.head_dim,
+    )
+    heads, groups = shape.num_attention_heads // tp, max(1, shape.num_key_value_heads // tp)
+    q = torch.empty(1, heads, length, channels, dtype=run.dtype, device=device)
+    k = torch.empty(1, groups, length, channels, dtype=run.dtype, device=device)
+    return choose_attention(run.model.attention_backend, q, k, grouped=groups < heads)
 
 
 def build_model(

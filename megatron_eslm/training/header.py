@@ -13,20 +13,23 @@ from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.training.method import method_text
 
 
-def header(run: RunConfig, shape: ModelShape, domains: Iterable[str]) -> str:
+def header(
+    run: RunConfig, shape: ModelShape, domains: Iterable[str], attention: str | None = None
+) -> str:
     """Two header lines for the log.
 
     Args:
         run: the run.
         shape: the model's shape.
         domains: names of the data domains.
+        attention: name of the attention kernel.
     """
     t, names = run.training, ", ".join(domains)
     data = f"demo corpus ({names})" if run.demo else names
     first = (
         method_text(run.selection, run.objective.distill),
         f"{num_params(shape):,} parameters ({shape.num_layers} blocks x {shape.hidden_size})",
-        machine_text(run),
+        machine_text(run) + ("" if attention is None else f", {attention} attention"),
     )
     second = (
         layout_text(run),
