@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.ops.attention import choose_attention
+from megatron_eslm.ops.attention import AttentionBackend, choose_attention
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_query_groups_are_asked_about() -> None:
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "efficient"])
-def test_a_kernel_that_the_device_lacks_is_refused(backend) -> None:
+def test_a_kernel_that_the_device_lacks_is_refused(backend: AttentionBackend) -> None:
     with pytest.raises(ConfigError, match=f"--attention-backend {backend} .*float32.*on cpu.*auto"):
         choose_attention(backend, *heads(), grouped=False)
     assert torch.backends.cuda.flash_sdp_enabled()  # as before
