@@ -43,9 +43,9 @@ class ReferenceMeta:
     data: str
     """Fingerprint of the `.bin/.idx` pair."""
     weights: str
-    """Fingerprint of the reference model's weights."""
-    seq_length: Size
-    """Maximum number of tokens predicted from one context."""
+    """Fingerprint of the reference model's weights, or of what n-grams were counted from."""
+    seq_length: Size | None
+    """Maximum number of tokens predicted from one context; None for n-grams."""
     dtype: str
     """Compute dtype of the reference model."""
     tokens: Count
@@ -181,8 +181,8 @@ class ReferenceLosses:
     by_domain: tuple[np.ndarray, ...]
     """float16 [tokens of the domain], memory maps, in the order of the domains."""
     weights: str
-    """Fingerprint of the reference model's weights."""
-    seq_length: int
+    """Fingerprint of the reference model's weights, or of what n-grams were counted from."""
+    seq_length: int | None
 
     def of_sample(self, domain: int, part: Any, index: int) -> np.ndarray:
         """Read the losses of the labels of one sequence of a domain's GPTDataset, float32 [T]."""

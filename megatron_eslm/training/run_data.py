@@ -74,7 +74,7 @@ def open_stored_losses(run: RunConfig, source: DataSource) -> ReferenceLosses | 
     if name is None:
         return None
     losses = on_every_rank(lambda: open_reference_losses(source, name))
-    if losses.seq_length != run.model.seq_length:
+    if losses.seq_length not in (None, run.model.seq_length):
         logger.info(
             "--reference-losses %s: scored in windows of %d tokens, but training reads %d",
             name,
