@@ -158,9 +158,14 @@ def starting_state(run: RunConfig, found: CheckpointInfo | None, run_id: str) ->
         return TrainState(fresh, run_id=run_id)
     state = found.state()
     before = found.run["options"]["selection"]
-    decide = ("selection", "eslm_alpha", "uncertainty_quantile")
+    decide = ("selection", "eslm_alpha", "eslm_alpha_end", "uncertainty_quantile")
     if any(key in before and before[key] != getattr(run.selection, key) for key in decide):
         state.selection = fresh
+    theirs = found.run["options"].get("reference", {})
+    ours = dataclasses.asdict(run.reference)
+    if any(ours.get(key) != value for key, value in theirs.items()):
+        # Another reference has not been overtaken yet.
+        state.selection.mean_excess = state.selection.overtaken_at = None
     return state
 
 

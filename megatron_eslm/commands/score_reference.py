@@ -4,9 +4,10 @@
     megatron-eslm score-reference --load runs/reference --data-path data/books data/web \\
         --name self --seq-length 1024
 
-The reference is a model, or bigrams or trigrams counted from the text itself. Writes PREFIX.reference-NAME.npy (float16, the loss of predicting each token of PREFIX.bin) and a
-.json beside it. Interrupted, the same command goes on from where it stopped. A model can
-score prefixes in several processes at a time, one for each; n-grams are counted over all together.
+The reference is a model, or bigrams or trigrams counted from the text itself. Writes
+PREFIX.reference-NAME.npy (float16, the loss of predicting each token of PREFIX.bin) and a .json
+beside it. Interrupted, the same command goes on from where it stopped. Several processes can score
+with a model at a time, one for each prefix; n-grams are counted over all prefixes together.
 """
 
 from __future__ import annotations

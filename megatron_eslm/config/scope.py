@@ -38,7 +38,7 @@ def fill_scope(
         ConfigError: sequences cannot be selected within a micro-batch in a pipeline, or nothing
             would be dropped.
     """
-    given, alpha = selection.eslm_scope, selection.initial_alpha
+    given, alpha = selection.eslm_scope, selection.largest_alpha
     traits = policy_traits(selection)
     if not traits.selects_sequences or traits.needs_gradients or not alpha:
         # The scope has no effect here; greats has checks and messages of its own.
@@ -101,7 +101,7 @@ def warn_of_ramp(
     selection: SelectionOptions, schedule: BatchSchedule, micro_batch_size: int, dp_size: int
 ) -> None:
     """Warn if the first batches of a ramp are too small to drop anything."""
-    alpha = selection.initial_alpha
+    alpha = selection.largest_alpha
     if not (alpha and policy_traits(selection).selects_per_step):
         return
     whole = []

@@ -69,8 +69,11 @@ class SelectionPolicy:
         selects = (sequences, tokens) != ("nothing", "nothing")
         scoped = selects and not cls.needs_gradients
         reads = set(cls.reads)
+        if "eslm_overtaken" in reads and options.eslm_score != "excess":
+            reads.remove("eslm_overtaken")
         if selects:
             reads |= {"eslm_start_iter", "eslm_alpha_warmup_iters"}
+            reads |= {"eslm_alpha_end", "eslm_alpha_end_iter"}
         if scoped:
             reads.add("eslm_scope")
         if early_exit:
@@ -87,6 +90,7 @@ class SelectionPolicy:
             needs_entropy="eslm_score" in cls.reads and options.eslm_score == "entropy",
             needs_reference=cls.needs_reference
             or ("eslm_score" in cls.reads and options.eslm_score == "excess"),
+            scores_excess="eslm_score" in cls.reads and options.eslm_score == "excess",
             needs_gradients=cls.needs_gradients,
             holds_dropped_tokens=cls.holds_dropped_tokens,
             reads=frozenset(reads),

@@ -45,7 +45,8 @@ class SelectionOptions:
     eslm_score: Literal["loss", "entropy", "excess"] = "loss"
     """Risk of a token: its loss (CVaR-loss), the entropy of the model's prediction (VaR-entropy),
     or its loss minus that of a reference model (excess), of which --reference-losses names the
-    stored losses. Once the model is better than its reference, excess loss says little."""
+    stored losses. Once the model is better than its reference, excess loss says little
+    (--eslm-overtaken)."""
 
     eslm_level: Literal["both", "instance", "token"] = "both"
     """Select sequences (instance), tokens, or both (Appendix E.3)."""
@@ -67,6 +68,17 @@ class SelectionOptions:
 
     eslm_alpha_warmup_iters: Annotated[int, NOT_NEGATIVE] = 0
     """Steps over which alpha rises from 0 to its level after --eslm-start-iter."""
+
+    eslm_alpha_end: Annotated[float, _ALPHA] | None = None
+    """A schedule of alpha, rising or falling: linearly from --eslm-alpha at --eslm-start-iter to
+    this at --eslm-alpha-end-iter. Default: alpha is constant."""
+
+    eslm_alpha_end_iter: Annotated[int, ONE_OR_MORE] | None = None
+    """Step from which alpha is --eslm-alpha-end. Default: the last one."""
+
+    eslm_overtaken: Literal["stop", "keep"] = "stop"
+    """What happens with --eslm-score excess once the model is better than its reference, by the
+    mean excess loss over all candidates: stop selecting (alpha is 0 from there on), or keep on."""
 
     eslm_adaptive: bool = False
     """ADA-ESLM (Algorithm 2): start from --eslm-alpha and adapt alpha to keep CVaR stable."""
@@ -104,9 +116,43 @@ class SelectionOptions:
             return 1.0 - self.uncertainty_quantile
         return 0.0 if self.selection == "clm" else self.eslm_alpha
 
+    @property
+    def final_alpha(self) -> float | None:
+        """Alpha at the end of its schedule; None where it has none."""
+        return None if self.selection == "clm" else self.eslm_alpha_end
+
+    @property
+    def largest_alpha(self) -> float:
+        """Largest share to drop that the run was asked for, ADA-ESLM's own changes aside."""
+        return max(self.initial_alpha, self.final_alpha or 0.0)
+
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_schedule()
         self._check_adaptive()
+
+    def _check_schedule(self) -> None:
+        if self.eslm_alpha_end_iter is not None:
+            if self.eslm_alpha_end is None:
+                raise ConfigError(
+                    f"--eslm-alpha-end-iter {self.eslm_alpha_end_iter} has no meaning without "
+                    "--eslm-alpha-end, which alpha reaches there. Give both, or neither."
+                )
+            if self.eslm_alpha_end_iter <= self.eslm_start_iter:
+                raise ConfigError(
+                    f"--eslm-alpha-end-iter {self.eslm_alpha_end_iter} is not after "
+                    f"--eslm-start-iter {self.eslm_start_iter}, where alpha begins. Raise it."
+                )
+        if self.eslm_alpha_end is not None and self.selection == "uncertainty":
+            raise ConfigError(
+                f"--eslm-alpha-end {self.eslm_alpha_end:g} has no meaning with --selection "
+                "uncertainty, whose share is --uncertainty-quantile. Leave it out."
+            )
+        if self.eslm_alpha_end is not None and self.eslm_adaptive:
+            raise ConfigError(
+                f"--eslm-alpha-end {self.eslm_alpha_end:g} and --eslm-adaptive are two rules for "
+                "the same alpha; give only one of them."
+            )
 
     def _check_adaptive(self) -> None:
         low, high = self.eslm_alpha_min, self.eslm_alpha_max

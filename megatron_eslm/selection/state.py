@@ -35,6 +35,10 @@ class SelectionState:
     interval_finite_steps: Count = 0
     interval_steps: Count = 0
     """Steps so far in the controller's current interval."""
+    mean_excess: float | None = None
+    """Mean excess loss over all candidates, smoothed over steps."""
+    overtaken_at: Count | None = None
+    """The step, from 0, after which the model was found better than its reference."""
 
 
 @dataclass(frozen=True)

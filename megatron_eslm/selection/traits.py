@@ -28,6 +28,8 @@ class PolicyTraits:
     """Whether head statistics must contain the entropy."""
     needs_reference: bool
     """Whether scores need the losses of a reference model."""
+    scores_excess: bool
+    """Whether scores are losses minus those of a reference model that may be overtaken."""
     needs_gradients: bool
     """Whether it selects by inner products of gradients, each rank among its own sequences."""
     holds_dropped_tokens: bool

@@ -72,13 +72,14 @@ def _totals(
 ) -> tuple[float, float, int]:
     """Totals over all steps: FLOPs executed, FLOPs by the paper, and tokens trained on.
 
-    Steps before the start are known. Alpha follows the configured start and warm-up; ADA-ESLM's
-    changes cannot be predicted and are ignored. SALT's later steps have no teacher.
+    Steps before the start are known. Alpha follows the configured start, warm-up and schedule;
+    ADA-ESLM's changes, and a reference that is overtaken, cannot be predicted and are ignored.
+    SALT's later steps have no teacher.
     """
     steps, position = run.training.train_iters, reading.begin
     taught = min(steps, run.objective.salt_iters) if run.objective.distill == "salt" else steps
     state = copy.deepcopy(start.selection)
-    controller = AlphaController(run.selection, state)
+    controller = AlphaController(run.selection, state, steps)
     kinds = Counter[tuple[float, bool, int]]()
     for iteration in range(start.iteration, steps):
         controller.begin_step(iteration)

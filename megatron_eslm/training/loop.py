@@ -116,7 +116,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.nonfinite = NonfiniteGuard(self.run.selection.max_nonfinite_steps, self.mesh)
-        self.alpha = AlphaController(self.run.selection, self.state.selection)
+        self.alpha = AlphaController(
+            self.run.selection, self.state.selection, self.run.training.train_iters
+        )
         self._saved_iteration: int | None = None
         self._batch_size: int | None = None
         self.outputs.guard(self.engine.monitor)
@@ -240,10 +242,11 @@ class Trainer:
                 self.mesh,
                 self.run.model.seq_length,
                 self.engine.device,
+                excess=self.engine.model.policy.traits.scores_excess,
                 stop_votes=stop.votes(),
             )
 
-        self.alpha.end_step(state.iteration, stats.cvar)
+        self.alpha.end_step(state.iteration, stats.cvar, stats.mean_excess)
         state.iteration += 1
         state.consumed_samples = self.reading.skipped.after(state.consumed_samples, batch_size)
         self.engine.ds.global_samples = state.consumed_samples

@@ -40,6 +40,8 @@ def method_text(selection: SelectionOptions, distill: str | None) -> str:
         words.append(f"by {found['score']}")
     if found["proxy_layers"] is not None:
         words.append(f"early exit after block {found['proxy_layers']}")
+    if found["level"] is not None and selection.final_alpha is not None:
+        words[1] += f" to {selection.final_alpha:g}"
     if selection.eslm_adaptive:
         words.append("adaptive")
     if distill is not None:

@@ -208,6 +208,7 @@ def metrics_line(
         "tau_instance": stats.tau_instance if stats else None,
         "tau_token": stats.tau_token if stats else None,
         "cvar": stats.cvar if stats else None,
+        "mean_excess": state.selection.mean_excess,
         "lr": lr,
         "grad_norm": grad_norm,
         "batch_size": batch_size,

@@ -12,6 +12,7 @@ from megatron_eslm.cost.flops import Work
 from megatron_eslm.parallel.collectives import all_reduce_
 from megatron_eslm.parallel.mesh import Mesh
 from megatron_eslm.selection.state import SelectionRecord
+from megatron_eslm.training.mean_excess import NUM_SUMS, excess_sums, mean_excess
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class StepStats:
     tau_token: float | None
     cvar: float | None
     """Thresholds and CVaR are means over micro-steps, and over ranks if each decides alone."""
+    mean_excess: float | None
+    """Mean excess loss over all candidates; None where nothing is scored by it."""
     work: Work
     stop_votes: tuple[float, ...]
     """Number of ranks per reason to stop (training/stopping.py)."""
@@ -58,11 +61,20 @@ def reduce_records(
     seq_length: int,
     device: torch.device,
     *,
+    excess: bool,
     stop_votes: Sequence[float],
 ) -> StepStats:
     """Reduce the records of a step over micro-steps and ranks. Collective.
 
     Each pipeline stage holds a part of every record; tensor-parallel ranks hold the same part.
+
+    Args:
+        records: records of this rank and stage.
+        mesh: this rank's position in the mesh.
+        seq_length: T.
+        device: device of the collectives.
+        excess: whether scores are excess losses, whose mean is wanted.
+        stop_votes: this rank's number per reason to stop.
     """
     losses = [x.loss for x in records if x.loss is not None]
     loss = float(torch.stack(losses).sum()) / len(losses) / mesh.dp_size if losses else 0.0
@@ -71,11 +83,12 @@ def reduce_records(
     votes = torch.tensor(stop_votes, dtype=torch.float64, device=device)
     # Tensor-parallel ranks agree in everything but the votes.
     all_reduce_(votes, mesh.tp_group)
-    totals = torch.cat([votes.new_tensor(counted + averaged), votes])
+    excesses = excess_sums(records if excess else [], device)
+    totals = torch.cat([votes.new_tensor(counted + averaged), excesses, votes])
     all_reduce_(totals, mesh.pp_group)
     all_reduce_(totals, mesh.dp_group)
-    sizes = [len(counted), len(averaged), len(votes)]
-    (loss, *counts), sums, stops = (part.tolist() for part in totals.split(sizes))
+    sizes = [len(counted), len(averaged), NUM_SUMS, len(votes)]
+    (loss, *counts), sums, excesses_of_all, stops = (part.tolist() for part in totals.split(sizes))
     rows, rows_kept, tokens, tokens_deep, tokens_kept, scored = map(int, counts)
     means = _means(list(zip(sums[::2], sums[1::2], strict=True)))
     return StepStats(
@@ -91,6 +104,7 @@ def reduce_records(
             tokens_scored=scored,
             tokens_trained=tokens_kept,
         ),
+        mean_excess=mean_excess(excesses_of_all),
         stop_votes=tuple(stops),
         **dict(zip(_AVERAGED, means, strict=True)),
     )

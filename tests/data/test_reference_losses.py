@@ -283,7 +283,7 @@ def test_new_losses_leave_those_that_a_run_reads(domains: list[str]) -> None:
         (lambda facts: json.dumps({**facts, "scored": "5"}), "scored: "),
         (lambda facts: json.dumps({**facts, "tokens": -1}), "tokens: "),
         (lambda facts: json.dumps({**facts, "scored": 10**9}), "counts 1000000000 of"),
-        (lambda facts: json.dumps({**facts, "seq_length": None}), "seq_length: "),
+        (lambda facts: json.dumps({**facts, "seq_length": 0}), "seq_length: "),
         (lambda facts: json.dumps({**facts, "format_version": 2}), "format_version: "),
         (lambda facts: json.dumps({**facts, "surplus": 1}), "surplus: "),
     ],

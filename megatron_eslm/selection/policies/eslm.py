@@ -14,7 +14,7 @@ class ESLM(SelectionPolicy):
     """Risk-averse selection (Algorithm 1): VaR over mean early-exit risk, then over token risk."""
 
     sequence_source = token_source = "head"
-    reads = frozenset({"eslm_level", "eslm_score"})
+    reads = frozenset({"eslm_level", "eslm_score", "eslm_overtaken"})
 
     def token_risk(self, statistics: HeadStatistics) -> torch.Tensor:
         if not self.traits.needs_entropy:
