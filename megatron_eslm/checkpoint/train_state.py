@@ -13,6 +13,9 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.schema import STRICT, Count, parse_as
 from megatron_eslm.selection.state import SelectionState
 
+_LATER = frozenset({"selection.mean_excess", "selection.overtaken_at"})
+"""Fields that older checkpoints of the same format do not have; they begin with their default."""
+
 Amount = Annotated[float, pydantic.Field(ge=0)]
 
 
@@ -59,11 +62,11 @@ class TrainState:
             ConfigError: a value is missing, unknown, or of the wrong type.
         """
         state = parse_as(cls, values, where)
-        # Defaults are for new runs; a stored state must have every field.
+        # Defaults are for new runs; a stored state must have every field that its version had.
         for there, name in ((values, ""), (values["selection"], "selection.")):
             part = state.selection if name else state
             for field in dataclasses.fields(part):
-                if field.name not in there:
+                if field.name not in there and name + field.name not in _LATER:
                     raise ConfigError(
                         f"{where} has invalid contents: {name}{field.name} is missing."
                     )

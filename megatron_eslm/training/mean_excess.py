@@ -39,8 +39,7 @@ def excess_sums(records: list[SelectionRecord], device: torch.device) -> torch.T
 def mean_excess(sums: list[float]) -> float | None:
     """The mean over all candidates; None if nothing was scored."""
     tokens, everyone, kept = (
-        total / count if count else None
-        for total, count in zip(sums[::2], sums[1::2], strict=True)
+        total / count if count else None for total, count in zip(sums[::2], sums[1::2], strict=True)
     )
     if tokens is None:
         return everyone
