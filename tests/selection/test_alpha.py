@@ -12,7 +12,6 @@ from megatron_eslm.selection.alpha import AlphaController
 from megatron_eslm.selection.selection_options import SelectionOptions
 from megatron_eslm.selection.state import SelectionState
 
-
 TRAIN_ITERS = 8
 
 
