@@ -125,21 +125,13 @@ def check_reference(
     """
     traits = policy_traits(selection)
     needed, method = traits.needs_reference, f"--selection {selection.selection}"
-    # A live model is there where tokens are scored, not where sequences are.
-    live = needed and not traits.selects_sequences
     if "eslm_score" in traits.reads:
         method = f"--eslm-score {selection.eslm_score}"
-    stored = (
-        "Score the text once with tools/score_reference.py and give its --name as "
-        "--reference-losses"
-    )
     if needed and not reference.given:
-        also = ", or give --reference a folder of checkpoints" if live else ""
-        raise ConfigError(f"{method} needs the losses of a reference model. {stored}{also}.")
-    if needed and not live and reference.reference is not None:
         raise ConfigError(
-            f"{method} scores sequences by stored losses and --reference {reference.reference} "
-            f"names a model. {stored}, or select tokens only with --eslm-level token."
+            f"{method} needs the losses of a reference model. Score the text once with "
+            "tools/score_reference.py and give its --name as --reference-losses, or give "
+            "--reference a folder of checkpoints."
         )
     if reference.given and not needed:
         flag = "--reference" if reference.reference is not None else "--reference-losses"

@@ -72,7 +72,9 @@ class FlopsModel:
 
     teacher: TeacherCost | None = None
     reference: ModelShape | None = None
-    """Shape of the reference model that scores tokens during training, if any."""
+    """Shape of the reference model that runs during training, if any."""
+    reference_scores: tuple[bool, bool] = (False, True)
+    """Whether the reference model scores sequences, and tokens."""
     refers: Callable[[], bool] | None = None
     """Whether the reference model runs in the current step; not while alpha is 0. None: always."""
     last_mlp_kept: bool = False
@@ -117,7 +119,8 @@ class FlopsModel:
         if self.lora_rank:
             block += adapters_forward(self.shape, self.lora_rank)
         blocks = self.selector_depth * block
-        return work.tokens * (head + (blocks if self.ahead else 0.0))
+        own = work.tokens * (head + (blocks if self.ahead else 0.0))
+        return own + self._reference_forward(self._referred(work)[0])
 
     def _scores(self, work: Work) -> bool:
         """Whether the early exit runs: not in steps that drop no sequence."""
@@ -131,7 +134,7 @@ class FlopsModel:
         if self.lora_rank:
             products -= 1  # a frozen head has no gradient
         own = head_forward(self.shape) * (work.tokens_scored + products * work.tokens_trained)
-        return own + self.teaching(work) + self.referring(work)
+        return own + self.teaching(work) + self._reference_forward(self._referred(work)[1])
 
     def teaching(self, work: Work) -> float:
         """FLOPs of the teacher: forward over kept sequences, and logits of tokens in the loss.
@@ -148,16 +151,25 @@ class FlopsModel:
             scored=2 * work.tokens_trained,
         )
 
-    def referring(self, work: Work) -> float:
-        """FLOPs of the reference model: a forward pass over kept sequences and scored tokens."""
+    def _referred(self, work: Work) -> tuple[int, int]:
+        """Tokens that the reference model reads for the scores of sequences, and of tokens.
+
+        It scores all labels of what it reads. In-model selection of sequences has scored the tokens
+        of its micro-batch, too.
+        """
         if not self._refers:
+            return 0, 0
+        of_sequences, of_tokens = self.reference_scores
+        candidates = work.tokens if of_sequences and self._scores(work) else 0
+        again = of_tokens and (self.ahead or not candidates)
+        return candidates, work.tokens_deep if again else 0
+
+    def _reference_forward(self, tokens: int) -> float:
+        if not tokens:
             return 0.0
         assert self.reference is not None
         return forward_flops(
-            self.reference,
-            positions=work.tokens_deep,
-            length=self.seq_length,
-            scored=work.tokens_scored,
+            self.reference, positions=tokens, length=self.seq_length, scored=tokens
         )
 
     @property
@@ -255,7 +267,7 @@ class FlopsModel:
             total += work.tokens_deep * 2.0 * num_params(self.teacher.shape)
         if self._refers:
             assert self.reference is not None
-            total += work.tokens_deep * 2.0 * num_params(self.reference)
+            total += sum(self._referred(work)) * 2.0 * num_params(self.reference)
         return total
 
 

@@ -58,13 +58,15 @@ def estimate_memory(
         flops: gives frozen models and extra passes.
     """
     ranks = [_estimate_stage(run, shape, plan, stage) for stage in range(plan.num_stages)]
+    if flops.reference is not None:
+        reference = _frozen_bytes(run, flops.reference, run.dtype.itemsize)
+        of_sequences, _ = flops.reference_scores
+        for stage in range(0 if of_sequences else plan.num_stages - 1, plan.num_stages):
+            ranks[stage] = dataclasses.replace(ranks[stage], reference=reference)
     last = ranks[-1]
     if flops.teacher is not None:
         element = 2 if run.objective.distill_teacher_dtype == "bf16" else 4
         last = dataclasses.replace(last, teacher=_frozen_bytes(run, flops.teacher.shape, element))
-    if flops.reference is not None:
-        reference = _frozen_bytes(run, flops.reference, run.dtype.itemsize)
-        last = dataclasses.replace(last, reference=reference)
     if flops.alignment_rows is not None:
         excess = alignment_bytes(run, shape, flops.alignment_rows) - last.activations - last.head
         last = dataclasses.replace(last, alignment=max(0.0, excess))

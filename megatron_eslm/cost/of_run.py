@@ -48,7 +48,8 @@ def build_flops(
         if teacher is None
         else TeacherCost(shape=teacher, runs=lambda: state.iteration < last),
         reference=reference,
-        refers=None if reference is None else lambda: traits.selects_tokens and state.alpha > 0,
+        reference_scores=(traits.selects_sequences, traits.selects_tokens),
+        refers=None if reference is None else lambda: state.alpha > 0,
     )
 
 

@@ -1,8 +1,9 @@
 """A frozen GPT beside the trained model: a teacher or a reference model.
 
-All its layers are on the last pipeline stage, where the labels are. It shares the trained model's
-tensor-parallel group and padded vocabulary. It is not a submodule of the trained model, so neither
-the engine nor checkpoints include it.
+All its layers are on the last pipeline stage, where the labels are; a reference that scores
+candidates is on each stage. It shares the trained model's tensor-parallel group and padded
+vocabulary. It is not a submodule of the trained model, so neither the engine nor checkpoints
+include it.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def load_frozen(
     device: torch.device,
     documents: DocumentRules | None = None,
 ) -> FrozenModel:
-    """Load a frozen model on a rank of the last stage. Not collective.
+    """Load a frozen model on this rank. Not collective.
 
     Args:
         source: from `find_frozen`.

@@ -1,8 +1,9 @@
 """A frozen reference model, for selection by excess loss.
 
-During training (`--reference`) it is on the last pipeline stage, sharded over that stage's
-tensor-parallel ranks, and scores each micro-batch in exactly its training context. Before training
-it can score a `.bin` once (score.py).
+During training (`--reference`) it scores each micro-batch in exactly its training context. It is
+on the last pipeline stage, which scores tokens, or on every stage if all score sequences, each time
+sharded over the stage's tensor-parallel ranks. Before training it can score a `.bin` once
+(score.py).
 
 Shape legend: M rows, T positions, U = T + 1, D hidden, N tokens to score.
 """
@@ -126,11 +127,16 @@ def load_reference(
     dtype: torch.dtype,
     head_kernel: HeadKernel = "auto",
     documents: DocumentRules | None = None,
+    every_stage: bool = False,
 ) -> ReferenceModel | None:
-    """Load the reference model on the last pipeline stage; None on others. Collective."""
+    """Load the reference model on the last pipeline stage, or on every one. Collective.
+
+    Returns:
+        None on stages without it.
+    """
 
     def load() -> ReferenceModel | None:
-        if not mesh.is_last_stage:
+        if not (mesh.is_last_stage or every_stage):
             return None
         frozen = load_frozen(source, mesh, dtype, device, documents)
         return ReferenceModel(frozen, source.shape, mesh, head_kernel)

@@ -52,6 +52,7 @@ class SelectionPolicy:
         self.state = state
         self.peers = peers
         self.seed = seed
+        self._referred: tuple[Batch, torch.Tensor] | None = None
 
     @classmethod
     def traits_of(cls, options: SelectionOptions) -> PolicyTraits:
@@ -136,7 +137,10 @@ class SelectionPolicy:
         if not self.traits.needs_reference or batch.reference_MT.shape == batch.valid_MT.shape:
             return batch.reference_MT
         assert self.reference is not None, "neither stored losses nor a reference model"
-        return self.reference(batch)
+        # Where sequences are selected in the model, their tokens need the same losses soon after.
+        if self._referred is None or self._referred[0] is not batch:
+            self._referred = batch, self.reference(batch)
+        return self._referred[1]
 
     def sequence_scores(self, scored: ScoredBatch) -> torch.Tensor:
         """`score_sequences`; EXCLUDED for rows without any valid token, and for no others."""

@@ -10,11 +10,12 @@ from megatron_eslm.limits import check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOptions:
-    """Reference model of --selection rho1."""
+    """The reference of --selection rho1 and --eslm-score excess."""
 
     reference: str | None = None
     """Folder of checkpoints of the reference model. It scores every micro-batch during training, in
-    exactly the same context, and costs one forward pass per micro-step."""
+    exactly the same context, and costs one forward pass per micro-step, and another over what a
+    step reads where sequences are selected ahead of it."""
 
     reference_losses: str | None = None
     """Name of the losses that tools/score_reference.py --name stored beside each prefix of

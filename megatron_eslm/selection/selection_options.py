@@ -44,8 +44,8 @@ class SelectionOptions:
 
     eslm_score: Literal["loss", "entropy", "excess"] = "loss"
     """Risk of a token: its loss (CVaR-loss), the entropy of the model's prediction (VaR-entropy),
-    or its loss minus that of a reference model (excess), of which --reference-losses names the
-    stored losses. Once the model is better than its reference, excess loss says little
+    or its loss minus that of a reference (excess), which --reference-losses or --reference
+    names. Once the model is better than its reference, excess loss says little
     (--eslm-overtaken)."""
 
     eslm_level: Literal["both", "instance", "token"] = "both"

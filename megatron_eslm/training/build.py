@@ -144,7 +144,13 @@ def _build_trainer(
     align_before_micro_steps(run, engine, datasets.alignment)
     if reference is not None:
         policy.reference = load_reference(
-            reference, mesh, engine.device, run.dtype, run.model.head_kernel, documents
+            reference,
+            mesh,
+            engine.device,
+            run.dtype,
+            run.model.head_kernel,
+            documents,
+            every_stage=policy.traits.selects_sequences,
         )
     if outputs.save is not None:
         OptimizerState(engine)  # refuses now an optimizer that could not be saved later

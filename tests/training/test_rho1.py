@@ -13,7 +13,14 @@ from megatron_eslm.config.run import parse_run
 from megatron_eslm.cost.of_run import step_work
 from megatron_eslm.cost.stages import plan_stages
 from megatron_eslm.data.batch import Batch
-from megatron_eslm.data.reference_losses import losses_path
+from megatron_eslm.data.index_file import read_index
+from megatron_eslm.data.reference_losses import (
+    ReferenceMeta,
+    ReferenceWriter,
+    data_fingerprint,
+    losses_path,
+    positions_of,
+)
 from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from megatron_eslm.frozen.reference import find_reference, load_reference
 from megatron_eslm.launch.bootstrap import init_distributed, single_process
@@ -179,14 +186,14 @@ def test_layouts_keep_the_tokens_of_the_single_process(
 
 
 EXCESS = (
-    *("--selection", "eslm", "--eslm-score", "excess", "--reference-losses", "self"),
-    *("--eslm-scope", "step", "--eslm-alpha", "0.25", "--eslm-proxy-stride", "2"),
-    *("--global-batch-size", 4 * ROWS),
+    *("--selection", "eslm", "--eslm-score", "excess", "--eslm-alpha", "0.25"),
+    *("--eslm-scope", "step", "--global-batch-size", 4 * ROWS, "--eslm-overtaken", "keep"),
 )
 
 
+@pytest.mark.parametrize("kind", ["stored", "online"])
 def test_excess_at_both_levels_is_the_same_in_every_layout(
-    text: list[str], reference: Path, tmp_path: Path
+    kind: str, text: list[str], sources: dict[str, tuple[str, str]], tmp_path: Path
 ) -> None:
     pp, tp = "--pipeline-model-parallel-size", "--tensor-model-parallel-size"
     layouts = {"one": (1, ()), "pp2": (2, (pp, 2)), "tp2": (2, (tp, 2)), "pp2dp2": (4, (pp, 2))}
@@ -195,7 +202,8 @@ def test_excess_at_both_levels_is_the_same_in_every_layout(
         dp = 2 if "dp2" in name else 1
         argv = words(
             text,
-            *(*EXCESS, *flags, "--dump-selection", tmp_path / name),
+            *(*EXCESS, *sources[kind], "--eslm-proxy-stride", 2, *flags),
+            *("--dump-selection", tmp_path / name),
             micro_batch_size=ROWS // dp,
         )
         metrics = tmp_path / f"{name}.jsonl"
@@ -211,6 +219,50 @@ def test_excess_at_both_levels_is_the_same_in_every_layout(
     assert first["instance_scores"][kept].min() >= first["instance_scores"][~kept].max()
     # By excess, not by loss: losses of an untrained model over 257 bytes are above 5.
     assert first["instance_scores"].max() < 5.0
+
+
+def test_stored_losses_choose_as_the_model_does_but_for_rounding(
+    text: list[str], sources: dict[str, tuple[str, str]], tmp_path: Path
+) -> None:
+    """Losses of the contexts of training, stored, give the scores of the live model."""
+
+    def fn(rank: int) -> None:
+        dump = ("--dump-selection", tmp_path / "online")
+        trainer = build(words(text, *EXCESS, *sources["online"], *dump))
+        model = trainer.engine.model.policy.reference
+        assert model is not None
+        mixture = trainer.datasets.train
+        by_domain = [np.zeros(read_index(prefix).tokens, np.float32) for prefix in text]
+        for number in range(4 * 4 * ROWS):
+            tokens = mixture[number]["tokens"][None]
+            losses_MT = model(Batch.of(tokens, torch.ones(tokens[:, 1:].shape, dtype=torch.bool)))
+            domain, index = mixture.domain_of(number), int(mixture._index_in_domain[number])
+            positions_T = positions_of(mixture._parts[domain], index)[1:]
+            by_domain[domain][positions_T] = losses_MT[0].numpy()
+        trainer.train()
+        for prefix, losses in zip(text, by_domain, strict=True):
+            index = read_index(prefix)
+            meta = ReferenceMeta(
+                data=data_fingerprint(index),
+                weights="w" * 64,
+                seq_length=SEQ_LENGTH,
+                dtype="float32",
+                tokens=index.tokens,
+            )
+            with ReferenceWriter(prefix, "in-context", meta) as writer:
+                writer.append(losses)
+        dump = ("--dump-selection", tmp_path / "stored")
+        train(words(text, *EXCESS, "--reference-losses", "in-context", *dump))
+
+    run_ranks(1, fn)
+    online, stored = (read_dumps(tmp_path / name) for name in ("online", "stored"))
+    a, b = online["iter0000001.npz"], stored["iter0000001.npz"]
+    for scores in ("instance_scores", "token_scores"):
+        # Half a unit of float16 below 8 nats.
+        np.testing.assert_allclose(a[scores], b[scores], atol=2**-9 + 1e-5, err_msg=scores)
+        assert not np.array_equal(a[scores], b[scores], equal_nan=True)
+    same = [(a[key] == b[key]).mean() for key in ("instance_kept", "token_kept")]
+    assert min(same) > 0.98
 
 
 @pytest.mark.parametrize("head", ["keep", "recompute"])
@@ -248,6 +300,28 @@ def test_ledgers(
     paper, executed = (on.column(name)[-1] - off.column(name)[-1] for name in LEDGERS)
     assert paper == pytest.approx(tokens * 2 * 51_488)
     assert executed == pytest.approx(tokens * (3 * (24 * 32**2 + 4 * 32**2) + 2 * 32 * 384))
+
+
+@pytest.mark.parametrize("level", ["both", "instance"])
+@pytest.mark.parametrize("scope", ["step", "global"])
+def test_ledgers_of_a_reference_that_scores_sequences(
+    text: list[str], reference: Path, tmp_path: Path, scope: str, level: str
+) -> None:
+    def fn(rank: int) -> tuple[str, list[int], Outcome]:
+        init_distributed()
+        found: list[list[int]] = []
+        flags = ("--reference", reference, "--eslm-scope", scope, "--eslm-level", level)
+        argv = words(text, *EXCESS, *flags, iters=2)
+        promised, refused = dry_run(parse_run([*argv, "--dry-run"], 1))
+        assert refused is None
+        outcome = train(argv, tmp_path / "m.jsonl", lambda t: found.append(counted(t)))
+        return promised, found[0], outcome
+
+    promised, found, outcome = run_ranks(1, fn)[0]
+    assert outcome.column("flops")[1] == pytest.approx(sum(found), rel=0.01)
+    for name, ledger in (("executed", "flops"), ("by the paper", "flops_paper")):
+        expected = pytest.approx(outcome.column(ledger)[-1], rel=1e-3)
+        assert number(promised, f"FLOPs {name}") == expected
 
 
 def test_the_last_stage_has_the_reference_and_the_plan_knows(
@@ -408,7 +482,6 @@ def test_refusals(text: list[str], reference: Path, tmp_path: Path) -> None:
             "eslm": refused(*online),
             "clm": refused("--selection", "clm", *stored),
             "excess": refused("--eslm-score", "excess"),
-            "excess, live": refused("--eslm-score", "excess", *online),
             "no losses": refused(*rho1, "--reference-losses", "none"),
             "other text": refused(*rho1, *stored, data=[text[0], other]),
             "no folder": refused(*rho1, "--reference", tmp_path / "none"),
@@ -423,7 +496,6 @@ def test_refusals(text: list[str], reference: Path, tmp_path: Path) -> None:
         "eslm": "--reference has no meaning with --selection eslm",
         "clm": "--reference-losses has no meaning with --selection clm",
         "excess": "--eslm-score excess needs the losses of a reference model. Score the text once",
-        "excess, live": "--eslm-score excess scores sequences by stored losses and --reference",
         "no losses": f"--reference-losses none: {losses_path(text[0], 'none')}",
         "other text": f"--reference-losses self: {losses_path(other, 'self')}",
         "no folder": f"--reference {tmp_path / 'none'} cannot be used as a reference model: there",
