@@ -233,10 +233,10 @@ def test_stored_losses_choose_as_the_model_does_but_for_rounding(
         assert model is not None
         mixture = trainer.datasets.train
         by_domain = [np.zeros(read_index(prefix).tokens, np.float32) for prefix in text]
-        for number in range(4 * 4 * ROWS):
-            tokens = mixture[number]["tokens"][None]
+        for sample in range(4 * 4 * ROWS):
+            tokens = mixture[sample]["tokens"][None]
             losses_MT = model(Batch.of(tokens, torch.ones(tokens[:, 1:].shape, dtype=torch.bool)))
-            domain, index = mixture.domain_of(number), int(mixture._index_in_domain[number])
+            domain, index = mixture.domain_of(sample), int(mixture._index_in_domain[sample])
             positions_T = positions_of(mixture._parts[domain], index)[1:]
             by_domain[domain][positions_T] = losses_MT[0].numpy()
         trainer.train()
