@@ -45,7 +45,7 @@ from .runs import (
     words,
 )
 from .test_estimate import number
-from .test_flops import counted
+from .test_flops import counted, counter
 
 ALPHA = 0.3
 LEDGERS = ("flops_paper", "flops")
@@ -307,15 +307,27 @@ def test_ledgers(
 def test_ledgers_of_a_reference_that_scores_sequences(
     text: list[str], reference: Path, tmp_path: Path, scope: str, level: str
 ) -> None:
+    def count(trainer: Trainer, found: list[int]) -> None:
+        """Whole steps: candidates are scored before the engine's step."""
+        ordinary = trainer._step
+
+        def step(*args):
+            with counter() as mode:
+                outcome = ordinary(*args)
+            found.append(mode.get_total_flops())
+            return outcome
+
+        trainer._step = step  # type: ignore[method-assign]
+
     def fn(rank: int) -> tuple[str, list[int], Outcome]:
         init_distributed()
-        found: list[list[int]] = []
+        found: list[int] = []
         flags = ("--reference", reference, "--eslm-scope", scope, "--eslm-level", level)
         argv = words(text, *EXCESS, *flags, iters=2)
         promised, refused = dry_run(parse_run([*argv, "--dry-run"], 1))
         assert refused is None
-        outcome = train(argv, tmp_path / "m.jsonl", lambda t: found.append(counted(t)))
-        return promised, found[0], outcome
+        outcome = train(argv, tmp_path / "m.jsonl", lambda t: count(t, found))
+        return promised, found, outcome
 
     promised, found, outcome = run_ranks(1, fn)[0]
     assert outcome.column("flops")[1] == pytest.approx(sum(found), rel=0.01)
