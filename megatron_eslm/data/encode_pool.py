@@ -34,8 +34,8 @@ class Encoded:
     lengths: list[int]
     """Number of ids of each document."""
     text_bytes: int
-    empty: int
-    """Number of documents without ids, which are left out."""
+    empty: list[int]
+    """Positions in the batch of documents without ids, which are left out."""
     max_id: int
 
 
@@ -50,7 +50,8 @@ class Encoder:
     def encode(self, texts: list[str]) -> Encoded:
         """Encode one batch."""
         texts = [clean_text(text) for text in texts]
-        arrays = [ids for ids in self.tokenizer.encode_arrays(texts) if len(ids)]
+        encoded = self.tokenizer.encode_arrays(texts)
+        arrays = [ids for ids in encoded if len(ids)]
         eod = np.array([self.tokenizer.eod])
         parts = [part for ids in arrays for part in ((ids, eod) if self.append_eod else (ids,))]
         flat = np.concatenate(parts) if parts else np.zeros(0, np.int64)
@@ -58,7 +59,7 @@ class Encoder:
             flat.astype(self.dtype),
             [len(ids) + self.append_eod for ids in arrays],
             sum(len(text.encode()) for text in texts),
-            len(texts) - len(arrays),
+            [n for n, ids in enumerate(encoded) if not len(ids)],
             int(flat.max()) if len(flat) else -1,
         )
 

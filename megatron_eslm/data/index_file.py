@@ -21,9 +21,9 @@ from megatron_eslm.data.limits import check_documents
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.regular import open_regular
 
-_MAGIC = b"MMIDIDX\x00\x00"
+MAGIC = b"MMIDIDX\x00\x00"
 _HEADER_BYTES = 34
-_DTYPES: dict[int, type[np.integer]] = {
+DTYPES: dict[int, type[np.integer]] = {
     1: np.uint8,
     2: np.int8,
     3: np.int16,
@@ -84,18 +84,18 @@ def read_index(prefix: str, *, trust: bool = False) -> IndexFile:
     with _open(prefix, ".idx", "index") as file:
         idx_bytes = os.fstat(file.fileno()).st_size
         header = file.read(_HEADER_BYTES)
-    if not header.startswith(_MAGIC):
+    if not header.startswith(MAGIC):
         raise ConfigError(
             f"--data-path {prefix}: {idx} is not a Megatron index (it does not begin with "
             "MMIDIDX). Write the pair with tools/preprocess_data.py."
         )
     if len(header) < _HEADER_BYTES:
         raise _damaged(prefix, f"{idx} ends inside its header")
-    version, code, sequences, bounds = struct.unpack("<QBQQ", header[len(_MAGIC) :])
-    if version != 1 or code not in _DTYPES:
+    version, code, sequences, bounds = struct.unpack("<QBQQ", header[len(MAGIC) :])
+    if version != 1 or code not in DTYPES:
         raise ConfigError(
             f"--data-path {prefix}: {idx} has index version {version} and type code {code}; only "
-            f"version 1 with integer ids (codes {', '.join(map(str, _DTYPES))}) can be read."
+            f"version 1 with integer ids (codes {', '.join(map(str, DTYPES))}) can be read."
         )
     expected = _HEADER_BYTES + 12 * sequences + 8 * bounds
     if idx_bytes not in (expected, expected + sequences):
@@ -106,7 +106,7 @@ def read_index(prefix: str, *, trust: bool = False) -> IndexFile:
             f"--data-path {prefix}: the data set is empty ({sequences} sequences, {bin_bytes} "
             "bytes of ids). Preprocess an input that holds text."
         )
-    dtype = _DTYPES[code]
+    dtype = DTYPES[code]
     lengths = np.memmap(idx, np.int32, "r", _HEADER_BYTES, (sequences,))
     if not trust:
         offsets = np.memmap(idx, np.int64, "r", _HEADER_BYTES + 4 * sequences, (sequences,))

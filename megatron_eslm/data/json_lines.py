@@ -8,7 +8,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
-from megatron_eslm.data.bad_lines import BadLines, text_of
+from megatron_eslm.data.bad_lines import BadLines
+from megatron_eslm.data.document_fields import Document, DocumentFields
 from megatron_eslm.errors import ConfigError
 
 _LIBRARIES = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
@@ -21,9 +22,9 @@ _TWICE = object()
 
 
 def read_json_lines(
-    lines: Iterable[bytes], name: str, text_key: str, bad: BadLines
-) -> Iterator[str]:
-    """Yield the text of each line, skipping empty lines.
+    lines: Iterable[bytes], name: str, fields: DocumentFields, bad: BadLines
+) -> Iterator[Document]:
+    """Yield the document of each line, skipping empty lines.
 
     A duplicate text field is an error. For other duplicate fields the last value counts, as in most
     JSON readers.
@@ -31,13 +32,13 @@ def read_json_lines(
     Args:
         lines: UTF-8, with or without a byte order mark.
         name: the file, for messages.
-        text_key: field that holds the text.
+        fields: fields that make a document.
         bad: handles the errors about single lines.
 
     Raises:
         ConfigError: raised by `bad`, or all lines are bad, whatever its policy.
     """
-    decoder = _decoder(text_key)
+    decoder = _decoder(fields.text_key)
     any_good, bad_here, first = False, 0, ""
     for number, line in enumerate(lines, start=1):
         if not (stripped := line.strip()):
@@ -48,13 +49,13 @@ def read_json_lines(
                 "line. `jq -c '.[]' FILE` converts an array."
             )
         try:
-            text = _text_of_line(line, decoder, text_key, f"{name}, line {number}")
+            document = _document_of_line(line, decoder, fields, f"{name}, line {number}")
         except ConfigError as error:
             bad.found(error)
             bad_here, first = bad_here + 1, first or str(error)
             continue
         any_good = True
-        yield text
+        yield document
     if bad_here and not any_good:
         raise ConfigError(f"{name}: all lines are bad ({bad_here}). The first: {first}")
 
@@ -70,7 +71,10 @@ def _decoder(text_key: str) -> json.JSONDecoder:
     return json.JSONDecoder(object_pairs_hook=fields, parse_int=float)
 
 
-def _text_of_line(line: bytes, decoder: json.JSONDecoder, text_key: str, where: str) -> str:
+def _document_of_line(
+    line: bytes, decoder: json.JSONDecoder, fields: DocumentFields, where: str
+) -> Document:
+    text_key = fields.text_key
     try:
         record = decoder.decode(line.decode("utf-8-sig", "surrogatepass"))
     except RecursionError:
@@ -88,7 +92,7 @@ def _text_of_line(line: bytes, decoder: json.JSONDecoder, text_key: str, where: 
         )
     if record[text_key] is _TWICE:
         raise ConfigError(f"{where} gives the field {text_key!r} twice.")
-    return text_of(record[text_key], text_key, where)
+    return fields.document(record, where)
 
 
 def decompressed(file: IO[bytes], name: str, compression: str) -> Iterator[bytes]:

@@ -158,7 +158,7 @@ class _Totals:
         self.documents += len(batch.lengths)
         self.tokens += len(batch.ids)
         self.text_bytes += batch.text_bytes
-        self.empty += batch.empty
+        self.empty += len(batch.empty)
         self.max_id = max(self.max_id, batch.max_id)
         now = time.monotonic()
         self.seconds = max(now - self._start, 1e-9)

@@ -10,12 +10,13 @@ import io
 import logging
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from megatron_eslm.data.bad_lines import BadLines, text_of
+from megatron_eslm.data.bad_lines import BadLines
+from megatron_eslm.data.document_fields import Document, DocumentFields
 from megatron_eslm.data.hub import check_data_set, is_hub_name
 from megatron_eslm.data.input_files import find_files
 from megatron_eslm.data.json_lines import COMPRESSIONS, decompressed, read_json_lines
@@ -24,8 +25,8 @@ from megatron_eslm.files.regular import open_regular
 
 logger = logging.getLogger(__name__)
 
-Reader = Callable[[BinaryIO, str, str, BadLines], Iterator[str]]
-"""Takes an open file, its name for messages, the text field and the handler of bad lines."""
+Reader = Callable[[BinaryIO, str, DocumentFields, BadLines], Iterator[Document]]
+"""Takes an open file, its name for messages, the fields and the handler of bad lines."""
 
 
 def read_documents(
@@ -52,21 +53,27 @@ def read_documents(
         raise ConfigError("--input names standard input (-) twice, but it can be read only once.")
     bad = bad or BadLines()
     for name in paths:
-        count, bad_before = 0, bad.count
-        for document in _read_input(name, text_key, bad):
-            count += 1
-            yield document
-        if count == 0:
-            bad_here = bad.count - bad_before
-            raise ConfigError(
-                f"{name} holds no document{f' but {bad_here} bad ones' if bad_here else ''}. Check "
-                "that it is the right file, or leave it out."
-            )
+        for document in read_input(name, DocumentFields(text_key=text_key), bad):
+            yield document.text
 
 
-def _read_input(name: str, text_key: str, bad: BadLines) -> Iterator[str]:
+def read_input(name: str, fields: DocumentFields, bad: BadLines) -> Iterator[Document]:
+    """Yield the documents of one input of `read_documents`; errors as there."""
+    count, bad_before = 0, bad.count
+    for document in _read_input(name, fields, bad):
+        count += 1
+        yield document
+    if count == 0:
+        bad_here = bad.count - bad_before
+        raise ConfigError(
+            f"{name} holds no document{f' but {bad_here} bad ones' if bad_here else ''}. Check "
+            "that it is the right file, or leave it out."
+        )
+
+
+def _read_input(name: str, fields: DocumentFields, bad: BadLines) -> Iterator[Document]:
     if name == "-":
-        yield from _read_standard_input(text_key, bad)
+        yield from _read_standard_input(fields, bad)
         return
     path = Path(name).expanduser()
     mode = _mode(path)
@@ -74,14 +81,19 @@ def _read_input(name: str, text_key: str, bad: BadLines) -> Iterator[str]:
         if _reader_of(path) or not is_hub_name(name.partition(":")[0]):
             # Never ask a server for something that is evidently a path.
             raise ConfigError(f"There is no file or folder {name}.")
-        yield from _read_hub_dataset(name, text_key, bad)
+        yield from _read_hub_dataset(name, fields, bad)
     elif not stat.S_ISDIR(mode):
-        yield from _read_file(path, text_key, bad)
-    elif any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json")):
-        yield from _read_saved_dataset(path, text_key, bad)
+        yield from _read_file(path, fields, bad)
+    elif is_saved_dataset(path):
+        yield from _read_saved_dataset(path, fields, bad)
     else:
         for file in find_files(path, list(_READERS)):
-            yield from _read_file(file, text_key, bad)
+            yield from _read_file(file, fields, bad)
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote it."""
+    return any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def _mode(path: Path) -> int | None:
@@ -94,13 +106,13 @@ def _mode(path: Path) -> int | None:
         raise ConfigError(f"The input {str(path)!r} cannot be read: {error}.") from error
 
 
-def _read_standard_input(text_key: str, bad: BadLines) -> Iterator[str]:
+def _read_standard_input(fields: DocumentFields, bad: BadLines) -> Iterator[Document]:
     if sys.stdin is None or sys.stdin.isatty():
         raise ConfigError(
             "--input - reads JSON lines from standard input, but nothing is piped in."
         )
     try:
-        yield from read_json_lines(sys.stdin.buffer, "standard input", text_key, bad)
+        yield from read_json_lines(sys.stdin.buffer, "standard input", fields, bad)
     except OSError as error:
         raise ConfigError(f"Standard input cannot be read: {error}.") from error
 
@@ -112,7 +124,7 @@ def _reader_of(path: Path) -> Reader | None:
     return None
 
 
-def _read_file(path: Path, text_key: str, bad: BadLines) -> Iterator[str]:
+def _read_file(path: Path, fields: DocumentFields, bad: BadLines) -> Iterator[Document]:
     reader = _reader_of(path)
     if reader is None:
         raise ConfigError(
@@ -121,55 +133,65 @@ def _read_file(path: Path, text_key: str, bad: BadLines) -> Iterator[str]:
         )
     try:
         with open_regular(path) as file:
-            yield from reader(file, str(path), text_key, bad)
+            yield from reader(file, str(path), fields, bad)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from error
 
 
 def _read_lines(
-    file: BinaryIO, name: str, text_key: str, bad: BadLines, compression: str
-) -> Iterator[str]:
-    yield from read_json_lines(decompressed(file, name, compression), name, text_key, bad)
+    file: BinaryIO, name: str, fields: DocumentFields, bad: BadLines, compression: str
+) -> Iterator[Document]:
+    yield from read_json_lines(decompressed(file, name, compression), name, fields, bad)
 
 
-def _read_parquet(file: BinaryIO, name: str, text_key: str, bad: BadLines) -> Iterator[str]:
+def _read_parquet(file: BinaryIO, name: str, fields: DocumentFields, bad: BadLines) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            if text_key not in table.schema_arrow.names:
-                raise ConfigError(
-                    f"{name} has no column {text_key!r} (it has "
-                    f"{', '.join(map(repr, table.schema_arrow.names))}). Name the column that "
-                    "holds the text with --text-key."
-                )
-            batches = table.iter_batches(batch_size=256, columns=[text_key])
-            values = (value for batch in batches for value in batch.column(0).to_pylist())
-            for row, value in enumerate(values, start=1):
-                yield from _one(value, text_key, f"{name}, row {row}", bad)
+            _check_columns(table.schema_arrow.names, fields, name)
+            batches = table.iter_batches(batch_size=256, columns=fields.columns)
+            records = (record for batch in batches for record in batch.to_pylist())
+            for row, record in enumerate(records, start=1):
+                yield from _one(record, fields, f"{name}, row {row}", bad)
     except pyarrow.ArrowException as error:
         raise ConfigError(f"{name} is not a readable parquet file: {error}.") from error
 
 
-def _one(value: object, text_key: str, where: str, bad: BadLines) -> Iterator[str]:
-    """Yield the document in a field, or report that it is not text."""
+def _check_columns(columns: Sequence[str], fields: DocumentFields, name: str) -> None:
+    """Raise ConfigError if a column is missing."""
+    for column in fields.columns:
+        if column not in columns:
+            role, flag = (
+                ("text", "--text-key") if column == fields.text_key else ("domain", "--split-key")
+            )
+            raise ConfigError(
+                f"{name} has no column {column!r} (it has {', '.join(map(repr, columns))}). Name "
+                f"the column that holds the {role} with {flag}."
+            )
+
+
+def _one(
+    record: Mapping[str, Any], fields: DocumentFields, where: str, bad: BadLines
+) -> Iterator[Document]:
+    """Yield the document in a record, or report that a field of it cannot be used."""
     try:
-        text = text_of(value, text_key, where)
+        document = fields.document(record, where)
     except ConfigError as error:
         bad.found(error)
         return
-    yield text
+    yield document
 
 
-def _read_txt(file: BinaryIO, name: str, text_key: str, bad: BadLines) -> Iterator[str]:
+def _read_txt(file: BinaryIO, name: str, fields: DocumentFields, bad: BadLines) -> Iterator[Document]:
     try:
         text = io.TextIOWrapper(file, encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         bad.found(ConfigError(f"{name} is not UTF-8 text: {error}."))
         return
     if text.strip():
-        yield text
+        yield fields.whole_file(text, name)
 
 
 _READERS: dict[str, Reader] = {
@@ -182,30 +204,31 @@ _READERS: dict[str, Reader] = {
     ".txt": _read_txt,
 }
 
+FILE_ENDINGS = tuple(_READERS)
+"""Suffixes of the files that can be read."""
 
-def _rows(dataset, where: str, text_key: str, bad: BadLines) -> Iterator[str]:
+
+def _rows(dataset, where: str, fields: DocumentFields, bad: BadLines) -> Iterator[Document]:
     columns = dataset.column_names
     if columns is not None:
-        if text_key not in columns:
-            raise ConfigError(
-                f"{where} has no column {text_key!r} (it has {', '.join(map(repr, columns))}). "
-                "Name the column that holds the text with --text-key."
-            )
-        dataset = dataset.select_columns([text_key])
+        _check_columns(columns, fields, where)
+        dataset = dataset.select_columns(fields.columns)
     row = 0
     try:
         for record in dataset:
             row += 1
-            if text_key not in record:
-                raise ConfigError(f"{where}, row {row} has no field {text_key!r}; see --text-key.")
-            yield from _one(record[text_key], text_key, f"{where}, row {row}", bad)
+            if fields.text_key not in record:
+                raise ConfigError(
+                    f"{where}, row {row} has no field {fields.text_key!r}; see --text-key."
+                )
+            yield from _one(record, fields, f"{where}, row {row}", bad)
     except ConfigError:
         raise
     except Exception as error:  # many kinds: the network, a damaged shard
         raise ConfigError(f"{where} cannot be read beyond row {row}: {error}.") from error
 
 
-def _read_saved_dataset(path: Path, text_key: str, bad: BadLines) -> Iterator[str]:
+def _read_saved_dataset(path: Path, fields: DocumentFields, bad: BadLines) -> Iterator[Document]:
     """Read a folder written by `save_to_disk`; if it has several splits, read `train`."""
     import datasets
 
@@ -220,10 +243,10 @@ def _read_saved_dataset(path: Path, text_key: str, bad: BadLines) -> Iterator[st
                 "one split."
             )
         loaded = loaded["train"]
-    yield from _rows(loaded, str(path), text_key, bad)
+    yield from _rows(loaded, str(path), fields, bad)
 
 
-def _read_hub_dataset(name: str, text_key: str, bad: BadLines) -> Iterator[str]:
+def _read_hub_dataset(name: str, fields: DocumentFields, bad: BadLines) -> Iterator[Document]:
     """Stream the data set `NAME[:CONFIG[:SPLIT]]`, downloading only the current part."""
     import datasets
 
@@ -241,4 +264,4 @@ def _read_hub_dataset(name: str, text_key: str, bad: BadLines) -> Iterator[str]:
             f"{name} is neither a file or folder here nor a Hugging Face data set that can be "
             f"loaded ({reason}). Write data sets as NAME[:CONFIG[:SPLIT]]."
         ) from error
-    yield from _rows(dataset, name, text_key, bad)
+    yield from _rows(dataset, name, fields, bad)
