@@ -156,7 +156,7 @@ def command(main: Callable[[Sequence[str]], int]) -> Main:
         except Failure as error:
             return _complain(str(error), 1)
         except Stopped as stop:
-            sys.stderr.write(f"{stop}; nothing of it is kept, give the command again\n")
+            sys.stderr.write(f"{stop}; {stop.remains}\n")
             return stop.exit_code
         except KeyboardInterrupt:
             return INTERRUPTED_CODE

@@ -80,7 +80,7 @@ def encoding(texts: Iterable[str], encoder: Encoder, workers: int) -> Iterator[I
         ConfigError: (while iterating) a worker was killed, or the system cannot start the workers.
     """
     if workers == 1:
-        yield map(encoder.encode, _batches(texts))
+        yield map(encoder.encode, batches(texts))
         return
     # fork: workers inherit the tokenizer and need no imports.
     pool = ProcessPoolExecutor(
@@ -90,7 +90,7 @@ def encoding(texts: Iterable[str], encoder: Encoder, workers: int) -> Iterator[I
         initargs=(encoder, os.getpid()),
     )
     try:
-        yield _in_order(pool, _batches(texts), workers * _BATCHES_AHEAD_PER_WORKER)
+        yield _in_order(pool, batches(texts), workers * _BATCHES_AHEAD_PER_WORKER)
     except BrokenProcessPool as error:
         raise ConfigError(
             f"One of the --workers {workers} processes was killed, most likely for lack of memory. "
@@ -131,7 +131,8 @@ def _submit(pool: ProcessPoolExecutor, batch: list[str]) -> Future[Encoded]:
         ) from error
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Group texts into batches of about a megabyte."""
     batch: list[str] = []
     size = 0
     for text in texts:

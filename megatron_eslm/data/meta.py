@@ -48,6 +48,8 @@ class DataMeta:
     bin_sha256: Sha256
     idx_bytes: Count
     idx_sha256: Sha256
+    document_tokens: dict[str, Count] | None = None
+    """Quantiles of the documents' tokens; None in data of older versions."""
     format_version: int = FORMAT_VERSION
 
     def write(self, path: Path) -> None:

@@ -12,22 +12,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megatron_eslm.data.bad_lines import BadLines, OnBadLine
 from megatron_eslm.data.encode_pool import MOST_WORKERS, Encoded, Encoder, encoding
+from megatron_eslm.data.length_quantiles import length_quantiles
 from megatron_eslm.data.megatron_imports import indexed_dataset
 from megatron_eslm.data.meta import DataMeta
+from megatron_eslm.data.publish import publish_pair, refuse_existing
 from megatron_eslm.data.readers import read_documents
 from megatron_eslm.data.tokenizers.base import Tokenizer
 from megatron_eslm.data.tokenizers.samples import warn_of_changes
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.aside import aside_folder
-from megatron_eslm.files.durable import sync_file, sync_folder
 from megatron_eslm.files.lock import FileLock
 from megatron_eslm.files.output_prefix import output_prefix as parse_prefix
 
@@ -79,15 +81,7 @@ def preprocess(
         ConfigError: bad input, existing output, another process writing it, no documents, a full
             disk, or no permission. No partial output is left behind.
     """
-    if workers < 1:
-        raise ConfigError(f"--workers {workers} must be 1 or more.")
-    if workers > MOST_WORKERS:
-        raise ConfigError(
-            f"--workers {workers} is more than {MOST_WORKERS}; use one per processor core "
-            f"({os.cpu_count()} here)."
-        )
-    if log_interval_seconds < 0:
-        raise ConfigError(f"--log-interval {log_interval_seconds:g} must be 0 seconds or more.")
+    check_numbers(workers, log_interval_seconds)
     prefix = parse_prefix(output_prefix)
     if not append_eod:
         logger.warning(
@@ -101,13 +95,13 @@ def preprocess(
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(prefix.with_name(f".{prefix.name}.building.lock")) as lock:
             lock.take(f"--output-prefix {prefix}", "Wait for it or choose another prefix.")
-            _refuse_existing(prefix, overwrite)
+            refuse_existing(prefix, overwrite)
             with aside_folder(prefix) as folder:
                 indexed_dataset()  # import now, so that its seconds do not count as tokenization
                 totals = _Totals(prefix, log_interval_seconds)
                 _write_pair(folder, list(inputs), texts, tokenizer, workers, append_eod, totals)
-                _refuse_existing(prefix, overwrite)  # not every writer takes the lock
-                _publish(folder, prefix)
+                refuse_existing(prefix, overwrite)  # not every writer takes the lock
+                publish_pair(folder, prefix)
     except OSError as error:  # readers and tokenizers raise ConfigError instead
         raise ConfigError(
             f"--output-prefix {prefix} cannot be written: {error}. Free some space or choose "
@@ -133,13 +127,17 @@ def preprocess(
     )
 
 
-def _refuse_existing(prefix: Path, overwrite: bool) -> None:
-    existing = [f"{prefix}{s}" for s in (".bin", ".idx") if os.path.exists(f"{prefix}{s}")]
-    if existing and not overwrite:
+def check_numbers(workers: int, log_interval_seconds: float) -> None:
+    """Raise ConfigError for numbers that no machine can use."""
+    if workers < 1:
+        raise ConfigError(f"--workers {workers} must be 1 or more.")
+    if workers > MOST_WORKERS:
         raise ConfigError(
-            f"--output-prefix {prefix}: {' and '.join(existing)} already exists. Choose another "
-            "prefix or pass --overwrite."
+            f"--workers {workers} is more than {MOST_WORKERS}; use one per processor core "
+            f"({os.cpu_count()} here)."
         )
+    if log_interval_seconds < 0:
+        raise ConfigError(f"--log-interval {log_interval_seconds:g} must be 0 seconds or more.")
 
 
 class _Totals:
@@ -222,22 +220,5 @@ def _write_pair(
         bin_sha256=totals.bin_sha256.hexdigest(),
         idx_bytes=len(idx),
         idx_sha256=hashlib.sha256(idx).hexdigest(),
+        document_tokens=length_quantiles(np.array(builder.sequence_lengths)),
     ).write(folder / "meta.json")
-
-
-def _publish(folder: Path, prefix: Path) -> None:
-    """Rename the finished files; the pair becomes readable with the last one, the `.idx`.
-
-    At any time, even after a power failure, an existing `.idx` means that all other files are on
-    disk. If old and new files mix all the same, the checksums in `.meta.json` reveal it.
-    """
-    for path in (*folder.glob("tokenizer/*"), *folder.iterdir()):
-        (sync_folder if path.is_dir() else sync_file)(path)
-    Path(f"{prefix}.idx").unlink(missing_ok=True)
-    shutil.rmtree(f"{prefix}.tokenizer", ignore_errors=True)
-    sync_folder(prefix.parent)
-    for part in ("tokenizer", "meta.json", "bin"):
-        os.replace(folder / part, f"{prefix}.{part}")
-    sync_folder(prefix.parent)
-    os.replace(folder / "idx", f"{prefix}.idx")
-    sync_folder(prefix.parent)

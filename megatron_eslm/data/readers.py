@@ -144,7 +144,9 @@ def _read_lines(
     yield from read_json_lines(decompressed(file, name, compression), name, fields, bad)
 
 
-def _read_parquet(file: BinaryIO, name: str, fields: DocumentFields, bad: BadLines) -> Iterator[Document]:
+def _read_parquet(
+    file: BinaryIO, name: str, fields: DocumentFields, bad: BadLines
+) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
@@ -184,7 +186,9 @@ def _one(
     yield document
 
 
-def _read_txt(file: BinaryIO, name: str, fields: DocumentFields, bad: BadLines) -> Iterator[Document]:
+def _read_txt(
+    file: BinaryIO, name: str, fields: DocumentFields, bad: BadLines
+) -> Iterator[Document]:
     try:
         text = io.TextIOWrapper(file, encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:

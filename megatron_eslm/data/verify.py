@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_eslm.data.contents import check_ends, check_ids, check_meta, check_sum
 from megatron_eslm.data.index_file import read_index
+from megatron_eslm.data.length_quantiles import length_quantiles
 from megatron_eslm.data.meta import read_meta
 from megatron_eslm.data.reference_losses import verify_losses
 from megatron_eslm.data.tokenizers.build import Tokenizer, load_tokenizer
@@ -55,6 +56,11 @@ def verify_data(prefix: str) -> VerifiedData:
                 f"{largest}. The file was changed; copy it again or preprocess with --overwrite."
             )
         check_ends(index, meta, tokenizer.eod, every=True)
+        if meta.document_tokens not in (None, length_quantiles(index.lengths)):
+            raise ConfigError(
+                f"{prefix}.meta.json says that documents have {meta.document_tokens} tokens, but "
+                f"they have {length_quantiles(index.lengths)}. Preprocess with --overwrite."
+            )
         sample = tokenizer.decode(index.ids()[:1000].tolist())[:200]
     return VerifiedData(
         prefix=prefix,

@@ -20,6 +20,8 @@ class Stopped(KeyboardInterrupt):
         super().__init__(f"stopped by {number.name}")
         self.exit_code = 128 + number
         """128 + signal number, as in shells."""
+        self.remains = "nothing of it is kept, give the command again"
+        """What a command says of its work so far."""
 
 
 @contextmanager
