@@ -6,6 +6,7 @@ The first line of a module's docstring is what `megatron-eslm --help` says of it
 COMMANDS = (
     "pretrain",
     "preprocess",
+    "merge-data",
     "verify-data",
     "train-tokenizer",
     "score-reference",

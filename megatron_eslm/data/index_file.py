@@ -52,6 +52,11 @@ class IndexFile:
         """All token ids in file order, [tokens]; a memory map."""
         return np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r", shape=(self.tokens,))
 
+    def starts(self) -> np.ndarray:
+        """First sequence of each document, then the number of sequences; int64 [documents + 1]."""
+        offset = _HEADER_BYTES + 12 * len(self.lengths)
+        return np.memmap(f"{self.prefix}.idx", np.int64, "r", offset, (self.documents + 1,))
+
     def last_ids(self, step: int = 1) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the last id of every `step`-th sequence, in chunks of (first sequence, ids [n]).
 

@@ -31,8 +31,10 @@ def publish_pair(folder: Path, prefix: Path) -> None:
     Path(f"{prefix}.idx").unlink(missing_ok=True)
     shutil.rmtree(f"{prefix}.tokenizer", ignore_errors=True)
     sync_folder(prefix.parent)
+    Path(f"{prefix}.meta.json").unlink(missing_ok=True)
     for part in ("tokenizer", "meta.json", "bin"):
-        os.replace(folder / part, f"{prefix}.{part}")
+        if (folder / part).exists():  # pairs of Megatron-LM have neither tokenizer nor metadata
+            os.replace(folder / part, f"{prefix}.{part}")
     sync_folder(prefix.parent)
     os.replace(folder / "idx", f"{prefix}.idx")
     sync_folder(prefix.parent)

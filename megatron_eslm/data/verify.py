@@ -27,6 +27,8 @@ class VerifiedData:
     """None for a pair without metadata, whose ids and checksums cannot be verified."""
     sample: str
     """First 200 characters of the text."""
+    document_tokens: dict[str, int] | None
+    """Quantiles of the documents' tokens, where they are stored; verified."""
     losses: tuple[str, ...]
     """Names of the complete reference losses beside the pair, also verified."""
 
@@ -69,5 +71,6 @@ def verify_data(prefix: str) -> VerifiedData:
         dtype=np.dtype(index.dtype).name,
         tokenizer=tokenizer,
         sample=sample,
+        document_tokens=None if meta is None else meta.document_tokens,
         losses=tuple(verify_losses(index)),
     )
