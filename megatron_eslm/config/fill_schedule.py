@@ -2,26 +2,83 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from megatron_eslm.config.training_options import OptimizerOptions
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.presets import Preset
 
 WARMUP_PART = 20
 """The default warm-up takes 1/WARMUP_PART of the steps."""
 
+WSD_PART = 10
+"""The default decay of WSD takes 1/WSD_PART of the steps."""
 
-def fill_schedule(
-    train_iters: int, warmup: int | None, decay: int | None, preset: Preset | None
-) -> tuple[int, int]:
-    """Steps of the warm-up, and the step at which the decay ends.
+
+class Schedule(NamedTuple):
+    """Steps of the learning rate's schedule."""
+
+    warmup: int
+    """Steps of the warm-up."""
+    decay: int
+    """Step at which the decay ends."""
+    wsd_decay: int
+    """Steps of the decay of WSD; 0 for other styles."""
+
+
+def fill_schedule(train_iters: int, options: OptimizerOptions, preset: Preset | None) -> Schedule:
+    """Resolve the schedule.
 
     Args:
         train_iters: steps of the run, 1 or more.
-        warmup, decay: as given; None if not given.
+        options: as given.
         preset: its values are preferred over defaults, if they fit.
 
     Raises:
-        ConfigError: both are given and the warm-up does not end before the decay.
+        ConfigError: flags contradict each other.
     """
+    _check_style(options)
+    is_wsd = options.lr_decay_style == "WSD"
+    # The presets' decay ends long after the paper's runs, which would never leave WSD's plateau.
+    decay_of_preset = None if preset is None or is_wsd else preset.lr_decay_iters
+    warmup, decay = _warmup_and_decay(train_iters, options, preset, decay_of_preset)
+    if not is_wsd:
+        return Schedule(warmup, decay, 0)
+    wsd = options.lr_wsd_decay_iters
+    if wsd is None:
+        return Schedule(warmup, decay, min(max(1, decay // WSD_PART), decay - warmup))
+    if options.lr_warmup_iters is None:
+        warmup = min(warmup, max(0, decay - wsd))
+    if wsd > decay - warmup:
+        raise ConfigError(
+            f"--lr-wsd-decay-iters {wsd} is longer than the {decay - warmup} steps between warm-up "
+            f"({warmup} steps) and end of the decay (step {decay}). Lower it, or change "
+            "--lr-warmup-iters or --lr-decay-iters."
+        )
+    return Schedule(warmup, decay, wsd)
+
+
+def _check_style(options: OptimizerOptions) -> None:
+    style = options.lr_decay_style
+    if options.lr_wsd_decay_iters is not None and style != "WSD":
+        raise ConfigError(
+            f"--lr-wsd-decay-iters {options.lr_wsd_decay_iters} has no meaning with "
+            f"--lr-decay-style {style}; leave it out, or use --lr-decay-style WSD."
+        )
+    if options.lr_decay_iters is not None and style == "constant":
+        raise ConfigError(
+            f"--lr-decay-iters {options.lr_decay_iters} has no meaning with --lr-decay-style "
+            "constant; leave it out, or use another --lr-decay-style."
+        )
+
+
+def _warmup_and_decay(
+    train_iters: int,
+    options: OptimizerOptions,
+    preset: Preset | None,
+    decay_of_preset: int | None,
+) -> tuple[int, int]:
+    warmup, decay = options.lr_warmup_iters, options.lr_decay_iters
     if warmup is not None and decay is not None:
         if warmup >= decay and warmup > 0:
             raise ConfigError(
@@ -30,8 +87,7 @@ def fill_schedule(
         return warmup, decay
     by_preset = preset.lr_warmup_iters if preset is not None else None
     if decay is None:
-        decay = preset.lr_decay_iters if preset is not None else None
-        decay = train_iters if decay is None else decay
+        decay = train_iters if decay_of_preset is None else decay_of_preset
         if warmup:  # a given warm-up may be as long as the run, or longer than the preset's decay
             decay = max(decay, warmup + 1)
     if warmup is None:

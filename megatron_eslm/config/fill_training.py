@@ -68,15 +68,19 @@ def fill_optimizer(
         min_lr = lr / 10
     if min_lr > lr:
         raise ConfigError(f"--min-lr {min_lr:g} is above --lr {lr:g}.")
-    warmup, decay = fill_schedule(
-        training.train_iters, optimizer.lr_warmup_iters, optimizer.lr_decay_iters, fill.preset
-    )
-    if warmup > training.train_iters:
+    schedule = fill_schedule(training.train_iters, optimizer, fill.preset)
+    if "lr_wsd_decay_style" in fill.given and optimizer.lr_decay_style != "WSD":
+        raise ConfigError(
+            f"--lr-wsd-decay-style {optimizer.lr_wsd_decay_style} has no meaning with "
+            f"--lr-decay-style {optimizer.lr_decay_style}; leave it out, or use --lr-decay-style "
+            "WSD."
+        )
+    if schedule.warmup > training.train_iters:
         logger.warning(
             "--train-iters %d ends before the warm-up of --lr-warmup-iters %d: the learning rate "
             "never reaches --lr %g.",
             training.train_iters,
-            warmup,
+            schedule.warmup,
             lr,
         )
     return resolved(
@@ -84,7 +88,8 @@ def fill_optimizer(
         optimizer,
         lr=lr,
         min_lr=min_lr,
-        lr_warmup_iters=warmup,
-        lr_decay_iters=decay,
+        lr_warmup_iters=schedule.warmup,
+        lr_decay_iters=schedule.decay,
+        lr_wsd_decay_iters=schedule.wsd_decay,
         clip_grad=fill(optimizer, "clip_grad"),
     )

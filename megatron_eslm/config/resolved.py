@@ -49,6 +49,7 @@ class ResolvedOptimizer(OptimizerOptions):
     min_lr: float
     lr_warmup_iters: int
     lr_decay_iters: int
+    lr_wsd_decay_iters: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.launch.signals import ALWAYS, EXIT_SIGNALS
@@ -18,6 +18,9 @@ from megatron_eslm.limits import (
     Range,
     check_fields,
 )
+
+DecayStyle = Literal["cosine", "linear", "constant", "WSD"]
+DecayShape = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 
 MOST_MINUTES = 1_000_000
 """Two years, which every clock can count."""
@@ -100,7 +103,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """Optimizer: AdamW, cosine decay with linear warm-up (Table 4 of the paper)."""
+    """Optimizer: AdamW; linear warm-up and, by default, cosine decay (Table 4 of the paper)."""
 
     lr: Annotated[float, NOT_NEGATIVE] | None = None
     """Peak learning rate."""
@@ -113,7 +116,20 @@ class OptimizerOptions:
     that is less."""
 
     lr_decay_iters: Annotated[int, NOT_NEGATIVE] | None = None
-    """Step at which --min-lr is reached. Default: --train-iters, or the end of a longer warm-up."""
+    """Step at which --min-lr is reached. Default: --train-iters, or the end of a longer warm-up;
+    with --model-size the paper's 200,000, except for WSD."""
+
+    lr_decay_style: DecayStyle = "cosine"
+    """How the learning rate goes from --lr to --min-lr after the warm-up: cosine, linear, constant
+    (never), or WSD, warm-up, stable, decay: --lr until --lr-wsd-decay-iters before the end.
+    A function of the iteration, so a run may be continued with another style or length."""
+
+    lr_wsd_decay_iters: Annotated[int, NOT_NEGATIVE] | None = None
+    """Steps of the decay of --lr-decay-style WSD. Default: a tenth of --lr-decay-iters."""
+
+    lr_wsd_decay_style: DecayShape = "exponential"
+    """Shape of the decay of --lr-decay-style WSD; as in Megatron-LM, exponential is 2^(1-x) - 1 and
+    minus_sqrt 1 - sqrt(x) at the part x of the decay."""
 
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.1
     """Weight decay of matrices; biases and norms are not decayed."""

@@ -366,6 +366,40 @@ def test_schedules(flags: str, schedule: tuple[int, int]) -> None:
     assert (o.lr_warmup_iters, o.lr_decay_iters) == schedule
 
 
+@pytest.mark.parametrize(
+    ("flags", "schedule"),
+    [
+        ("--train-iters 100", (5, 100, 10)),
+        ("--train-iters 1", (0, 1, 1)),
+        ("--train-iters 100 --lr-wsd-decay-iters 30", (5, 100, 30)),
+        ("--train-iters 100 --lr-wsd-decay-iters 98", (2, 100, 98)),
+        ("--train-iters 100 --lr-decay-iters 400", (5, 400, 40)),
+        # The preset's 200,000 steps of decay are the cosine's.
+        ("--model-size 124M --train-iters 40000", (2000, 40_000, 4000)),
+    ],
+)
+def test_schedules_of_wsd(flags: str, schedule: tuple[int, int, int]) -> None:
+    words = [*flags.split(), "--lr-decay-style", "WSD"]
+    o = parse_run([*without((*words, *(ASKED if "124M" in words else ()))), *words], 1).optimizer
+    assert (o.lr_warmup_iters, o.lr_decay_iters, o.lr_wsd_decay_iters) == schedule
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--lr-wsd-decay-iters 5", "--lr-wsd-decay-iters 5 has no meaning with"),
+        ("--lr-wsd-decay-style linear", "--lr-wsd-decay-style linear has no meaning with"),
+        ("--lr-decay-style constant --lr-decay-iters 9", "--lr-decay-iters 9 has no meaning with"),
+        (
+            "--lr-decay-style WSD --lr-wsd-decay-iters 96 --lr-warmup-iters 5 --lr-decay-iters 100",
+            "--lr-wsd-decay-iters 96 is longer than the 95 steps between",
+        ),
+    ],
+)
+def test_decays_that_cannot_be(flags: str, says: str) -> None:
+    assert says in message(*flags.split())
+
+
 def test_fp16_where_the_processor_cannot() -> None:
     from deepspeed.accelerator import get_accelerator
 
