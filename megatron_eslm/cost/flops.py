@@ -7,6 +7,7 @@ scores).
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,10 @@ from megatron_eslm.model.arithmetic import (
     num_params_matmul,
     num_params_named,
 )
-from megatron_eslm.model.shape import ModelShape
+from megatron_eslm.model.shape import ModelShape, pad_vocab_size
+
+PAPER_VOCAB_MULTIPLE = 128
+"""The paper's vocabulary, 50,304, is GPT-2's 50,257 ids padded to a multiple of this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +200,7 @@ class FlopsModel:
         tokens = self.seq_length * sum(self.alignment_rows)
         layers = 2 * self.shape.num_layers * linear + 3.5 * self.shape.num_layers * attention
         passes = tokens * (layers + 2 * head + weights)
-        return self._num_alignments(work) * (passes + self._pairs())
+        return self._num_alignments(work) * (passes + self._pairs(self.shape))
 
     def _aligns(self, work: Work) -> bool:
         # If the keep rule keeps every row, the pass is skipped.
@@ -206,10 +210,10 @@ class FlopsModel:
         assert self.alignment_rows is not None
         return work.tokens / (self.seq_length * self.alignment_rows[0])
 
-    def _pairs(self) -> float:
+    def _pairs(self, shape: ModelShape) -> float:
         """FLOPs of products between positions, over all pairs of candidates of a micro-step."""
         assert self.alignment_rows is not None
-        s, candidates = self.shape, self.alignment_rows[0]
+        s, candidates = shape, self.alignment_rows[0]
         blocks = s.num_layers * linear_widths(s)
         # Lookup and head: four similarities of hidden states, one of logits.
         embedding = 4 * s.hidden_size + s.padded_vocab_size
@@ -239,13 +243,14 @@ class FlopsModel:
         6N + 12 L H Q T per token of kept sequences; for the proxy 2 N_proxy + 6 L' H Q T + 2 D V
         per token read; minus 4 D V + 32 D^2 + 8 D per masked token. N counts every parameter once,
         N_proxy embeddings, norms and the first L' blocks; 32 D^2 is 4 x the weights of GPT-2's
-        MLP, and counted as such for other blocks. The paper runs the proxy separately from
-        the training pass, so its L' blocks count twice, here as there. The paper does not cover
-        teachers: one counts as its forward pass, 2 N per token of kept sequences. So does Rho-1's
-        reference model, whose forward pass Appendix D.4 adds. Adapters are not covered either and
-        change nothing here.
+        MLP, and counted as such for other blocks. V is the vocabulary in the paper's padding, a
+        multiple of 128, whatever rows the embedding has on this layout. The paper runs the proxy
+        separately from the training pass, so its L' blocks count twice, here as there. Its
+        formulas do not cover teachers: one counts as its forward pass over kept sequences, and so
+        does Rho-1's reference model (Appendix D.4) over what it reads, by the proxy's rule,
+        2 N + 6 L H Q T per token. Adapters are not covered either and change nothing here.
         """
-        s = self.shape
+        s = _as_the_paper_pads(self.shape)
         d, v, hqt = s.hidden_size, s.padded_vocab_size, s.hidden_size * self.seq_length
         mlp = linear_params(s, "mlp.")
         n = num_params(s)
@@ -260,15 +265,26 @@ class FlopsModel:
             # ghost products.
             assert self.alignment_rows is not None
             tokens = self.seq_length * sum(self.alignment_rows)
-            one = tokens * (4.0 * n + 12 * s.num_layers * hqt) + self._pairs()
+            one = tokens * (4.0 * n + 12 * s.num_layers * hqt) + self._pairs(s)
             total += self._num_alignments(work) * one
         if self._is_taught:
             assert self.teacher is not None
-            total += work.tokens_deep * 2.0 * num_params(self.teacher.shape)
+            total += work.tokens_deep * self._paper_forward(self.teacher.shape)
         if self._refers:
             assert self.reference is not None
-            total += sum(self._referred(work)) * 2.0 * num_params(self.reference)
+            total += sum(self._referred(work)) * self._paper_forward(self.reference)
         return total
+
+    def _paper_forward(self, shape: ModelShape) -> float:
+        """The paper's count of a forward pass of a whole model, per token."""
+        attention = 6.0 * shape.num_layers * shape.hidden_size * self.seq_length
+        return 2.0 * num_params(_as_the_paper_pads(shape)) + attention
+
+
+def _as_the_paper_pads(shape: ModelShape) -> ModelShape:
+    """The shape with its vocabulary padded as on one rank: 50,257 to 50,304."""
+    padded = pad_vocab_size(shape.vocab_size, PAPER_VOCAB_MULTIPLE)
+    return dataclasses.replace(shape, padded_vocab_size=padded)
 
 
 _DENSE_PEAK_TFLOPS = (

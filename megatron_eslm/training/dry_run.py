@@ -145,6 +145,7 @@ def dry_run_text(
     executed, by_paper, trained = _totals(run, flops, reading, start)
     gib = 2.0**30
     read = start.tokens + reading.samples_left(reading.begin) * run.model.seq_length
+    micro_batches = read / (t.micro_batch_size * run.model.seq_length)  # of all ranks
     lines = [
         *_reading(run, reading, start),
         f"method               {method_text(run.selection, run.objective.distill)}",
@@ -160,7 +161,8 @@ def dry_run_text(
             else []
         ),
         f"FLOPs executed       {executed:.3e} ({executed / t.train_iters:.3e} per step)",
-        f"FLOPs by the paper   {by_paper:.3e} ({by_paper / t.train_iters:.3e} per step)",
+        f"FLOPs by the paper   {by_paper:.3e} ({by_paper / t.train_iters:.3e} per step, "
+        f"{by_paper / micro_batches:.3e} per micro-batch)",
         f"memory per rank      {memory.total / gib:.2f} GiB = weights {memory.weights / gib:.2f} + "
         f"gradients {memory.gradients / gib:.2f} + optimizer {memory.optimizer / gib:.2f} + "
         f"activations {memory.activations / gib:.2f} + head {memory.head / gib:.2f}"

@@ -276,8 +276,10 @@ def test_salt_switches_exactly_at_its_step(data: list[str], teacher: Path, tmp_p
     assert steps[0] == steps[1] > steps[2] == steps[3]
     assert steps[2] == pytest.approx(plain.column("flops")[-1] - plain.column("flops")[-2])
     paper = np.diff([0.0, *straight.column("flops_paper")])
-    # 2 N_teacher a token: 2 x 384 x 48 + 2 (96 x 48 + 48^2 + 3 x 256 x 48 + 96) + 48 parameters
-    assert paper[1] - paper[2] == 2 * 124_656 * 2 * ROWS * SEQ_LENGTH
+    # 2 N_teacher + 6 L H Q T a token; 2 N =
+    # 2 x 384 x 48 + 2 (96 x 48 + 48^2 + 3 x 256 x 48 + 96) + 48 parameters
+    per_token = 2 * 124_656 + 6 * 2 * 48 * SEQ_LENGTH
+    assert paper[1] - paper[2] == per_token * 2 * ROWS * SEQ_LENGTH
 
 
 @pytest.mark.parametrize("stage", [0, 3])

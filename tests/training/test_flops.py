@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from torch.utils.flop_counter import (
 )
 
 from megatron_eslm.config.run import parse_run
-from megatron_eslm.cost.flops import FlopsModel, Work, device_peak_flops
+from megatron_eslm.cost.flops import FlopsModel, TeacherCost, Work, device_peak_flops
 from megatron_eslm.cost.of_run import build_flops, step_work
 from megatron_eslm.model.arithmetic import num_params, num_params_block
+from megatron_eslm.selection.state import SelectionState
 from megatron_eslm.training.loop import Trainer
 from tests.harness import run_ranks
 
@@ -178,6 +180,46 @@ def test_the_papers_ledger_of_all_sizes_by_hand(size: str) -> None:
     flops = FlopsModel(shape=shape, seq_length=1024, selector_depth=1, proxy=True)
     expected = steps * (deep * kept + tokens * read - (deep - trained) * masked)
     assert flops.paper_flops(work) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("size", "budget", "micro_batches"),
+    [("124M", 3e17, 28_400), ("350M", 3.5e17, 17_600), ("774M", 1e18, 23_400)],
+)
+def test_the_papers_budgets_count_micro_batches(
+    size: str, budget: float, micro_batches: int
+) -> None:
+    """Counted per step of 40 micro-batches, the budgets would end within the 2000 of warm-up."""
+    run = parse_run(["--data-path", "x", "--model-size", size, "--selection", "clm"], 1)
+    flops, work = build_flops(run, run.shape(50_257), SelectionState(alpha=0.0)), step_work(run)
+    per_step = flops.paper_flops(work)
+    assert run.gradient_accumulation_steps == 40
+    assert budget / (per_step / 40) == pytest.approx(micro_batches, rel=0.003)
+    assert budget / per_step < run.optimizer.lr_warmup_iters
+
+
+def test_the_papers_ledger_does_not_depend_on_the_layout() -> None:
+    flags = ["--data-path", "x", "--model-size", "124M", "--eslm-alpha", "0.1"]
+    found = []
+    for tp in (1, 4):
+        run = parse_run([*flags, "--tensor-model-parallel-size", str(tp)], tp)
+        shape = run.shape(50_257)
+        assert shape.padded_vocab_size == {1: 50_304, 4: 50_688}[tp]
+        state = SelectionState(alpha=0.1)
+        flops = build_flops(run, shape, state, teacher=shape, reference=shape)
+        found.append(flops.paper_flops(step_work(run)))
+    assert found[0] == found[1]
+
+
+def test_the_papers_ledger_of_a_reference_by_hand() -> None:
+    """2 N + 6 L H Q T = 248,951,808 + 6 x 12 x 768 x 1,024 = 305,574,912 per token."""
+    plain = FlopsModel(shape=SHAPE_124M, seq_length=1024, selector_depth=0, proxy=False)
+    taught = dataclasses.replace(plain, teacher=TeacherCost(shape=SHAPE_124M, runs=lambda: True))
+    referring = dataclasses.replace(plain, reference=SHAPE_124M)
+    work = Work(tokens=12_288, tokens_deep=12_288, tokens_scored=12_288, tokens_trained=12_288)
+    for model in (taught, referring):
+        more = model.paper_flops(work) - plain.paper_flops(work)
+        assert more == pytest.approx(12_288 * 305_574_912, rel=1e-12)
 
 
 def test_the_executed_ledger_by_hand() -> None:

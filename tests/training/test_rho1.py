@@ -294,11 +294,12 @@ def test_ledgers(
         assert number(promised, "tokens trained on") == outcome.column("tokens_trained")[-1]
     (online, _, on), (stored, _, off) = results["online"], results["stored"]
     assert "+ reference 0.00" in online and "reference" not in stored
-    # A token read: 2 N of the reference model, which has the shape of the one that trains
-    # (test_estimate); forward in three blocks 2 x 12 x 32^2 + 4 x 32 x 32 each, and 384 logits.
+    # A token read: 2 N + 6 L H Q T of the reference model, which has the shape of the one that
+    # trains (test_estimate); forward in three blocks 2 x 12 x 32^2 + 4 x 32 x 32 each, and 384
+    # logits.
     tokens = 2 * 2 * ROWS * SEQ_LENGTH
     paper, executed = (on.column(name)[-1] - off.column(name)[-1] for name in LEDGERS)
-    assert paper == pytest.approx(tokens * 2 * 51_488)
+    assert paper == pytest.approx(tokens * (2 * 51_488 + 6 * 3 * 32 * SEQ_LENGTH))
     assert executed == pytest.approx(tokens * (3 * (24 * 32**2 + 4 * 32**2) + 2 * 32 * 384))
 
 
