@@ -87,6 +87,7 @@ DEMO_PRESET = Preset(
     lr_warmup_iters=None,
     lr_decay_iters=None,
     train_iters=300,
+    eslm_adapt_interval=None,
 )
 """Preset used without --data-path: a model that two CPU cores train in minutes."""
 
@@ -274,6 +275,9 @@ def resolve(
         rotary_scaling=fill(model, "rotary_scaling", "none"),
         rotary_scaling_factor=fill(model, "rotary_scaling_factor", 1.0),
         seq_length=fill(model, "seq_length"),
+    )
+    selection = dataclasses.replace(
+        selection, eslm_adapt_interval=fill(selection, "eslm_adapt_interval")
     )
     check_model_options(model, selection)
     check_reference(selection, reference, data)

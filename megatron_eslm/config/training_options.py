@@ -31,7 +31,8 @@ class TrainingOptions:
     """Training."""
 
     train_iters: Annotated[int, ONE_OR_MORE] | None = None
-    """Optimizer steps of the run, including those before --load."""
+    """Optimizer steps of the run, including those before --load. Default with --model-size: the
+    paper's 40,000 (124M) or 30,000; 200,000 for the Llama sizes."""
 
     micro_batch_size: Annotated[int, ONE_OR_MORE] | None = None
     """Sequences per rank and micro-step (M). With --eslm-scope global, selection chooses among

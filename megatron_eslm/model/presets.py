@@ -24,10 +24,12 @@ ModelSize = Literal[
 class Preset:
     """A model size with its recipe: defaults of flags under `--model-size`.
 
-    Sources: Table 5 (shapes) and Table 4 (batch, learning rates, warm-up, decay) of the ESLM paper
-    for GPT-2. llama-1B, 3B and 8B have the shapes of Llama 3.2 1B and 3B and Llama 3.1 8B (their
-    config.json), without context extension; 125M and 350M have the widths of GPT-2
-    and a key-value head per query head.
+    Sources: Table 5 (shapes) and Table 4 (batch, learning rates, warm-up, decay, interval of
+    ADA-ESLM) of the ESLM paper for GPT-2, and the last checkpoints that its Appendix D.4 names
+    (40,000 steps, 30,000 for 350M and 774M; none for 1.5B, which gets 30,000, too).
+    llama-1B, 3B and 8B have the shapes of Llama 3.2 1B and 3B and Llama 3.1 8B (their
+    config.json), without context extension; 125M and 350M have the widths of GPT-2 and a key-value
+    head per query head.
     Their recipe is that of the Llama papers (arXiv 2302.13971, 2407.21783): peak learning rates of
     3e-4, 6e-4 below 1B, a tenth at the end, 2000 steps of warm-up; batches of 0.5M tokens as in the
     paper, 2M from 1B on.
@@ -49,6 +51,7 @@ class Preset:
     lr_warmup_iters: int | None = 2000
     lr_decay_iters: int | None = 200_000
     train_iters: int | None = None
+    eslm_adapt_interval: int | None = 1000
 
 
 def _llama(
@@ -82,16 +85,36 @@ def _llama(
 
 PRESETS: dict[ModelSize, Preset] = {
     "124M": Preset(
-        num_layers=12, hidden_size=768, num_attention_heads=12, micro_batch_size=12, lr=6e-4
+        num_layers=12,
+        hidden_size=768,
+        num_attention_heads=12,
+        micro_batch_size=12,
+        lr=6e-4,
+        train_iters=40_000,
     ),
     "350M": Preset(
-        num_layers=24, hidden_size=1024, num_attention_heads=16, micro_batch_size=8, lr=6e-4
+        num_layers=24,
+        hidden_size=1024,
+        num_attention_heads=16,
+        micro_batch_size=8,
+        lr=6e-4,
+        train_iters=30_000,
     ),
     "774M": Preset(
-        num_layers=36, hidden_size=1280, num_attention_heads=20, micro_batch_size=8, lr=1e-4
+        num_layers=36,
+        hidden_size=1280,
+        num_attention_heads=20,
+        micro_batch_size=8,
+        lr=1e-4,
+        train_iters=30_000,
     ),
     "1.5B": Preset(
-        num_layers=48, hidden_size=1600, num_attention_heads=25, micro_batch_size=4, lr=1e-4
+        num_layers=48,
+        hidden_size=1600,
+        num_attention_heads=25,
+        micro_batch_size=4,
+        lr=1e-4,
+        train_iters=30_000,
     ),
     "llama-125M": _llama(12, 768, 12, 12, 2048, lr=6e-4, micro_batch=8, micro_steps=32),
     "llama-350M": _llama(24, 1024, 16, 16, 2816, lr=6e-4, micro_batch=8, micro_steps=32),

@@ -88,7 +88,8 @@ class SelectionOptions:
     CVaR)."""
 
     eslm_adapt_interval: Annotated[int, ONE_OR_MORE] = 100
-    """Steps between ADA-ESLM's updates; CVaR is averaged over all their micro-steps."""
+    """Steps between ADA-ESLM's updates; CVaR is averaged over all their micro-steps. With
+    --model-size the paper's 1000."""
 
     eslm_adapt_epsilon: Annotated[float, POSITIVE] = 1e-8
     """Added to the denominator of the relative change of CVaR."""

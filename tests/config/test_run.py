@@ -57,7 +57,8 @@ def test_presets_are_the_papers(
     assert (t.micro_batch_size, t.global_batch_size) == (batch, 40 * batch)
     assert run.gradient_accumulation_steps == 40
     assert (t.eval_interval, t.eval_iters) == (1000, 200)
-    assert t.train_iters == 200_000
+    assert t.train_iters == (40_000 if size == "124M" else 30_000)
+    assert run.selection.eslm_adapt_interval == 1000
     assert (o.lr, o.min_lr, o.lr_warmup_iters, o.lr_decay_iters) == (lr, 6e-5, 2000, 200_000)
     assert (o.adam_beta1, o.adam_beta2, o.weight_decay, o.clip_grad) == (0.9, 0.95, 0.1, 1.0)
     assert (run.selection.selection, run.selection.eslm_alpha) == ("eslm", 0.1)
