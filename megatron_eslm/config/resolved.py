@@ -11,8 +11,9 @@ from megatron_eslm.config.training_options import (
     OptimizerOptions,
     TrainingOptions,
 )
+from megatron_eslm.model.architectures.names import ArchitectureName
 from megatron_eslm.model.model_options import ModelOptions
-from megatron_eslm.model.shape import ArchitectureName, RotaryScalingName
+from megatron_eslm.model.shape import RotaryScalingName
 
 
 @dataclass(frozen=True, kw_only=True)

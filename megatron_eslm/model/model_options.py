@@ -14,8 +14,9 @@ from megatron_eslm.limits import (
     Range,
     check_fields,
 )
+from megatron_eslm.model.architectures.names import ArchitectureName
 from megatron_eslm.model.presets import ModelSize
-from megatron_eslm.model.shape import ArchitectureName, RotaryScalingName
+from megatron_eslm.model.shape import RotaryScalingName
 from megatron_eslm.ops.attention import AttentionBackend
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_eslm.model.shape import ArchitectureName
+from megatron_eslm.model.architectures.names import ArchitectureName
 
 ModelSize = Literal[
     "124M",

@@ -9,12 +9,12 @@ import pydantic
 
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.schema import STRICT, Size
+from megatron_eslm.model.architectures.names import ArchitectureName
 
 MOST_PADDING = 2**16
 """Limit of vocabulary padding: at most this many rows more than there are ids."""
 
 
-ArchitectureName = Literal["gpt2", "llama"]
 RotaryScalingName = Literal["none", "linear", "llama3"]
 
 

@@ -6,7 +6,8 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.architectures.base import Architecture
 from megatron_eslm.model.architectures.gpt2 import GPT2
 from megatron_eslm.model.architectures.llama import LLAMA
-from megatron_eslm.model.shape import ArchitectureName, ModelShape
+from megatron_eslm.model.architectures.names import ArchitectureName
+from megatron_eslm.model.shape import ModelShape
 
 ARCHITECTURES: dict[ArchitectureName, Architecture] = {"gpt2": GPT2, "llama": LLAMA}
 
