@@ -64,6 +64,7 @@ endif
 	$(BIN)/python -m benchmarks.selection_step
 	$(BIN)/python -m benchmarks.selection_step --dtype bf16
 	$(BIN)/python -m benchmarks.selection_step --shape 1.5B-8 --rows 10 --seq-length 256
+	$(BIN)/python -m benchmarks.selection_step --shape llama-1B-4 --rows 10 --seq-length 256 --only ESLM
 	$(BIN)/python -m benchmarks.peer_step
 	$(BIN)/python -m benchmarks.peer_step --dtype bf16
 	$(BIN)/python -m benchmarks.peer_memory

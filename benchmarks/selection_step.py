@@ -41,7 +41,7 @@ def main() -> None:
     made.add_argument("--only", default="", help="no cases but those whose name contains this")
     args = made.parse_args()
     common = training_flags(args)
-    cases = DEEP if args.shape.startswith("1.5B") else CASES
+    cases = DEEP if args.shape.startswith(("1.5B", "llama-1B")) else CASES
     cases = {name: case for name, case in cases.items() if args.only in name}
     init_distributed()
     runs = {"clm": BenchRun(*common, "--selection", "clm", vocab_size=args.vocab_size)}
