@@ -17,6 +17,7 @@ from megatron_eslm.config.run import RunConfig
 from megatron_eslm.data.tokenizers.build import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.engine.engine import Engine
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.architectures.registry import architecture_of
 from megatron_eslm.model.shape import ModelShape
 from megatron_eslm.selection.state import SelectionState
 
@@ -72,10 +73,14 @@ def check_continues(
 ) -> None:
     """Raise ConfigError unless the checkpoint fits this run; log permitted differences."""
     ours, theirs = shape.to_dict(), found.shape.to_dict()
+    free = {"padded_vocab_size"}  # depends on the layout
+    if found.kind == "weights" and architecture_of(shape).rotary:
+        # No weight depends on them: sequences may become longer or shorter.
+        free |= {"max_position_embeddings", *(key for key in ours if key.startswith("rotary_"))}
     unequal = [
         f"{key}: {theirs[key]} there, {value} here"
         for key, value in ours.items()
-        if value != theirs[key] and key != "padded_vocab_size"  # depends on the layout
+        if value != theirs[key] and key not in free
     ]
     if unequal:
         raise ConfigError(

@@ -28,7 +28,7 @@ from megatron_eslm.checkpoint.save_folder import SaveFolder, disk_errors
 from megatron_eslm.checkpoint.tensor_index import TensorIndex
 from megatron_eslm.checkpoint.tensor_shares import gather_share, to_host
 from megatron_eslm.checkpoint.train_state import TrainState
-from megatron_eslm.errors import ConfigError
+from megatron_eslm.errors import ConfigError, first_line
 from megatron_eslm.parallel.collectives import on_rank_zero
 
 if TYPE_CHECKING:
@@ -75,6 +75,17 @@ class Draft:
         Raises:
             ConfigError: the disk fails, or a tensor is not finite; names the file.
         """
+        try:
+            return self._write()
+        except ConfigError:
+            raise
+        except Exception as error:  # an error of one rank only must end all of them
+            raise ConfigError(
+                f"--save {self.folder} could not be written: {type(error).__name__}: "
+                f"{first_line(error)}. Earlier checkpoints are untouched."
+            ) from error
+
+    def _write(self) -> dict[str, manifests.Entry]:
         names = self._write_tensors()
         if self.metadata is not None:
             names += self._write_metadata(self.metadata)

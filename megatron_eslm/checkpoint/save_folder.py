@@ -61,7 +61,7 @@ class SaveFolder:
         self.path = Path(path)
         self._lock = FileLock(self.path / _LOCK)
         self._publishing = threading.Lock()
-        self._taken = False
+        self._taken = self._released = False
 
     def take(self, load: str | Path | None) -> None:
         """Lock the folder and make sure that checkpoints can be written.
@@ -92,7 +92,7 @@ class SaveFolder:
     def release(self) -> None:
         """Unlock the folder."""
         with self._publishing:
-            self._taken = False
+            self._taken, self._released = False, True
             self._lock.release()
 
     def begin(self, iteration: int) -> Path:
@@ -165,6 +165,11 @@ class SaveFolder:
         """
         if not keep_last:
             return
+        with self._publishing:
+            if not self._released:  # else another job may have the folder
+                self._prune(newest, keep_last)
+
+    def _prune(self, newest: Path, keep_last: int) -> None:
         saved = list_checkpoints(self.path)
         older = saved[saved.index(newest) + 1 :] if newest in saved else []
         for old in older[keep_last - 1 :]:

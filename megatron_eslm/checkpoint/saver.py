@@ -38,7 +38,7 @@ class CheckpointSaver:
     saver.begin(state)             # training may go on
     saver.look()                   # after each step: the checkpoint, once it is complete
     saver.finish()                 # wait for it
-    saver.save(state)              # begin and finish, without a copy of the tensors
+    saver.save(state)              # begin and finish; without copies if none were made before
     """
 
     def __init__(
@@ -76,7 +76,8 @@ class CheckpointSaver:
 
     def save(self, state: TrainState) -> Path:
         """Save and wait for it; raises ConfigError on every rank if it could not be written."""
-        self._begin(state, None)
+        # Memory that holds copies already takes these, too.
+        self._begin(state, self._copies if self._copies.num_bytes else None)
         folder = self.finish()
         assert folder is not None
         return folder

@@ -38,5 +38,5 @@ def last_mlp_kept(run: RunConfig, shape: ModelShape, device_type: str | None = N
         return True
     whole = engine.zero_stage != 3 and not engine.sequence_parallel and run.model.lora is None
     device = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    pays = shape.hidden_size * run.selection.initial_alpha >= KEPT_MLP_PAYS_FROM[device]
+    pays = shape.hidden_size * run.selection.largest_alpha >= KEPT_MLP_PAYS_FROM[device]
     return asked == "auto" and drops and whole and pays

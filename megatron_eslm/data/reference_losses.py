@@ -48,6 +48,8 @@ class ReferenceMeta:
     """Maximum number of tokens predicted from one context; None for n-grams."""
     dtype: str
     """Compute dtype of the reference model."""
+    split: str | None = None
+    """--split whose training documents n-grams were counted from; None for models."""
     tokens: Count
     scored: Count = 0
     """Number of losses in the file, which is complete when this equals `tokens`."""
@@ -183,6 +185,8 @@ class ReferenceLosses:
     weights: str
     """Fingerprint of the reference model's weights, or of what n-grams were counted from."""
     seq_length: int | None
+    split: str | None
+    """--split whose training documents n-grams were counted from; None for models."""
 
     def of_sample(self, domain: int, part: Any, index: int) -> np.ndarray:
         """Read the losses of the labels of one sequence of a domain's GPTDataset, float32 [T]."""
@@ -202,7 +206,7 @@ def open_reference_losses(source: DataSource, name: str) -> ReferenceLosses:
     for domain, meta in zip(source.domains, metas, strict=True):
         differing = [
             key
-            for key in ("weights", "seq_length", "dtype")
+            for key in ("weights", "seq_length", "dtype", "split")
             if getattr(meta, key) != getattr(metas[0], key)
         ]
         if differing:
@@ -216,6 +220,7 @@ def open_reference_losses(source: DataSource, name: str) -> ReferenceLosses:
         by_domain=tuple(losses for _, losses in opened),
         weights=metas[0].weights,
         seq_length=metas[0].seq_length,
+        split=metas[0].split,
     )
 
 

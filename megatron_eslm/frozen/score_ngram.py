@@ -65,6 +65,7 @@ def score_ngram(
             weights=hashlib.sha256(source.encode()).hexdigest(),
             seq_length=None,
             dtype="float64",
+            split=canonical_split(split),
             tokens=index.tokens,
         )
         for index, fingerprint in zip(indices, data, strict=True)

@@ -54,9 +54,9 @@ class NamedDropout:
             return x_LMD
         s, _, d = x_LMD.shape
         masks = [self._draw((s * self._parts, d), x_LMD, places, row) for row in places.rows]
-        if not masks:
-            return x_LMD
-        mask_TMD = torch.stack(masks, dim=1)
+        # Without rows, too, the product saves its mask: with activation checkpoints and ZeRO 3, all
+        # ranks must recompute as much.
+        mask_TMD = torch.stack(masks, 1) if masks else x_LMD.new_empty(s * self._parts, 0, d)
         if self._parts > 1:
             mask_TMD = mask_TMD.chunk(self._parts)[self._tp_rank].clone()  # frees the full mask
         return x_LMD * mask_TMD
@@ -70,9 +70,8 @@ class NamedDropout:
             for row in places.rows
             for head in range(heads)
         ]
-        if not masks:
-            return weights_MHTT
-        return weights_MHTT * torch.stack(masks).view(weights_MHTT.shape)
+        mask = torch.stack(masks) if masks else torch.empty_like(weights_MHTT)
+        return weights_MHTT * mask.view(weights_MHTT.shape)
 
     def _draw(
         self, shape: tuple[int, int], like: torch.Tensor, places: DropoutKey, *names: int

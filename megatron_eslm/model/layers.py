@@ -259,8 +259,12 @@ class Attention(nn.Module):
         if places is not None and self.dropout.probability:
             mixed = self._with_dropout(q, k, v, places, mask)
         else:
+            grouped = self.queries_per_group > 1
+            if grouped and mask is not None:
+                # On CUDA no fused kernel takes both a mask and groups.
+                k, v, grouped = self._per_query(k), self._per_query(v), False
             mixed = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, enable_gqa=self.queries_per_group > 1
+                q, k, v, mask, is_causal=mask is None, enable_gqa=grouped
             )
         # Not -1: m is 0 on a rank that keeps no row.
         columns = self.num_groups_local * self.queries_per_group * self.head_dim
@@ -280,6 +284,12 @@ class Attention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return tuple(part.flatten(2, 3).permute(1, 2, 0, 3) for part in (q, k, v))
 
+    def _per_query(self, part: torch.Tensor) -> torch.Tensor:
+        """Repeat keys or values for the queries that share them."""
+        if self.queries_per_group == 1:
+            return part
+        return part.repeat_interleave(self.queries_per_group, dim=1)
+
     def _with_dropout(
         self,
         q: torch.Tensor,
@@ -290,8 +300,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         # Fused kernels draw their own masks; ours need the unfused form.
         t = q.shape[2]
-        if self.queries_per_group > 1:
-            k, v = (part.repeat_interleave(self.queries_per_group, dim=1) for part in (k, v))
+        k, v = self._per_query(k), self._per_query(v)
         if mask is None:
             mask = torch.ones(t, t, dtype=torch.bool, device=q.device).tril()
         scores = (q @ k.mT * self.head_dim**-0.5).masked_fill(~mask, -torch.inf)

@@ -71,7 +71,8 @@ def _llama(
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_attention_heads=heads,
-        num_query_groups=groups,
+        # With other heads given, they still have as many key-value heads.
+        num_query_groups=None if groups == heads else groups,
         ffn_hidden_size=ffn_hidden_size,
         untie_embeddings_and_output_weights=not tied,
         rotary_base=500_000.0,

@@ -72,19 +72,19 @@ class AlphaController:
         s.interval_cvar_sum, s.interval_finite_steps, s.interval_steps = 0.0, 0, 0
 
     def _follow(self, iteration: int, mean_excess: float | None) -> None:
-        """Smooth the mean excess; once it is down to 0, the reference is overtaken."""
+        """Smooth the mean excess; once it is below 0, the reference is overtaken."""
         s = self.state
         if mean_excess is None or not math.isfinite(mean_excess):
             return
         if s.mean_excess is not None:
             mean_excess = _SMOOTHING * s.mean_excess + (1 - _SMOOTHING) * mean_excess
         s.mean_excess = mean_excess
-        if mean_excess > 0 or s.overtaken_at is not None:
+        if mean_excess >= 0 or s.overtaken_at is not None:
             return
         s.overtaken_at = iteration
         stops = self.options.eslm_overtaken == "stop"
         logger.warning(
-            "The model has overtaken its reference at iteration %d: over all candidates its loss "
+            "The model has overtaken its reference at iteration %d: its loss on what it keeps "
             "is %.4f nats lower. --eslm-overtaken %s: %s.",
             iteration + 1,
             -mean_excess,

@@ -1,12 +1,9 @@
 """Mean excess loss over the candidates of a step, for `--eslm-overtaken`.
 
-Tokens are scored in kept sequences only, and these have more excess than those that were dropped.
-How much more the early exit has seen, on all candidates:
-
-    tokens of kept sequences + (early exit on all candidates - early exit on kept ones)
-
-Where only sequences are selected, it is the early exit's excess, which falls later than the
-model's. Shape legend: M rows of this rank, T positions.
+It is the mean over the tokens of kept sequences, the only ones that pass through the whole model.
+Kept sequences have more excess than dropped ones, so selection stops later than the mean over all
+candidates would say, never earlier. Where only sequences are selected, it is the early exit's
+excess over all candidates, which falls later than the model's.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import torch
 
 from megatron_eslm.selection.state import SelectionRecord
 
-NUM_SUMS = 6
+NUM_SUMS = 4
 """Length of what `excess_sums` returns."""
 
 
@@ -23,27 +20,23 @@ def excess_sums(records: list[SelectionRecord], device: torch.device) -> torch.T
     """Sums and counts of this rank's finite scores, to be added over ranks.
 
     Returns:
-        float64 [6]: sum and number over tokens, over candidates, and over kept candidates.
+        float64 [4]: sum and number over tokens of kept sequences, and over candidates.
     """
     totals = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
     for record in records:
         if record.token_scores_MT is not None:
             totals[:2] += _sum_and_count(record.token_scores_MT).to(device)
-        if record.instance_scores_M is not None and record.instance_kept_M is not None:
-            kept_M = torch.where(record.instance_kept_M, record.instance_scores_M, torch.nan)
-            totals[2:4] += _sum_and_count(record.instance_scores_M).to(device)
-            totals[4:] += _sum_and_count(kept_M).to(device)
+        if record.instance_scores_M is not None:
+            totals[2:] += _sum_and_count(record.instance_scores_M).to(device)
     return totals
 
 
 def mean_excess(sums: list[float]) -> float | None:
-    """The mean over all candidates; None if nothing was scored."""
-    tokens, everyone, kept = (
+    """The mean excess of a step from its sums; None if nothing was scored."""
+    tokens, candidates = (
         total / count if count else None for total, count in zip(sums[::2], sums[1::2], strict=True)
     )
-    if tokens is None:
-        return everyone
-    return tokens if everyone is None or kept is None else tokens + everyone - kept
+    return candidates if tokens is None else tokens
 
 
 def _sum_and_count(scores: torch.Tensor) -> torch.Tensor:

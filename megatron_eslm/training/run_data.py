@@ -26,6 +26,7 @@ from megatron_eslm.data.plan import (
 )
 from megatron_eslm.data.reference_losses import ReferenceLosses, open_reference_losses
 from megatron_eslm.data.source import DataSource, canonical_split, open_data
+from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.parallel.ranks import rank_zero_first
 from megatron_eslm.training.gradient_alignment import (
@@ -74,6 +75,12 @@ def open_stored_losses(run: RunConfig, source: DataSource) -> ReferenceLosses | 
     if name is None:
         return None
     losses = on_every_rank(lambda: open_reference_losses(source, name))
+    if losses.split not in (None, canonical_split(run.data.split)):
+        raise ConfigError(
+            f"--reference-losses {name}: its n-grams were counted from the training documents of "
+            f"--split {losses.split}, but --split is {run.data.split}. Score the text again with "
+            "this --split, or train with that one."
+        )
     if losses.seq_length not in (None, run.model.seq_length):
         logger.info(
             "--reference-losses %s: scored in windows of %d tokens, but training reads %d",

@@ -115,8 +115,13 @@ def test_killed_and_resumed(tmp_path, tree, kills, monkeypatch):
         pid = os.fork()
         if pid == 0:
             # Slow enough that kills hit, each at another place.
-            make = ByteTokenizer.encode_arrays
-            ByteTokenizer.encode_arrays = lambda *args: (time.sleep(0.02), make(*args))[1]
+            encode = ByteTokenizer.encode_arrays
+
+            def slowly(*args, encode=encode):
+                time.sleep(0.02)
+                return encode(*args)
+
+            ByteTokenizer.encode_arrays = slowly
             try:
                 run(tree, tmp_path / "killed", ByteTokenizer(), workers=1 + attempt % 2)
             finally:

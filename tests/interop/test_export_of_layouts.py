@@ -58,12 +58,21 @@ def test_tensor_and_pipeline_parallel_export_as_the_single_process(
         trainer = build(words(data, *STEPS, *flags, "--train-iters", 9))
         Checkpointer().save(trainer)
 
+    def reads_longer_sequences(rank: int) -> None:
+        # Rotary positions have no weights; the imported model may read other lengths.
+        flags = (*BLOCKS["llama"], "--seq-length", 64, "--rotary-scaling", "linear")
+        longer = ("--rotary-scaling-factor", 2, "--load", tmp_path / "3d", "--finetune")
+        build(words(data, *STEPS, *flags, *longer))
+
     run_ranks(4, on_rank, "3d", TP2PP2)
     run_ranks(1, on_rank, "single", ())
     run_ranks(1, passes_through)
     for name in ("3d", "single", "1d"):
         difference = checkpoint_to_folder(str(tmp_path / name), str(tmp_path / f"hf-{name}"))
         assert difference < 1e-4
+
+    if architecture == "llama":
+        run_ranks(1, reads_longer_sequences)
 
     def exported(name: str) -> bytes:
         return (tmp_path / f"hf-{name}" / "model.safetensors").read_bytes()

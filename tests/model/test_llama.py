@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from megatron_eslm.config.run import parse_run
 from megatron_eslm.data.batch import Batch
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.interop.huggingface import hf_config, to_hf
@@ -130,6 +131,29 @@ def test_unsupported_fields_are_named(fields, message):
     with pytest.raises(ConfigError) as error:
         hf_shape(config)
     assert message in str(error.value)
+
+
+def test_flags_of_presets():
+    """Heads given beside a preset with full heads bring as many key-value heads."""
+    argv = ["--data-path", "x", "--model-size"]
+    small = parse_run([*argv, "llama-125M", "--num-attention-heads", "4"], 1)
+    assert small.model.num_query_groups == 4
+    assert parse_run([*argv, "llama-1B"], 1).model.num_query_groups == 8
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--rotary-base", "5000"),
+        ("--rotary-scaling", "linear", "--rotary-scaling-factor", "2"),
+        ("--rotary-original-positions", "64"),
+        ("--num-query-groups", "4"),
+        ("--untie-embeddings-and-output-weights",),
+    ],
+)
+def test_gpt2_refuses_flags_of_llama(flags):
+    with pytest.raises(ConfigError, match=f"^{flags[0]}.* with --architecture gpt2"):
+        parse_run(["--data-path", "x", "--model-size", "124M", *flags], 1)
 
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])

@@ -247,3 +247,22 @@ def test_weights_start_and_decay_alike(data: list[str]) -> None:
         ]
 
     assert run_ranks(1, fn)[0] == [(0.3, (0.8, 0.95), {2}), (0.0, (0.8, 0.95), {1})]
+
+
+def test_a_rank_without_rows_recomputes_as_the_others(data: list[str], tmp_path: Path) -> None:
+    """ZeRO 3 gathers weights in the recomputation, so ranks must recompute the same layers."""
+    flags = (
+        *("--eslm-alpha", "0.75", "--eslm-scope", "global", "--activation-checkpoint-interval", 1),
+        *("--hidden-dropout", "0.1", "--global-batch-size", 8, "--attention-dropout", "0.1"),
+    )
+
+    def fn(rank: int, ranks: int) -> Outcome:
+        zero = ("--zero-stage", 3 if ranks > 1 else 0, "--dump-selection", tmp_path / str(ranks))
+        argv = words(data, *flags, *zero, micro_batch_size=4 // ranks, iters=3)
+        return train(argv, tmp_path / f"{ranks}.jsonl")
+
+    one, two = run_ranks(1, fn, 1)[0], run_ranks(2, fn, 2)[0]
+    kept = [dump["instance_kept"] for dump in read_dumps(tmp_path / "2").values()]
+    halves = np.concatenate([part.reshape(-1, 2) for part in kept])
+    assert not halves.any(axis=1).all()  # a rank keeps none of its two rows
+    np.testing.assert_allclose(two.column("loss"), one.column("loss"), atol=1e-5)

@@ -104,7 +104,10 @@ def _refuses(shape: ModelShape) -> str | None:
     for flag, is_set in (
         ("--num-query-groups", shape.num_key_value_heads != shape.num_attention_heads),
         ("--untie-embeddings-and-output-weights", not shape.tied_head),
+        ("--rotary-base", shape.rotary_base != ModelShape.rotary_base),
         ("--rotary-scaling", shape.rotary_scaling != "none"),
+        ("--rotary-scaling-factor", shape.rotary_scaling_factor != 1),
+        ("--rotary-original-positions", shape.rotary_original_positions is not None),
     ):
         if is_set:
             return (
