@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from megatron_eslm.__main__ import main
 from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.index_file import read_index
 from megatron_eslm.data.index_writer import write_index
@@ -31,7 +30,6 @@ from megatron_eslm.data.verify import verify_data
 from megatron_eslm.errors import ConfigError
 from tests.data.conftest import make_documents
 
-ROOT = Path(__file__).parents[2]
 KEY = "meta.redpajama_set_name"
 VALUES = list(SLIMPAJAMA)
 
@@ -54,6 +52,14 @@ def tree(tmp_path, documents) -> Path:
         ]
         path.write_bytes(zstandard.compress(("\n".join(lines) + "\n").encode()))
     return folder
+
+
+class SlowTokenizer(ByteTokenizer):
+    """Slow enough that kills hit, each at another place."""
+
+    def encode_arrays(self, texts):
+        time.sleep(0.02)
+        return super().encode_arrays(texts)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -114,16 +120,8 @@ def test_killed_and_resumed(tmp_path, tree, kills, monkeypatch):
     for attempt in range(kills):
         pid = os.fork()
         if pid == 0:
-            # Slow enough that kills hit, each at another place.
-            encode = ByteTokenizer.encode_arrays
-
-            def slowly(*args, encode=encode):
-                time.sleep(0.02)
-                return encode(*args)
-
-            ByteTokenizer.encode_arrays = slowly
             try:
-                run(tree, tmp_path / "killed", ByteTokenizer(), workers=1 + attempt % 2)
+                run(tree, tmp_path / "killed", SlowTokenizer(), workers=1 + attempt % 2)
             finally:
                 os._exit(0)
         time.sleep(float(rng.uniform(0.02, 0.15)))
@@ -240,24 +238,26 @@ def test_merged_pairs_are_those_of_all_documents(tmp_path, documents, gpt2):
     assert not (tmp_path / "new.idx").exists()
 
 
-def test_tools(tmp_path, tree):
+def test_commands(tmp_path, tree, capsys):
     (tmp_path / "list.txt").write_text(f"# all\n{tree}/*/*.zst\n")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
-    def tool(name: str, *words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "tools" / name), *words],
-            env=environment, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def run_command(name: str, *words: str) -> str:
+        assert main([name, *words]) == 0
+        return capsys.readouterr().out
 
     prefix = str(tmp_path / "out")
-    said = tool(
-        "preprocess_data.py", "--input", f"@{tmp_path / 'list.txt'}", "--output-prefix", prefix,
+    run_command(
+        "preprocess", "--input", f"@{tmp_path / 'list.txt'}", "--output-prefix", prefix,
         "--split-key", KEY, "--index", "0", "--of", "1", "--append-eod", "--workers", "2",
         "--tokenizer-type", "ByteTokenizer",
     )  # fmt: skip
-    assert "6 of 6 inputs, 120 documents" in said and " s left" in said
-    assert f"{prefix}/c4" in tool("merge_data.py", "--output-prefix", prefix)
-    assert tool("verify_data.py", prefix).count("tokens of a document: min ") == 7
+    assert f"{prefix}/c4" in run_command("merge-data", "--output-prefix", prefix)
+    assert run_command("verify-data", prefix).count("tokens of a document: min ") == 7
+    for words, said in (
+        (["--index", "2", "--of", "2"], "the index runs from 0 to --of - 1"),
+        (["--index", "1"], "--index and --of belong together"),
+        (["--domain-names", "x"], "--domain-names has no meaning without --split-key"),
+    ):
+        command = ["preprocess", "--input", "x", "--output-prefix", prefix]
+        assert main([*command, "--tokenizer-type", "ByteTokenizer", *words]) == 2
+        assert said in capsys.readouterr().err

@@ -94,6 +94,8 @@ def make_parts(
         agree(folder, plan, tokenizer)
         with FileLock(folder / f".{owner}.lock") as lock:
             lock.take(f"--index {index} --of {of} of {prefix}", "Wait for it to end.")
+            for draft in folder.glob(f".*.{owner}.*.ids"):
+                draft.unlink(missing_ok=True)
             mine = range(index, len(files), of)
             finished = [n for n in mine if read_record(folder, n) is not None]
             if finished:

@@ -65,14 +65,14 @@ class PartMaker:
         Args:
             number: of the input in the plan.
             path: the input.
-            owner: name of the only process group that may make this part now; names drafts, so that
-                the next of the same name replaces what a killed one left.
+            owner: name of this share of the inputs, in the names of drafts, so that the next
+                process with that share can remove what a killed one left.
 
         Raises:
             ConfigError: the input cannot be used.
             OSError: the part cannot be written.
         """
-        draft = self.folder / f".{number}.{owner}.ids"
+        draft = self.folder / f".{number}.{owner}.{os.getpid()}.ids"
         bad = BadLines(self.on_bad_line)
         domains: dict[str, int] = {}
         lengths: list[np.ndarray] = []
