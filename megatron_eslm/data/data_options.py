@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from megatron_eslm.data.weights_file import expand_data_path
 from megatron_eslm.limits import NOT_NEGATIVE, POSITIVE, Commas, Range, check_fields
 
 TokenizerType = Literal[
@@ -18,7 +19,8 @@ class DataOptions:
 
     data_path: tuple[str, ...] = ()
     """Prefix of a Megatron .bin/.idx pair, or `weight1 prefix1 weight2 prefix2 ...` to mix domains
-    by token weight. Default: the demo corpus."""
+    by token weight, or `@FILE FOLDER` with a YAML file of lines NAME: WEIGHT for pairs in FOLDER.
+    Default: the demo corpus."""
 
     split: Annotated[str, Commas()] = "98,1,1"
     """Shares of the documents for training, validation and test, as Megatron reads them."""
@@ -69,3 +71,4 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "data_path", expand_data_path(self.data_path))

@@ -1,0 +1,43 @@
+"""`--data-path @FILE FOLDER`: weights of a mixture from a YAML file."""
+
+from __future__ import annotations
+
+import os
+
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.files import yaml_file
+
+
+def expand_data_path(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Replace `@FILE [FOLDER]` by `weight1 prefix1 weight2 prefix2 ...`; leave others as they are.
+
+    Args:
+        words: of `--data-path`. FILE has lines `NAME: WEIGHT`; prefixes are FOLDER/NAME, or NAME.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no weights, or more words follow.
+    """
+    if not words or not words[0].startswith("@"):
+        return words
+    path = words[0][1:]
+    if len(words) > 2:
+        raise ConfigError(
+            f"--data-path @{path} takes one folder, not {' '.join(words[1:])}. Write @FILE FOLDER."
+        )
+    try:
+        content = yaml_file.read_yaml(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"--data-path @{path}: there is no file {path}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"--data-path @{path}: {error}") from error
+    if not isinstance(content, yaml_file.Mapping) or not content:
+        raise ConfigError(f"--data-path @{path} must be lines of NAME: WEIGHT.")
+    expanded: list[str] = []
+    for name, weight in content.items():
+        if not isinstance(weight, str):
+            raise ConfigError(
+                f"--data-path @{path}: {name} (line {content.lines[name]}) must have a number as "
+                "its weight."
+            )
+        expanded += [weight, os.path.join(*words[1:], name)]
+    return tuple(expanded) if len(content) > 1 else (expanded[1],)
