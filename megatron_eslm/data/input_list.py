@@ -70,7 +70,7 @@ def input_files(words: Sequence[str]) -> list[Path]:
             mode = path.stat().st_mode
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"--input {name} cannot be read ({error}). With --split-key, --of or --mpi "
+                f"--input {name} cannot be read ({error}). With --split-key or --of "
                 "inputs are files and folders; standard input and data sets of the hub cannot be "
                 "divided."
             ) from error
@@ -78,7 +78,7 @@ def input_files(words: Sequence[str]) -> list[Path]:
             if is_saved_dataset(path):
                 raise ConfigError(
                     f"--input {name} was written by datasets.save_to_disk and cannot be divided. "
-                    "Export it with to_parquet, or leave out --split-key, --of and --mpi."
+                    "Export it with to_parquet, or leave out --split-key and --of."
                 )
             files += find_files(path, FILE_ENDINGS)
         else:
