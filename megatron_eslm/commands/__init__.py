@@ -17,6 +17,7 @@ COMMANDS = (
     "convert-from-hf",
     "convert-to-hf",
     "generate",
+    "evaluate",
     "plan",
     "doctor",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -164,6 +165,31 @@ def complete(
             )
         _schema().check_whole(full, _where(path))
     return full
+
+
+def add_monitors(full: Json, tensorboard_dir: str | None, wandb_project: str | None) -> None:
+    """Turn on the monitors that flags ask for, in the engine's JSON.
+
+    Raises:
+        ConfigError: the user's file has a section for one of them, or its package is missing.
+    """
+    for flag, section, key, value in (
+        ("--tensorboard-dir", "tensorboard", "output_path", tensorboard_dir),
+        ("--wandb-project", "wandb", "project", wandb_project),
+    ):
+        if value is None:
+            continue
+        if section in full:
+            raise ConfigError(
+                f"{flag} and the section {section} of --deepspeed_config are given; leave one out."
+            )
+        if importlib.util.find_spec(section) is None:
+            raise ConfigError(
+                f"{flag} needs {section}, which is not installed: pip install {section}."
+            )
+        full[section] = {"enabled": True, key: value}
+    if tensorboard_dir is not None:
+        full["tensorboard"]["job_name"] = ""  # the events are in the folder itself
 
 
 @contextmanager

@@ -328,6 +328,7 @@ def resolve(
         cpu_offload=engine.cpu_offload,
         pipeline_stages=engine.pipeline_model_parallel_size,
     )
+    deepspeed_json.add_monitors(full_json, report.tensorboard_dir, report.wandb_project)
     run = RunConfig(
         model=model,
         selection=selection,

@@ -17,6 +17,7 @@ from megatron_eslm.limits import (
     Commas,
     Range,
     check_fields,
+    flag_of,
 )
 
 DecayStyle = Literal["cosine", "linear", "constant", "WSD"]
@@ -330,6 +331,28 @@ class ReportOptions:
     dry_run_world_size: Annotated[int, ONE_OR_MORE] | None = None
     """Number of processes that --dry-run assumes. Default: those that were started."""
 
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard's events."""
+
+    wandb_project: str | None = None
+    """Project on Weights & Biases; needs the extra `wandb`."""
+
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval (extra `eval`) to evaluate during training, by name; see --eval-tasks-path.
+    Results are in the metrics file and the monitors as tasks/NAME/METRIC. Nothing is downloaded."""
+
+    eval_tasks_interval: Annotated[int, ONE_OR_MORE] = 1000
+    """Steps between evaluations of --eval-tasks. The last step is always evaluated."""
+
+    eval_tasks_limit: Annotated[int, ONE_OR_MORE] | None = None
+    """Documents of each task at most, the first ones. Default: all."""
+
+    eval_tasks_path: str | None = None
+    """Folder of tasks as YAML files in lm-eval's format, beside lm-eval's own."""
+
+    eval_tasks_data: str | None = None
+    """Folder of documents of tasks, as --task-data of tools/evaluate.py."""
+
     peak_tflops: Annotated[float, POSITIVE] | None = None
     """Peak TFLOP/s of one device in the compute dtype, for MFU and HFU. Default: known values for
     common GPUs."""
@@ -341,6 +364,12 @@ class ReportOptions:
                 f"--profile-step-end {self.profile_step_end} is before --profile-step-start "
                 f"{self.profile_step_start}; change one of them."
             )
+        for name in ("eval_tasks_limit", "eval_tasks_path", "eval_tasks_data"):
+            if getattr(self, name) is not None and not self.eval_tasks:
+                raise ConfigError(
+                    f"{flag_of(name)} has no effect without --eval-tasks; name the tasks there, or "
+                    "leave it out."
+                )
         if self.dry_run_world_size is not None and not self.dry_run:
             raise ConfigError(
                 f"--dry-run-world-size {self.dry_run_world_size} has no effect without --dry-run; "

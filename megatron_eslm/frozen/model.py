@@ -83,6 +83,23 @@ class FrozenModel:
         return self._model.final_norm(hidden_TME)
 
 
+def open_frozen(flag: str, folder: str, tag: str | None = None) -> tuple[FrozenSource, Tokenizer]:
+    """Find a model and its tokenizer; does not read its weights.
+
+    Args:
+        flag: flag that names the folder, for messages.
+        folder: a folder of checkpoints, one checkpoint (of any layout), or a Hugging Face model.
+        tag: name of the checkpoint; None is the newest complete one.
+
+    Raises:
+        ConfigError: there is no complete model.
+    """
+    try:
+        return _open(Path(folder), tag)
+    except ConfigError as error:
+        raise ConfigError(f"{flag} {folder}: {error}") from error
+
+
 def find_frozen(
     flag: str, folder: str, tokenizer: Tokenizer, role: str, tag: str | None = None
 ) -> FrozenSource:

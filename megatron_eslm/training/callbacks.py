@@ -1,4 +1,4 @@
-"""Standard callbacks: selection dump, evaluation, report, checkpoints, profiler.
+"""Standard callbacks: selection dump, evaluation, tasks, report, checkpoints, profiler.
 
 Order matters: a report includes the evaluation of its step. A checkpoint comes after all records of
 its step. A profile begins after that, so that it holds steps only.
@@ -27,6 +27,7 @@ from megatron_eslm.training.progress_report import (
     progress_line,
     write_monitors,
 )
+from megatron_eslm.training.task_evaluation import TaskEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 def standard_callbacks(run: RunConfig) -> list[Callback]:
     """The standard callbacks that a run's options ask for, in order."""
     callbacks: list[Callback] = [Evaluator(), Reporter(), Checkpointer()]
+    if run.report.eval_tasks:
+        callbacks.insert(1, TaskEvaluator(run))
     if run.report.dump_selection is not None:
         callbacks.insert(0, SelectionDump(run.report.dump_selection))
     if run.report.profile is not None:
@@ -99,6 +102,7 @@ class Reporter(Callback):
 
     def __init__(self) -> None:
         self._evaluation: Evaluation | None = None
+        self._tasks: dict[str, float] = {}
         self._unreported: list[tuple[float, int, float, float]] = []
         """Seconds, positions read, executed and model FLOPs of each step since the last report."""
 
@@ -107,13 +111,16 @@ class Reporter(Callback):
         if trainer.state.iteration == 0:
             self._report(trainer, None)
 
+    def on_task_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        self._tasks = metrics
+
     def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
         work = step.stats.work
         self._unreported.append(
             (step.seconds, work.tokens, step.flops, trainer.flops.model_flops(work))
         )
         due = trainer.state.iteration % trainer.run.training.log_interval == 0
-        if due or step.is_last or self._evaluation is not None:
+        if due or step.is_last or self._evaluation is not None or self._tasks:
             self._report(trainer, step)
 
     def _report(self, trainer: Trainer, last: StepOutcome | None) -> None:
@@ -129,6 +136,8 @@ class Reporter(Callback):
             batch_size=last.batch_size if last else None,
             speed=speed,
         )
+        line |= self._tasks
+        self._tasks = {}
         logger.info(progress_line(line, run.training.train_iters, speed))
         trainer.outputs.write_metrics(line)
         write_monitors(trainer.engine.monitor, line)

@@ -87,6 +87,9 @@ class Callback:
     def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> None:
         """Called after each evaluation on the validation set."""
 
+    def on_task_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Called after an evaluation of --eval-tasks, with its metrics by tasks/NAME/METRIC."""
+
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
         """Called when a checkpoint is complete; with --async-save some steps after its own."""
 
@@ -155,6 +158,11 @@ class Trainer:
         """Tell all callbacks of an evaluation."""
         for callback in self.callbacks:
             callback.on_evaluation(self, evaluation)
+
+    def tasks_evaluated(self, metrics: dict[str, float]) -> None:
+        """Tell all callbacks of an evaluation of --eval-tasks."""
+        for callback in self.callbacks:
+            callback.on_task_evaluation(self, metrics)
 
     def saved(self, folder: Path) -> None:
         """Tell all callbacks of a complete checkpoint."""

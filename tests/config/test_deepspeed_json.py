@@ -303,3 +303,17 @@ def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
 def test_the_files_that_come_along_resolve(file: Path) -> None:
     flags = ["--micro-batch-size", "4", "--deepspeed_config", str(file)]
     assert parse_run([*BASE, *flags], 1).deepspeed["train_batch_size"] == 4
+
+
+def test_flags_turn_on_monitors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = parse_run(["--tensorboard-dir", "events"], 1).deepspeed["tensorboard"]
+    assert found == {"enabled": True, "output_path": "events", "job_name": ""}
+    file = tmp_path / "ds.json"
+    file.write_text('{"tensorboard": {"enabled": true, "output_path": "there"}}')
+    with pytest.raises(ConfigError, match="section tensorboard of --deepspeed_config"):
+        parse_run(["--tensorboard-dir", "events", "--deepspeed_config", str(file)], 1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--wandb-project needs wandb"):
+        parse_run(["--wandb-project", "mine"], 1)
+    with pytest.raises(ConfigError, match="--eval-tasks-limit has no effect without"):
+        parse_run(["--eval-tasks-limit", "5"], 1)

@@ -1,0 +1,1 @@
+"""Evaluation on tasks: lm-eval's tasks, with our models."""

