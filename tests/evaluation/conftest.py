@@ -12,7 +12,7 @@ from megatron_eslm.data.tokenizers.build import ByteTokenizer
 from megatron_eslm.data.tokenizers.to_transformers import export_tokenizer
 from megatron_eslm.interop.convert import checkpoint_to_folder, folder_to_checkpoint
 
-from ..interop.conftest import random_gpt2
+from ..interop.conftest import random_gpt2, random_llama
 
 POSITIONS = 64
 
@@ -27,10 +27,14 @@ class Pair:
     """Its export."""
 
 
-@pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+@pytest.fixture(scope="session", params=["gpt2", "llama"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
-    random_gpt2(n_positions=POSITIONS, n_head=2).save_pretrained(folder / "source")
+    if request.param == "gpt2":
+        model = random_gpt2(n_positions=POSITIONS, n_head=2)
+    else:
+        model = random_llama(POSITIONS)
+    model.save_pretrained(folder / "source")
     export_tokenizer(ByteTokenizer(), folder / "source", POSITIONS)
     folder_to_checkpoint(str(folder / "source"), str(folder / "native"), 128)
     checkpoint_to_folder(str(folder / "native"), str(folder / "hf"))

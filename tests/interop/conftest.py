@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from megatron_eslm.data.tokenizers.build import ByteTokenizer, build_tokenizer
 
@@ -20,6 +20,24 @@ TEXT = "the cat sat on the mat; the dog ate the cat's hat and sat on that mat.\n
 def gpt2() -> GPT2LMHeadModel:
     """A GPT-2 over bytes whose every parameter is random (transformers starts biases at zero)."""
     return random_gpt2()
+
+
+def random_llama(positions: int) -> LlamaForCausalLM:
+    """A model of random weights far from zero: grouped heads, head of its own."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+        bos_token_id=256,
+        eos_token_id=256,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def random_gpt2(**fields) -> GPT2LMHeadModel:
