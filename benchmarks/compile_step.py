@@ -15,7 +15,7 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     common = (*training_flags(args), "--selection", "clm")
     init_distributed()
-    cases = {"plain": BenchRun(*common).stepper()}
+    cases = {"plain": BenchRun(*common, "--no-compile").stepper()}
     cases["compiled"] = BenchRun(*common, "--compile").stepper()
     timings = interleaved(cases, args.repetitions)
     report(

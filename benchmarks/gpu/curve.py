@@ -27,10 +27,10 @@ def rows(setup: Setup) -> Iterator[Row]:
         shape = (*shape, "--train-iters", 200, "--num-workers", 2, "--max-epochs", 100)
         fall, apart = 1.0, 0.02
     common = (*data, *shape, "--selection", "clm", "--eval-iters", 0, "--log-interval", 1)
-    runs = {"bf16 torch": (*common, "--bf16", "--head-kernel", "torch")}
-    if setup.cuda:
+    runs = {"bf16 torch": (*common, "--bf16", "--head-kernel", "torch", "--no-compile")}
+    if setup.cuda:  # compiled, as is the default there
         runs["bf16 triton"] = (*common, "--bf16", "--head-kernel", "triton")
-    runs["float32"] = (*common, "--tf32")
+    runs["float32"] = (*common, "--tf32", "--no-compile")
     folder = setup.folder / "curves"
     folder.mkdir()
     final: dict[str, float] = {}

@@ -105,7 +105,15 @@ class Job:
 
 def endless(setup: Setup) -> Flags:
     """A small run that does not end by itself."""
-    more = ("--train-iters", 100_000, "--max-epochs", 1_000_000, "--log-interval", 1)
+    more = (
+        "--no-compile",
+        "--train-iters",
+        100_000,
+        "--max-epochs",
+        1_000_000,
+        "--log-interval",
+        1,
+    )
     return (*data_flags(setup), *TINY[:-2], *more, "--num-workers", 1, "--eval-iters", 0)
 
 

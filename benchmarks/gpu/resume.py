@@ -43,7 +43,7 @@ def _resumed(setup: Setup, deterministic: bool) -> Iterator[Row]:
     common = (
         *(*data_flags(setup), *shape, "--global-batch-size", 32, "--train-iters", ITERS),
         *("--eslm-alpha", 0.3, "--eslm-scope", "global", "--bf16", "--eval-iters", 0),
-        *("--log-interval", 1, "--dump-selection", "{dumps}"),
+        *("--log-interval", 1, "--dump-selection", "{dumps}", "--no-compile"),
         *(("--deterministic",) if deterministic else ()),
     )
     runs = {

@@ -65,6 +65,7 @@ def rows(setup: Setup) -> Iterator[Row]:
         )
     sizes = ("--global-batch-size", 32, "--train-iters", iters, "--eval-iters", 0)
     common: Flags = (*data, *shape, *sizes, "--dump-selection", "{dumps}", "--log-interval", 1)
+    common = (*common, "--no-compile")
     start = setup.folder / "start"
     runs: dict[str, Flags] = {"clm": START, **methods(str(start))}
     if setup.toy:

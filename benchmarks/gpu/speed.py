@@ -44,9 +44,9 @@ TOY_VOCAB = 1000
 
 
 def step_flags(shape: str, rows: int, micro_steps: int, *, seq_length: int = 1024) -> list[str]:
-    """Flags of pretrain_gpt.py for steps in bf16 of one process."""
+    """Flags of pretrain_gpt.py for eager steps in bf16 of one process."""
     return [
-        *SHAPES[shape],
+        *(*SHAPES[shape], "--no-compile"),
         *("--bf16", "--seq-length", str(seq_length), "--train-iters", "1000"),
         *("--micro-batch-size", str(rows), "--global-batch-size", str(rows * micro_steps)),
     ]

@@ -42,7 +42,7 @@ class LayoutRequest:
     needs_gradients: bool
     """Whether --selection uses gradients of single sequences."""
     compiles: bool
-    """--compile."""
+    """--compile, given; whether it is the default depends on the device."""
     drops_out: bool
     """Whether dropout is on."""
     trains_adapters: bool
@@ -285,20 +285,29 @@ def _greats(asked: LayoutRequest) -> str | None:
     return None
 
 
-def _compile(asked: LayoutRequest) -> str | None:
-    if asked.compiles and asked.zero_stage == 3:
+def why_eager(asked: LayoutRequest) -> tuple[str, str] | None:
+    """Why the blocks of a run cannot be compiled, and what would let them be; None if they can."""
+    if asked.zero_stage == 3:
         return (
-            "--compile with --zero-stage 3: the engine gathers weights layer by layer in hooks, "
-            "which compiled blocks would not call. Use --zero-stage 2 or less, or leave out "
-            "--compile."
+            "--zero-stage 3: the engine gathers weights layer by layer in hooks, which compiled "
+            "blocks would not call",
+            "Use --zero-stage 2 or less",
         )
-    if asked.compiles and asked.drops_out:
+    if asked.drops_out:
         return (
-            "--compile with --hidden-dropout or --attention-dropout: each row draws its own "
-            "dropout mask, which would recompile the blocks again and again. Set both to 0, or "
-            "leave out --compile."
+            "--hidden-dropout or --attention-dropout: each row draws its own dropout mask, which "
+            "would recompile the blocks again and again",
+            "Set both to 0",
         )
     return None
+
+
+def _compile(asked: LayoutRequest) -> str | None:
+    found = why_eager(asked) if asked.compiles else None
+    if found is None:
+        return None
+    reason, remedy = found
+    return f"--compile with {reason}. {remedy}, or leave out --compile."
 
 
 def _last_mlp(asked: LayoutRequest) -> str | None:

@@ -147,15 +147,22 @@ def check_reference(
         )
 
 
-def check_split(
-    model: ResolvedModel, selection: SelectionOptions, engine: ResolvedEngine, micro_steps: int
-) -> None:
+def check_split(asked: LayoutRequest) -> None:
     """Check how the model is divided among ranks; warn of what a layout costs.
 
     Raises:
         ConfigError: the combination cannot be used.
     """
-    asked = LayoutRequest(
+    check_layout_rules(asked)
+    for warning in layout_warnings(asked):
+        logger.warning("%s", warning)
+
+
+def layout_request(
+    model: ResolvedModel, selection: SelectionOptions, engine: ResolvedEngine, micro_steps: int
+) -> LayoutRequest:
+    """What the options ask of the layout; `micro_steps` per optimizer step."""
+    return LayoutRequest(
         tp=engine.tensor_model_parallel_size,
         pp=engine.pipeline_model_parallel_size,
         zero_stage=engine.zero_stage,
@@ -172,11 +179,8 @@ def check_split(
         ffn_hidden_size=model.ffn_hidden_size,
         seq_length=model.seq_length,
         needs_gradients=policy_traits(selection).needs_gradients,
-        compiles=model.compile,
+        compiles=bool(model.compile),
         drops_out=model.hidden_dropout > 0 or model.attention_dropout > 0,
         trains_adapters=model.lora is not None,
         last_mlp_kept=model.last_mlp_backward == "kept",
     )
-    check_layout_rules(asked)
-    for warning in layout_warnings(asked):
-        logger.warning("%s", warning)

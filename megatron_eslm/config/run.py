@@ -13,7 +13,7 @@ from megatron_eslm.config import deepspeed_json
 from megatron_eslm.config.fill_training import fill_optimizer, fill_training
 from megatron_eslm.config.filler import SHAPE, Filler, with_shape
 from megatron_eslm.config.flags import flag_of, parse_groups
-from megatron_eslm.config.layouts import layout_table
+from megatron_eslm.config.layouts import layout_table, why_eager
 from megatron_eslm.config.resolved import (
     ResolvedEngine,
     ResolvedModel,
@@ -28,6 +28,7 @@ from megatron_eslm.config.rules import (
     check_model_options,
     check_reference,
     check_split,
+    layout_request,
 )
 from megatron_eslm.config.scope import fill_scope, warn_of_ramp
 from megatron_eslm.config.training_options import (
@@ -140,6 +141,13 @@ class RunConfig:
         if not policy_traits(self.selection).selects_per_step:
             return self.step_shape
         return self.step_shape.kept(self.selection.initial_alpha)
+
+    @property
+    def why_eager(self) -> str | None:
+        """Why the blocks of this run cannot be compiled; None if they can."""
+        steps = self.gradient_accumulation_steps
+        found = why_eager(layout_request(self.model, self.selection, self.engine, steps))
+        return None if found is None else found[0]
 
     def keeps_logits(self, shape: ModelShape) -> bool:
         """Whether the head keeps its logits for the backward pass (`--head-logits`, resolved)."""
@@ -300,7 +308,7 @@ def resolve(
     optimizer = fill_optimizer(optimizer, fill, training)
 
     steps = training.global_batch_size // (training.micro_batch_size * dp_size)
-    check_split(model, selection, engine, steps)
+    check_split(layout_request(model, selection, engine, steps))
     selection = fill_scope(
         selection,
         dp_size=dp_size,

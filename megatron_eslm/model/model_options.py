@@ -106,9 +106,10 @@ class ModelOptions:
     """Run the backward pass of the last block's MLP over the tokens in the loss only (kept) or over
     all. auto uses kept where tokens are dropped and it saves time."""
 
-    compile: bool = False
+    compile: bool | None = None
     """Compile the blocks with torch.compile, which takes minutes at the start. Needs a C++
-    compiler; on CUDA, Triton and a C compiler."""
+    compiler; on CUDA, Triton and a C compiler. Default: on CUDA if these are there and the run
+    allows it (--help-layouts), and not on the CPU."""
 
     attention_backend: AttentionBackend = "auto"
     """Kernel of torch's attention. auto takes the fastest that works; flash and cudnn need bf16 or

@@ -24,7 +24,7 @@ from megatron_eslm.cost.of_run import build_flops, step_work
 from megatron_eslm.cost.stages import plan_stages, plan_text
 from megatron_eslm.data.documents import DocumentRules, document_rules
 from megatron_eslm.data.mixture import build_datasets
-from megatron_eslm.engine.compile import check_compiler, compile_blocks
+from megatron_eslm.engine.compile import compile_blocks, resolve_compile
 from megatron_eslm.engine.engine import Engine, EngineSettings
 from megatron_eslm.frozen.reference import find_run_reference, load_reference
 from megatron_eslm.launch.bootstrap import set_timeout_of_all_groups
@@ -194,8 +194,9 @@ def check_kernels(run: RunConfig) -> None:
             "--head-kernel auto uses torch: Triton or its C compiler is missing (run python -m "
             "megatron_eslm.doctor)"
         )
-    if run.model.compile:
-        check_compiler()
+    _, obstacle = resolve_compile(run.model.compile, run.why_eager)
+    if obstacle is not None:
+        logger.warning("The blocks are not compiled, as they would be on CUDA: %s.", obstacle)
 
 
 def attention_kernel(run: RunConfig, shape: ModelShape) -> str:
@@ -252,7 +253,7 @@ def build_model(
         init_std=run.model.init_method_std,
         blocks=blocks,
     )
-    if run.model.compile:
+    if resolve_compile(run.model.compile, run.why_eager)[0]:
         compile_blocks(model)
     return model
 

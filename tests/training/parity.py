@@ -150,7 +150,7 @@ def train_methods(data: list[str], folder: Path, case: Case) -> dict[str, Outcom
         name = f"{case} {method}".replace(" ", "_")
         argv = words(
             data,
-            *(*STEPS, *flags, *case.flags, "--dump-selection", folder / name),
+            *(*STEPS, *flags, *case.flags, "--dump-selection", folder / name, "--no-compile"),
             iters=ITERS,
             micro_batch_size=MICRO // case.dp,
         )

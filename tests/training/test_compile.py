@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_eslm.config.run import parse_run
 from megatron_eslm.engine import compile as module
-from megatron_eslm.engine.compile import check_compiler
+from megatron_eslm.engine.compile import resolve_compile
 from megatron_eslm.errors import ConfigError
 from tests.harness import run_ranks
 
@@ -69,11 +71,35 @@ def test_without_a_compiler_it_is_refused_before_training(monkeypatch) -> None:
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"--compile needs a C\+\+ compiler"):
-        check_compiler()
+        resolve_compile(True, None)
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(module, "c_compiler", lambda: None)
     with pytest.raises(ConfigError, match=r"--compile needs (Triton|a C compiler)"):
-        check_compiler()
+        resolve_compile(True, None)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--compile needs Triton"):
-        check_compiler()
+        resolve_compile(True, None)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "compiler", "flags", "compiles", "said"),
+    [
+        (False, "cc", (), False, None),
+        (True, "cc", (), True, None),
+        (True, "cc", ("--no-compile",), False, None),
+        (True, "cc", ("--zero-stage", "3"), False, "--zero-stage 3"),
+        (True, "cc", ("--hidden-dropout", "0.1"), False, "--hidden-dropout"),
+        (True, None, (), False, "it needs a C compiler"),
+        (True, None, ("--no-compile",), False, None),
+    ],
+)
+def test_the_default_is_to_compile_on_cuda_where_it_can(
+    monkeypatch, cuda: bool, compiler: str | None, flags: tuple[str, ...], compiles: bool, said: Any
+) -> None:
+    run = parse_run(["--data-path", "none", "--model-size", "124M", *flags], 1)
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(module, "c_compiler", lambda: compiler)
+    resolved, obstacle = resolve_compile(run.model.compile, run.why_eager)
+    assert resolved is compiles
+    assert (obstacle is None) if said is None else (said in obstacle)
