@@ -125,7 +125,9 @@ class Difference:
         return f"{'same' if self.same_selection else 'OTHER'}, {self.loss:.0e}"
 
 
-def run_cases(data: list[str], folder: Path, cases: Iterable[Case]) -> dict[Case, dict]:
+def run_cases(
+    data: list[str], folder: Path, cases: Iterable[Case], methods: Iterable[str] = METHODS
+) -> dict[Case, dict]:
     """Train every method in every case; {case: {method: Outcome}}. Dumps go to `folder`."""
     from tests.harness import run_ranks  # hides GPUs, which other users of this file need
 
@@ -136,17 +138,20 @@ def run_cases(data: list[str], folder: Path, cases: Iterable[Case]) -> dict[Case
         batch = list(group)
 
         def on_rank(rank: int, batch: list[Case] = batch) -> list[dict[str, Outcome]]:
-            return [train_methods(data, folder, case) for case in batch]
+            return [train_methods(data, folder, case, methods) for case in batch]
 
         results = run_ranks(world, on_rank, timeout=60.0 * len(batch))[0]
         outcomes.update(zip(batch, results, strict=True))
     return outcomes
 
 
-def train_methods(data: list[str], folder: Path, case: Case) -> dict[str, Outcome]:
+def train_methods(
+    data: list[str], folder: Path, case: Case, methods: Iterable[str] = METHODS
+) -> dict[str, Outcome]:
     """Train every method in a case, on the ranks that there are; dumps go to `folder`."""
     outcomes = {}
-    for method, flags in METHODS.items():
+    for method in methods:
+        flags = METHODS[method]
         name = f"{case} {method}".replace(" ", "_")
         argv = words(
             data,
@@ -181,13 +186,15 @@ def compare(folder: Path, case: Case, method: str, ours: Outcome, one: Outcome) 
     return Difference(same, float(max(losses)), score, float(norms))
 
 
-def matrix(data: list[str], folder: Path, cases: list[Case]) -> dict[Case, dict[str, Difference]]:
+def matrix(
+    data: list[str], folder: Path, cases: list[Case], methods: Iterable[str] = METHODS
+) -> dict[Case, dict[str, Difference]]:
     """Every case beside the single process."""
-    outcomes = run_cases(data, folder, [Case(), *cases])
+    outcomes = run_cases(data, folder, [Case(), *cases], methods)
     return {
         case: {
             method: compare(folder, case, method, outcomes[case][method], outcomes[Case()][method])
-            for method in METHODS
+            for method in methods
         }
         for case in cases
     }
@@ -195,13 +202,14 @@ def matrix(data: list[str], folder: Path, cases: list[Case]) -> dict[Case, dict[
 
 def table(differences: dict[Case, dict[str, Difference]]) -> str:
     """Markdown: what was kept, and the largest difference of a loss in nats."""
+    methods = list(next(iter(differences.values())))
     lines = [
-        f"| layout | {' | '.join(METHODS)} | gradient norm |",
-        f"|---|{'---|' * len(METHODS)}---:|",
+        f"| layout | {' | '.join(methods)} | gradient norm |",
+        f"|---|{'---|' * len(methods)}---:|",
     ]
     for case, row in differences.items():
         norm = max(difference.grad_norm for difference in row.values())
-        cells = " | ".join(str(row[method]) for method in METHODS)
+        cells = " | ".join(str(row[method]) for method in methods)
         lines.append(f"| {case} | {cells} | {norm:.0e} |")
     return "\n".join(lines)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from .parity import Case, all_cases, covering_cases, matrix, table
+from .parity import METHODS, Case, all_cases, covering_cases, matrix, table
 
 
-def check(data: list[str], folder: Path, cases: list[Case]) -> None:
-    differences = matrix(data, folder, cases)
+def check(data: list[str], folder: Path, cases: list[Case], methods=METHODS) -> None:
+    differences = matrix(data, folder, cases, methods)
     print(table(differences))
     wrong = [
         f"{case} {method}: {difference}"
@@ -22,7 +22,13 @@ def check(data: list[str], folder: Path, cases: list[Case]) -> None:
 
 
 def test_covering_layouts_train_the_same_model(data: list[str], tmp_path: Path) -> None:
-    check(data, tmp_path, covering_cases())
+    check(data, tmp_path, covering_cases(), [m for m in METHODS if m != "eslm-llama"])
+
+
+def test_llama_trains_the_same_model(data: list[str], tmp_path: Path) -> None:
+    """Each way of dividing a model once; the whole matrix is in `make parity`."""
+    cases = [Case(2, 1, 1, 0, ("--sequence-parallel",)), Case(1, 2, 1, 0), Case(1, 1, 2, 3)]
+    check(data, tmp_path, [*cases, Case(2, 2, 1, 1)], ["eslm-llama"])
 
 
 @pytest.mark.slow
