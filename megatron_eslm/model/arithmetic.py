@@ -18,7 +18,7 @@ def num_params(shape: ModelShape) -> int:
 @cache
 def num_params_block(shape: ModelShape, tp: int = 1) -> int:
     """Parameters of one block per tensor-parallel rank, biases and norms included."""
-    return numel(architecture_of(shape).block(shape), shape, tp)
+    return numel(architecture_of(shape).block, shape, tp)
 
 
 def num_params_matmul(shape: ModelShape) -> int:

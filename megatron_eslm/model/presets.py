@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from megatron_eslm.model.architectures.names import ArchitectureName
@@ -54,35 +55,7 @@ class Preset:
     eslm_adapt_interval: int | None = 1000
 
 
-def _llama(
-    num_layers: int,
-    hidden_size: int,
-    heads: int,
-    groups: int,
-    ffn_hidden_size: int,
-    *,
-    lr: float,
-    micro_batch: int,
-    micro_steps: int,
-    tied: bool = True,
-) -> Preset:
-    return Preset(
-        architecture="llama",
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_attention_heads=heads,
-        # With other heads given, they still have as many key-value heads.
-        num_query_groups=None if groups == heads else groups,
-        ffn_hidden_size=ffn_hidden_size,
-        untie_embeddings_and_output_weights=not tied,
-        rotary_base=500_000.0,
-        seq_length=2048,
-        micro_batch_size=micro_batch,
-        gradient_accumulation_steps=micro_steps,
-        lr=lr,
-        min_lr=lr / 10,
-    )
-
+_llama = partial(Preset, architecture="llama", seq_length=2048, rotary_base=500_000.0)
 
 PRESETS: dict[ModelSize, Preset] = {
     "124M": Preset(
@@ -117,11 +90,56 @@ PRESETS: dict[ModelSize, Preset] = {
         lr=1e-4,
         train_iters=30_000,
     ),
-    "llama-125M": _llama(12, 768, 12, 12, 2048, lr=6e-4, micro_batch=8, micro_steps=32),
-    "llama-350M": _llama(24, 1024, 16, 16, 2816, lr=6e-4, micro_batch=8, micro_steps=32),
-    "llama-1B": _llama(16, 2048, 32, 8, 8192, lr=3e-4, micro_batch=4, micro_steps=256),
-    "llama-3B": _llama(28, 3072, 24, 8, 8192, lr=3e-4, micro_batch=2, micro_steps=512),
+    "llama-125M": _llama(
+        num_layers=12,
+        hidden_size=768,
+        num_attention_heads=12,
+        ffn_hidden_size=2048,
+        lr=6e-4,
+        micro_batch_size=8,
+        gradient_accumulation_steps=32,
+    ),
+    "llama-350M": _llama(
+        num_layers=24,
+        hidden_size=1024,
+        num_attention_heads=16,
+        ffn_hidden_size=2816,
+        lr=6e-4,
+        micro_batch_size=8,
+        gradient_accumulation_steps=32,
+    ),
+    "llama-1B": _llama(
+        num_layers=16,
+        hidden_size=2048,
+        num_attention_heads=32,
+        num_query_groups=8,
+        ffn_hidden_size=8192,
+        lr=3e-4,
+        min_lr=3e-5,
+        micro_batch_size=4,
+        gradient_accumulation_steps=256,
+    ),
+    "llama-3B": _llama(
+        num_layers=28,
+        hidden_size=3072,
+        num_attention_heads=24,
+        num_query_groups=8,
+        ffn_hidden_size=8192,
+        lr=3e-4,
+        min_lr=3e-5,
+        micro_batch_size=2,
+        gradient_accumulation_steps=512,
+    ),
     "llama-8B": _llama(
-        32, 4096, 32, 8, 14336, lr=3e-4, micro_batch=1, micro_steps=1024, tied=False
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_query_groups=8,
+        ffn_hidden_size=14336,
+        untie_embeddings_and_output_weights=True,
+        lr=3e-4,
+        min_lr=3e-5,
+        micro_batch_size=1,
+        gradient_accumulation_steps=1024,
     ),
 }

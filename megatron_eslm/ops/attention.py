@@ -20,7 +20,12 @@ _KINDS: dict[str, SDPBackend] = {
 
 
 def choose_attention(
-    backend: AttentionBackend, q: torch.Tensor, k: torch.Tensor, *, grouped: bool
+    backend: AttentionBackend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    grouped: bool,
+    mask: torch.Tensor | None = None,
 ) -> str:
     """Restrict this process to one kernel, or with auto to none, and say which one it will use.
 
@@ -30,6 +35,7 @@ def choose_attention(
         backend: `--attention-backend`.
         q, k: [1, heads, T, channels] of a layer, with its type and device; only asked about.
         grouped: whether several query heads share one of `k`.
+        mask: mask of --reset-attention-mask; None: causal.
 
     Returns:
         Name of the kernel.
@@ -40,7 +46,9 @@ def choose_attention(
     _allow(_KINDS if backend == "auto" else (backend,))
     q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
     try:
-        found = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=grouped)
+        found = torch._fused_sdp_choice(
+            q, k, k, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
     except RuntimeError:  # none of those that are allowed
         found = SDPBackend.ERROR.value
     name = next((name for name, kind in _KINDS.items() if kind.value == found), None)
@@ -50,7 +58,8 @@ def choose_attention(
     kind = str(q.dtype).removeprefix("torch.")
     raise ConfigError(
         f"--attention-backend {backend} does not take {kind} with {q.shape[-1]} channels per head"
-        f"{', query groups' if grouped else ''} on {q.device.type}. flash and cudnn need bf16 or "
+        f"{', query groups' if grouped else ''}{', a mask' if mask is not None else ''} on "
+        f"{q.device.type}. flash and cudnn need bf16 or "
         "fp16 on CUDA, efficient needs CUDA. Use --attention-backend auto, which takes the fastest "
         "that works."
     )

@@ -55,7 +55,8 @@ class AlphaController:
             iteration: the step that ended, from 0.
             cvar: CVaR of token risk (eq. 2), mean over the step's micro-steps; None if there is
                 none.
-            mean_excess: mean excess loss over the step's candidates; None if there is none.
+            mean_excess: the step's mean excess loss (training/mean_excess.py); None if there is
+                none.
         """
         self._follow(iteration, mean_excess)
         o, s = self.options, self.state

@@ -78,7 +78,8 @@ class SelectionOptions:
 
     eslm_overtaken: Literal["stop", "keep"] = "stop"
     """What happens with --eslm-score excess once the model is better than its reference, by the
-    mean excess loss over all candidates: stop selecting (alpha is 0 from there on), or keep on."""
+    mean excess loss of the tokens in kept sequences: stop selecting (alpha is 0 from there on), or
+    keep on."""
 
     eslm_adaptive: bool = False
     """ADA-ESLM (Algorithm 2): start from --eslm-alpha and adapt alpha to keep CVaR stable."""

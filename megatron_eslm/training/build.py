@@ -214,9 +214,14 @@ def attention_kernel(run: RunConfig, shape: ModelShape) -> str:
         shape.head_dim,
     )
     heads, groups = shape.num_attention_heads // tp, max(1, shape.num_key_value_heads // tp)
+    mask = None
+    if run.data.reset_attention_mask:
+        # As model.layers does: with a mask, keys and values are repeated for their groups.
+        groups = heads
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
     q = torch.empty(1, heads, length, channels, dtype=run.dtype, device=device)
     k = torch.empty(1, groups, length, channels, dtype=run.dtype, device=device)
-    return choose_attention(run.model.attention_backend, q, k, grouped=groups < heads)
+    return choose_attention(run.model.attention_backend, q, k, grouped=groups < heads, mask=mask)
 
 
 def build_model(

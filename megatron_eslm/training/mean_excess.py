@@ -1,4 +1,4 @@
-"""Mean excess loss over the candidates of a step, for `--eslm-overtaken`.
+"""Mean excess loss of a step, for `--eslm-overtaken`.
 
 It is the mean over the tokens of kept sequences, the only ones that pass through the whole model.
 Kept sequences have more excess than dropped ones, so selection stops later than the mean over all

@@ -33,7 +33,7 @@ class StepStats:
     cvar: float | None
     """Thresholds and CVaR are means over micro-steps, and over ranks if each decides alone."""
     mean_excess: float | None
-    """Mean excess loss over all candidates; None where nothing is scored by it."""
+    """Mean excess loss (mean_excess.py); None where nothing is scored by it."""
     work: Work
     stop_votes: tuple[float, ...]
     """Number of ranks per reason to stop (training/stopping.py)."""

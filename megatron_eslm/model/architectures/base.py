@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_eslm.errors import ConfigError
@@ -24,7 +25,7 @@ OUTPUT = "output.weight"
 PADDED = (WORD_EMBEDDING, OUTPUT)
 """Weights with one row per padded id; their padding depends on the layout."""
 
-Change = Callable[[Tensor, ModelShape], Tensor]
+Size = Callable[[ModelShape], tuple[int, ...]]
 
 
 def unchanged(tensor: Tensor, shape: ModelShape) -> Tensor:
@@ -38,14 +39,14 @@ class Weight:
 
     name: str
     """Name in GPT; within a block, the part after `blocks.{i}.`."""
-    size: Callable[[ModelShape], tuple[int, ...]]
+    size: Size
     sharded: int | None = None
     """Dimension that is sharded over tensor-parallel ranks."""
     hf: tuple[str, ...] = ()
     """Names in the Hugging Face model; one weight may be stored as several tensors."""
     export: Callable[[Tensor, ModelShape], tuple[Tensor, ...] | Tensor] = unchanged
     """Ours -> theirs: a tensor, or one per name."""
-    load: Callable[..., Tensor] = lambda *tensors: tensors[0]
+    load: Callable[..., Tensor] = unchanged
     """Theirs (one tensor per name, then the shape) -> ours."""
 
     def within(self, block: int, hf_block: str) -> Weight:
@@ -83,7 +84,7 @@ class Architecture:
     """A decoder-only transformer's block and ends."""
 
     name: str
-    block: Callable[[ModelShape], tuple[Weight, ...]]
+    block: tuple[Weight, ...]
     """Weights of a block."""
     ends: Callable[[ModelShape], tuple[Weight, ...]]
     """Weights of embedding, final norm and head."""
@@ -106,18 +107,17 @@ class Architecture:
 
     def linears(self, shape: ModelShape) -> tuple[Weight, ...]:
         """The weights of a block's linear layers."""
-        return tuple(weight for weight in self.block(shape) if len(weight.size(shape)) == 2)
+        return tuple(weight for weight in self.block if len(weight.size(shape)) == 2)
 
     def num_weights(self, shape: ModelShape) -> int:
         """Number of parameters (tensors)."""
-        return len(self.ends(shape)) + shape.num_layers * len(self.block(shape))
+        return len(self.ends(shape)) + shape.num_layers * len(self.block)
 
     def weights(self, shape: ModelShape) -> Iterator[Weight]:
         """All parameters, with full names."""
         yield from self.ends(shape)
-        block = self.block(shape)
         for number in range(shape.num_layers):
-            for weight in block:
+            for weight in self.block:
                 yield weight.within(number, self.hf.block)
 
 
@@ -138,9 +138,7 @@ def cut_vocabulary(weight: Tensor, shape: ModelShape) -> Tensor:
 
 def pad_vocabulary(weight: Tensor, shape: ModelShape) -> Tensor:
     """[ids, D] -> [padded ids, D], with zeros."""
-    from torch.nn.functional import pad
-
-    return pad(weight, (0, 0, 0, shape.padded_vocab_size - shape.vocab_size))
+    return F.pad(weight, (0, 0, 0, shape.padded_vocab_size - shape.vocab_size))
 
 
 def vocabulary(shape: ModelShape) -> tuple[int, ...]:

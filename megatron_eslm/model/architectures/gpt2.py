@@ -14,9 +14,11 @@ from megatron_eslm.model.architectures.base import (
     WORD_EMBEDDING,
     Architecture,
     HuggingFace,
+    Size,
     Weight,
     cut_vocabulary,
     pad_vocabulary,
+    unchanged,
     vocabulary,
     width,
 )
@@ -48,56 +50,68 @@ def _qkv_in(weight: Tensor, shape: ModelShape) -> Tensor:
     return _thirds_to_heads(weight.t(), shape)
 
 
-def _block(shape: ModelShape) -> tuple[Weight, ...]:
-    d, f = shape.hidden_size, shape.ffn_hidden_size
+def _linear(
+    name: str, hf: str, size: Size, sharded: int, *, qkv: bool = False
+) -> tuple[Weight, Weight]:
+    """A linear layer's weight and bias; the bias of a row-parallel layer is not sharded."""
+    weight = Weight(
+        f"{name}.weight",
+        size,
+        sharded,
+        (f"{hf}.weight",),
+        _qkv_out if qkv else _transposed,
+        _qkv_in if qkv else _transposed,
+    )
+    bias = Weight(
+        f"{name}.bias",
+        lambda s: size(s)[:1],
+        None if sharded else 0,
+        (f"{hf}.bias",),
+        _heads_to_thirds if qkv else unchanged,
+        _thirds_to_heads if qkv else unchanged,
+    )
+    return weight, bias
 
-    def linear(name: str, d_in: int, d_out: int, sharded: int, hf: str) -> tuple[Weight, Weight]:
-        # The bias of a column-parallel layer is sharded with it; a row-parallel layer's is not.
-        qkv = name == "attention.qkv"
-        out, back = (_qkv_out, _qkv_in) if qkv else (_transposed, _transposed)
-        weight = Weight(
-            f"{name}.weight", lambda s: (d_out, d_in), sharded, (f"{hf}.weight",), out, back
-        )
-        bias = Weight(f"{name}.bias", lambda s: (d_out,), None if sharded else 0, (f"{hf}.bias",))
-        if qkv:
-            bias = Weight(bias.name, bias.size, 0, bias.hf, _heads_to_thirds, _thirds_to_heads)
-        return weight, bias
 
-    def norm(name: str, hf: str) -> tuple[Weight, Weight]:
-        return (
-            Weight(f"{name}.weight", width, None, (f"{hf}.weight",)),
-            Weight(f"{name}.bias", width, None, (f"{hf}.bias",)),
-        )
-
+def _norm(name: str, hf: str) -> tuple[Weight, Weight]:
     return (
-        *norm("norm1", "ln_1"),
-        *linear("attention.qkv", d, 3 * d, 0, "attn.c_attn"),
-        *linear("attention.out", d, d, 1, "attn.c_proj"),
-        *norm("norm2", "ln_2"),
-        *linear("mlp.up", d, f, 0, "mlp.c_fc"),
-        *linear("mlp.down", f, d, 1, "mlp.c_proj"),
+        Weight(f"{name}.weight", width, None, (f"{hf}.weight",)),
+        Weight(f"{name}.bias", width, None, (f"{hf}.bias",)),
     )
 
 
-def _ends(shape: ModelShape) -> tuple[Weight, ...]:
-    return (
-        Weight(
-            WORD_EMBEDDING,
-            vocabulary,
-            0,
-            ("transformer.wte.weight",),
-            cut_vocabulary,
-            pad_vocabulary,
-        ),
-        Weight(
-            "embedding.position.weight",
-            lambda s: (s.max_position_embeddings, s.hidden_size),
-            None,
-            ("transformer.wpe.weight",),
-        ),
-        Weight("final_norm.weight", width, None, ("transformer.ln_f.weight",)),
-        Weight("final_norm.bias", width, None, ("transformer.ln_f.bias",)),
-    )
+_BLOCK = (
+    *_norm("norm1", "ln_1"),
+    *_linear(
+        "attention.qkv",
+        "attn.c_attn",
+        lambda s: (3 * s.hidden_size, s.hidden_size),
+        0,
+        qkv=True,
+    ),
+    *_linear("attention.out", "attn.c_proj", lambda s: (s.hidden_size, s.hidden_size), 1),
+    *_norm("norm2", "ln_2"),
+    *_linear("mlp.up", "mlp.c_fc", lambda s: (s.ffn_hidden_size, s.hidden_size), 0),
+    *_linear("mlp.down", "mlp.c_proj", lambda s: (s.hidden_size, s.ffn_hidden_size), 1),
+)
+
+_ENDS = (
+    Weight(
+        WORD_EMBEDDING,
+        vocabulary,
+        0,
+        ("transformer.wte.weight",),
+        cut_vocabulary,
+        pad_vocabulary,
+    ),
+    Weight(
+        "embedding.position.weight",
+        lambda s: (s.max_position_embeddings, s.hidden_size),
+        None,
+        ("transformer.wpe.weight",),
+    ),
+    *_norm("final_norm", "transformer.ln_f"),
+)
 
 
 def _refuses(shape: ModelShape) -> str | None:
@@ -132,8 +146,8 @@ def _normalized(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 GPT2 = Architecture(
     name="gpt2",
-    block=_block,
-    ends=_ends,
+    block=_BLOCK,
+    ends=lambda shape: _ENDS,
     norm="layer",
     activation="gelu",
     bias=True,

@@ -143,7 +143,7 @@ def _default_ffn(hidden_size: int) -> int:
 
 LLAMA = Architecture(
     name="llama",
-    block=lambda shape: _BLOCK,
+    block=_BLOCK,
     ends=_ends,
     norm="rms",
     activation="swiglu",
