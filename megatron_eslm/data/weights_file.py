@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.files import yaml_file
+from megatron_eslm.files.yaml_file import read_lines
 
 
 def expand_data_path(words: tuple[str, ...]) -> tuple[str, ...]:
@@ -24,14 +24,7 @@ def expand_data_path(words: tuple[str, ...]) -> tuple[str, ...]:
         raise ConfigError(
             f"--data-path @{path} takes one folder, not {' '.join(words[1:])}. Write @FILE FOLDER."
         )
-    try:
-        content = yaml_file.read_yaml(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"--data-path @{path}: there is no file {path}.") from error
-    except ConfigError as error:
-        raise ConfigError(f"--data-path @{path}: {error}") from error
-    if not isinstance(content, yaml_file.Mapping) or not content:
-        raise ConfigError(f"--data-path @{path} must be lines of NAME: WEIGHT.")
+    content = read_lines(f"--data-path @{path}", path, "NAME: WEIGHT")
     expanded: list[str] = []
     for name, weight in content.items():
         if not isinstance(weight, str):

@@ -107,3 +107,25 @@ class _Reader:
 
 def _line(event: Any) -> int:
     return event.start_mark.line + 1
+
+
+def read_lines(what: str, path: str, form: str) -> Mapping:
+    """Read a file of lines `KEY: VALUE`.
+
+    Args:
+        what: flag and file, for messages.
+        path: the file.
+        form: how its lines look, for messages.
+
+    Raises:
+        ConfigError: the file cannot be read, or has other content or none.
+    """
+    try:
+        content = read_yaml(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{what}: there is no file {path}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from error
+    if not isinstance(content, Mapping) or not content:
+        raise ConfigError(f"{what} must be lines of {form}.")
+    return content

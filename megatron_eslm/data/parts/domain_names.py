@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_eslm.errors import ConfigError, did_you_mean
-from megatron_eslm.files import yaml_file
+from megatron_eslm.files.yaml_file import read_lines
 
 SLIMPAJAMA = {
     "RedPajamaArXiv": "arxiv",
@@ -60,14 +60,7 @@ def domain_names(path: str | None) -> DomainNames:
     """
     if path is None:
         return DomainNames(names=SLIMPAJAMA, complete=False)
-    try:
-        content = yaml_file.read_yaml(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"--domain-names: there is no file {path}.") from error
-    except ConfigError as error:
-        raise ConfigError(f"--domain-names {error}") from error
-    if not isinstance(content, yaml_file.Mapping) or not content:
-        raise ConfigError(f"--domain-names {path} must be lines of VALUE: NAME.")
+    content = read_lines(f"--domain-names {path}", path, "VALUE: NAME")
     names: dict[str, str] = {}
     for value, name in content.items():
         if not isinstance(name, str) or not _PLAIN.fullmatch(name):
