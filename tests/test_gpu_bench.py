@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.gpu.__main__ import GROUPS, measure
+from benchmarks.gpu.__main__ import GROUPS, SECOND_STAGE, measure
 from benchmarks.gpu.process import WorkFailed, in_process
 from benchmarks.gpu.row import Row, at_least, at_most, exactly, missed
 from benchmarks.gpu.same_numbers import difference
@@ -44,7 +45,7 @@ def test_rows_that_need_no_gpu_hold_on_a_cpu(tmp_path: Path) -> None:
     code, record, out = run(tmp_path, "--only", *names)
     rows = record["rows"]
     assert code == 0, [row for row in rows if row["state"] == "MISSED"]
-    assert {row["number"] for row in rows} == set(range(1, 12))
+    assert {row["number"] for row in rows} == {n for name in names for n in GROUPS[name][0]}
     assert {row["number"] for row in rows if row["state"] == "not run"} == {8, 9}
     assert all(row["bound"] for row in rows if row["state"] == "ok")
     assert record["toy"] and record["date"] and set(record["seconds"]) == set(names)
@@ -57,7 +58,18 @@ def test_jobs_and_the_second_stage_hold_on_a_cpu(tmp_path: Path, flags: tuple[st
     code, record, _ = run(tmp_path, *flags)
     rows = record["rows"]
     assert code == 0, [row for row in rows if row["state"] == "MISSED"]
-    assert {row["number"] for row in rows} == ({12} if "jobs" in flags else {13, 14, 15})
+    assert {row["number"] for row in rows} == ({12} if "jobs" in flags else {16, 17, 18})
+
+
+def test_the_documentation_has_every_row_in_its_group() -> None:
+    page = (ROOT / "docs" / "first-gpu-run.md").read_text()
+    first, second = page.split("## The rows")[1].split("## When a row fails")[0].split("The second")
+    found: dict[str, set[int]] = {name: set() for name in GROUPS}
+    for number, group in re.findall(r"^\| (\d+) \| `(\w+)` \|", first, flags=re.MULTILINE):
+        found[group].add(int(number))
+    assert found == {name: set(numbers) for name, (numbers, _) in GROUPS.items()}
+    numbers = {int(number) for number in re.findall(r"^\| (\d+) \|", second, flags=re.MULTILINE)}
+    assert numbers == set(SECOND_STAGE["ranks"][0])
 
 
 def test_bounds() -> None:

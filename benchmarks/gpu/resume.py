@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu.process import in_process
 from benchmarks.gpu.row import Row, at_least, at_most, exactly
 from benchmarks.gpu.setup import Setup
-from benchmarks.gpu.training import TINY, Flags, Outcome, data_flags, train_all
+from benchmarks.gpu.training import SMALL, TINY, Flags, Outcome, data_flags, train_all
 
 ITERS = 10
 BF16_ERROR = 2e-2
@@ -36,11 +36,8 @@ def _resumed(setup: Setup, deterministic: bool) -> Iterator[Row]:
     save = _checkpoints(setup, deterministic)
     folder = save.parent
     folder.mkdir()
-    shape: Flags = TINY
-    if not setup.toy:
-        shape = ("--num-layers", 4, "--hidden-size", 768, "--num-attention-heads", 12)
-        shape = (*shape, "--seq-length", 256, "--micro-batch-size", 8, "--lr", 1e-3)
-    common = (
+    shape = TINY if setup.toy else SMALL
+    common: Flags = (
         *(*data_flags(setup), *shape, "--global-batch-size", 32, "--train-iters", ITERS),
         *("--eslm-alpha", 0.3, "--eslm-scope", "global", "--bf16", "--eval-iters", 0),
         *("--log-interval", 1, "--dump-selection", "{dumps}", "--no-compile"),

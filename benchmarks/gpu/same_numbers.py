@@ -1,4 +1,6 @@
-"""Row 4: a run on the GPU and one on the CPU compute and keep the same, with every method.
+"""Rows 4, 13, 14: a run on the GPU and one on the CPU compute and keep the same.
+
+Row 4 has every method, row 13 Llama's block, row 14 attention and positions inside documents.
 
 In float32 without TF32. Scores that are within rounding of their threshold may fall on either side.
 """
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.gpu.process import in_process
-from benchmarks.gpu.row import Row, at_most, exactly
+from benchmarks.gpu.row import Row, at_least, at_most, exactly
 from benchmarks.gpu.setup import Setup
 from benchmarks.gpu.training import TINY, Flags, Outcome, data_flags, train_all
 
@@ -38,6 +40,20 @@ def methods(start: str) -> dict[str, Flags]:
     }
 
 
+def variants(heads: int) -> dict[int, dict[str, Flags]]:
+    """Flags by name, of the rows that vary the model; with so many attention heads."""
+    llama: Flags = ("--architecture", "llama", "--num-query-groups", heads // 2)
+    inside: Flags = ("--reset-attention-mask", "--reset-position-ids")
+    eslm: Flags = (*ESLM, "--eslm-scope", "global")
+    return {
+        13: {
+            "llama clm": (*llama, "--selection", "clm"),
+            "llama eslm": (*llama, *ESLM, "--eslm-scope", "step"),
+        },
+        14: {"documents": (*eslm, *inside), "documents, llama": (*eslm, *inside, *llama)},
+    }
+
+
 @dataclass
 class Difference:
     """Between two runs of a method."""
@@ -53,25 +69,21 @@ class Difference:
 def rows(setup: Setup) -> Iterator[Row]:
     """Of the CPU against the device."""
     data = data_flags(setup)
-    if setup.toy:
-        shape, iters = TINY, 3
-    else:
-        shape, iters = (
-            (
-                *("--num-layers", 4, "--hidden-size", 128, "--num-attention-heads", 4),
-                *("--seq-length", 128, "--micro-batch-size", 8, "--lr", 1e-3, "--num-workers", 0),
-            ),
-            10,
-        )
+    heads, iters = (2, 3) if setup.toy else (4, 10)
+    shape: Flags = TINY
+    if not setup.toy:
+        shape = ("--num-layers", 4, "--hidden-size", 128, "--num-attention-heads", heads)
+        shape = (*shape, "--seq-length", 128, "--micro-batch-size", 8)
+        shape = (*shape, "--lr", 1e-3, "--num-workers", 0)
     sizes = ("--global-batch-size", 32, "--train-iters", iters, "--eval-iters", 0)
     common: Flags = (*data, *shape, *sizes, "--dump-selection", "{dumps}", "--log-interval", 1)
     common = (*common, "--no-compile")
     start = setup.folder / "start"
-    runs: dict[str, Flags] = {"clm": START, **methods(str(start))}
+    of_rows = {4: {"clm": START, **methods(str(start))}, **variants(heads)}
     if setup.toy:
         kept = ("clm", "eslm step", "eslm global", "rho1")
-        runs = {name: flags for name, flags in runs.items() if name in kept}
-    runs = {name: (*common, *flags) for name, flags in runs.items()}
+        of_rows[4] = {name: of_rows[4][name] for name in kept}
+    runs = {name: (*common, *flags) for found in of_rows.values() for name, flags in found.items()}
     theirs = {**runs, "clm": (*runs["clm"], "--save", start)}
     outcomes: list[dict[str, Outcome]] = []
     for where, on_cpu in ((theirs, True), (runs, False)):
@@ -79,23 +91,28 @@ def rows(setup: Setup) -> Iterator[Row]:
         folder.mkdir()
         found = in_process(train_all, where, folder, seconds=180.0, on_cpu=on_cpu)
         outcomes.append(dict(found))
-    differences = {name: difference(outcomes[0][name], outcomes[1][name]) for name in runs}
-    yield from _rows(differences)
+    cpu, device = outcomes
+    for number, names in of_rows.items():
+        yield from _rows(number, {name: difference(cpu[name], device[name]) for name in names})
+    plain, inside = (device[name].column("loss")[0] for name in ("eslm global", "documents"))
+    what = "first loss with documents' masks and without, nats apart"
+    yield Row.measured(14, what, abs(plain - inside), at_least(1e-6))
 
 
-def _rows(differences: dict[str, Difference]) -> Iterator[Row]:
+def _rows(number: int, differences: dict[str, Difference]) -> Iterator[Row]:
     name, worst = max(differences.items(), key=lambda item: item[1].loss)
-    what = f"CPU and device, {len(differences)} methods: "
+    which = f"{len(differences)} methods" if number == 4 else " and ".join(differences)
+    what = f"CPU and device, {which}: "
     note = f"worst: {name}"
-    yield Row.measured(4, f"{what}losses, nats", worst.loss, at_most(1e-5), note)
+    yield Row.measured(number, f"{what}losses, nats", worst.loss, at_most(1e-5), note)
     shares = {n: d.flipped / max(1, d.choices) for n, d in differences.items()}
     name, share = max(shares.items(), key=lambda item: item[1])
     note = f"worst: {name}" if share else ""
-    yield Row.measured(4, f"{what}share of choices that differ", share, at_most(1e-3), note)
+    yield Row.measured(number, f"{what}share of choices that differ", share, at_most(1e-3), note)
     far = {name: d.far for name, d in differences.items() if d.far}
     note = f"{far}" if far else ""
     total = float(sum(far.values()))
-    yield Row.measured(4, f"{what}those not near a threshold", total, exactly(0), note)
+    yield Row.measured(number, f"{what}those not near a threshold", total, exactly(0), note)
 
 
 def difference(one: Outcome, other: Outcome) -> Difference:

@@ -59,6 +59,7 @@ def rows(setup: Setup) -> Iterator[Row]:
         ("124M", (12,), clm),
         ("124M", (32,), clm),
         ("1.5B", (8, 4), clm),
+        ("llama-1B-4", (8,), clm),
         ("124M", (12,), eslm),
         ("1.5B", (4,), eslm),
     ]
@@ -115,7 +116,7 @@ def _utilizations(
         if setup.toy:
             bound = at_least(1e-9)
         elif form == "compiled" and size == max(sizes) and (shape, size) != ("124M", 12):
-            bound = at_least(LEAST_MFU[shape])
+            bound = at_least(LEAST_MFU[shape]) if shape in LEAST_MFU else None
         yield Row.measured(6, what, flops / peak, bound, note)
 
 

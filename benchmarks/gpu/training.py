@@ -19,6 +19,11 @@ TINY: Flags = (
     *("--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 2, "--seq-length", 32),
     *("--micro-batch-size", 8, "--lr", 1e-3, "--num-workers", 0),
 )
+SMALL: Flags = (
+    *("--num-layers", 4, "--hidden-size", 768, "--num-attention-heads", 12),
+    *("--seq-length", 256, "--micro-batch-size", 8, "--lr", 1e-3),
+)
+"""Of rows about checkpoints: large enough that a save takes longer than a step."""
 
 
 @dataclass(frozen=True)
