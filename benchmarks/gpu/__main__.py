@@ -1,4 +1,4 @@
-"""Does it work on a GPU, and how fast: twelve rows with bounds, a table and a JSON.
+"""Does it work on a GPU, and how fast: rows with bounds, a table and a JSON.
 
     make gpu                          # one GPU, below ten minutes
     make gpu GPUS=2                   # a second stage: layouts over two GPUs, a killed, a hung rank
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import curve, device, head, jobs, resume, same_numbers, speed, waits
+from benchmarks.gpu import curve, device, head, jobs, resume, same_numbers, saving, speed, waits
 from benchmarks.gpu.process import WorkFailed, in_process
 from benchmarks.gpu.row import TABLE_HEAD, Row, missed
 from benchmarks.gpu.setup import Setup
@@ -40,11 +40,12 @@ def _isolated(rows: Rows, seconds: float) -> Rows:
 GROUPS: dict[str, tuple[tuple[int, ...], Rows]] = {
     "device": ((1,), _isolated(device.rows, 60.0)),
     "head": ((2, 3), _isolated(head.rows, 180.0)),
-    "same": ((4,), same_numbers.rows),
+    "same": ((4, 13, 14), same_numbers.rows),
     "curve": ((5,), curve.rows),
     "speed": ((6, 7, 9), speed.rows),
     "waits": ((8,), _isolated(waits.rows, 90.0)),
     "resume": ((10, 11), resume.rows),
+    "saving": ((15,), saving.rows),
     "jobs": ((12,), jobs.rows),
 }
 """Numbers of the rows and what measures them; what uses the device does so in other processes."""
@@ -56,7 +57,7 @@ def _ranks(setup: Setup) -> Iterator[Row]:
     return ranks.rows(setup)
 
 
-SECOND_STAGE: dict[str, tuple[tuple[int, ...], Rows]] = {"ranks": ((13, 14, 15), _ranks)}
+SECOND_STAGE: dict[str, tuple[tuple[int, ...], Rows]] = {"ranks": ((16, 17, 18), _ranks)}
 
 
 def measure(

@@ -73,9 +73,9 @@ def _parity(setup: Setup) -> Iterator[Row]:
         worst = max(max(d.loss, d.grad_norm) for d in found.values())
         others = [method for method, d in found.items() if not d.same_selection]
         note = f"worst of {', '.join(METHODS)}: losses in nats, relative gradient norms"
-        yield Row.measured(13, f"{case} against one rank", worst, at_most(TOLERANCE), note)
+        yield Row.measured(16, f"{case} against one rank", worst, at_most(TOLERANCE), note)
         what = f"{case}: methods that kept other rows or tokens"
-        yield Row.measured(13, what, len(others), at_most(0), ", ".join(others))
+        yield Row.measured(16, what, len(others), at_most(0), ", ".join(others))
 
 
 def _trained(folder: Path, ranks: int) -> dict:
@@ -93,7 +93,7 @@ def _trained(folder: Path, ranks: int) -> dict:
 
 def _killed(setup: Setup) -> Iterator[Row]:
     with Job(setup.folder / "job-killed", 2, endless(setup)) as job:
-        number, found = 14, []
+        number, found = 17, []
 
         def check() -> str | None:
             job.until_iteration(3)
@@ -121,7 +121,7 @@ def _hung(setup: Setup) -> Iterator[Row]:
             named = "error: rank 1 (" in said and 'has been in "a loop without end"' in said
             return None if named else f"not named: {job.last_words()}"
 
-        yield from job_row(15, "a hung rank is named before NCCL aborts", check)
+        yield from job_row(18, "a hung rank is named before NCCL aborts", check)
 
 
 def main() -> None:

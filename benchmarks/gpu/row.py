@@ -49,7 +49,7 @@ class Row:
     """One line of the table."""
 
     number: int
-    """Of the twelve, or of the second stage, 13 to 15."""
+    """In the table of docs/first-gpu-run.md."""
     what: str
     state: State
     value: float | str | None = None

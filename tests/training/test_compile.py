@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch._dynamo
 
 from megatron_eslm.config.run import parse_run
 from megatron_eslm.engine import compile as module
 from megatron_eslm.engine.compile import resolve_compile
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.layers import Block
+from megatron_eslm.training.loop import Callback, StepOutcome, Trainer
 from tests.harness import run_ranks
 
 from .runs import ROWS, Outcome, assert_same_dumps, train, words
@@ -65,6 +69,70 @@ def test_compiled_blocks_follow_the_same_course(data: list[str], tmp_path: Path,
         np.testing.assert_allclose(compiled.column(column), plain.column(column), rtol=1e-4)
     if case != "clm":
         assert_same_dumps(tmp_path / "compiled", tmp_path / "plain")
+
+
+LATER = {
+    "scope step": ("--eslm-alpha", "0.3", "--eslm-scope", "step", "--global-batch-size", 4 * ROWS),
+    "documents": (
+        *("--eslm-alpha", "0.3", "--eslm-scope", "global"),
+        *("--reset-attention-mask", "--reset-position-ids"),
+    ),
+    "greats": ("--selection", "greats", "--eslm-alpha", "0.3", "--split", "90,10"),
+    "lora": ("--eslm-alpha", "0.3", "--lora-rank", "2"),
+}
+"""Flags of runs in one process whose shapes are the same in every step."""
+
+
+class Graphs(Callback):
+    """Notes after each step how many graphs have been compiled."""
+
+    def __init__(self) -> None:
+        self.after_step: list[int] = []
+
+    def on_step(self, trainer: Trainer, step: StepOutcome) -> None:
+        self.after_step.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_no_step_compiles_anew_and_the_course_is_the_same(
+    data: list[str], start: Path, tmp_path: Path, backend: str
+) -> None:
+    """With aot_eager for the graphs, the guards and the backward pass; inductor takes minutes."""
+
+    def fn(rank: int) -> dict[str, tuple[Outcome, Outcome, list[int]]]:
+        compile_module = Block.compile
+        Block.compile = lambda self: compile_module(self, backend=backend)  # type: ignore
+        found = {}
+        for name, flags in LATER.items():
+            more = ("--load", start / "weights") if name == "lora" else ()
+            place, graphs = tmp_path / f"{name} compiled", Graphs()
+
+            def watch(trainer: Trainer, graphs: Graphs = graphs) -> None:
+                trainer.callbacks = [*trainer.callbacks, graphs]
+
+            def argv(place: Path, flags: tuple = (*flags, *more)) -> list[str]:
+                own = ("--dump-selection", place, "--eval-iters", 0)
+                return words(data, *STEPS, *flags, *own, iters=4)
+
+            plain = train(argv(tmp_path / name), tmp_path / f"{name}.jsonl")
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+                again = [*argv(place), "--compile"]
+                compiled = train(again, tmp_path / f"{name} compiled.jsonl", prepare=watch)
+            found[name] = plain, compiled, graphs.after_step
+        return found
+
+    (found,) = run_ranks(1, fn, timeout=800.0)
+    for name, (plain, compiled, graphs) in found.items():
+        print(name, graphs)
+        assert graphs[0] > 0, name
+        assert graphs[1:] == [graphs[0]] * (len(graphs) - 1), (name, graphs)
+        for column in ("loss", "grad_norm"):
+            np.testing.assert_allclose(
+                compiled.column(column), plain.column(column), rtol=1e-4, err_msg=name
+            )
+        assert_same_dumps(tmp_path / f"{name} compiled", tmp_path / name)
 
 
 def test_without_a_compiler_it_is_refused_before_training(monkeypatch) -> None:
