@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_eslm.data.batch import Batch
+from megatron_eslm.data.device_copies import DeviceCopies
 from megatron_eslm.data.mixture import Mixture
 from megatron_eslm.engine.engine import Engine
 from megatron_eslm.parallel.collectives import all_reduce_
@@ -33,6 +34,7 @@ def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int
     """
     rows = micro_batch_size * mesh.dp_size
     begins = range(0, _round_up(len(dataset), rows), rows)
+    copies, pins = DeviceCopies(engine.device), engine.device.type == "cuda"
 
     def numbers(begin: int) -> range:
         first = begin + mesh.dp_rank * micro_batch_size
@@ -44,7 +46,7 @@ def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int
             valid = torch.stack([item["valid"] for item in items])
             valid &= torch.tensor([i < len(dataset) for i in numbers(begin)])[:, None]
             tokens = torch.stack([item["tokens"] for item in items])
-            yield Batch.of(*(on_device(x, engine.device) for x in (tokens, valid)))
+            yield Batch.of(*copies(x.pin_memory() if pins else x for x in (tokens, valid)))
 
     sums_R2 = engine.evaluate(batches(), len(begins), micro_batch_size)
     domain_R = torch.tensor(
@@ -64,12 +66,6 @@ def evaluate(engine: Engine, dataset: Mixture, mesh: Mesh, micro_batch_size: int
             if tokens
         },
     )
-
-
-def on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device; the host does not wait for it."""
-    pinned = x.pin_memory() if device.type == "cuda" else x
-    return pinned.to(device, non_blocking=True)
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_eslm.data.batch import Batch
+from megatron_eslm.data.device_copies import DeviceCopies
 from megatron_eslm.data.loader import read_batch
 from megatron_eslm.data.mixture import Mixture
 from megatron_eslm.engine.engine import Engine
@@ -67,6 +68,7 @@ class StepBatches:
         self, engine: Engine, dataset: Mixture, loader: Iterator[Arrays] | None, rows: int
     ) -> None:
         self.engine, self.dataset, self.loader, self.rows = engine, dataset, loader, rows
+        self._copies = DeviceCopies(engine.device)
 
     def step(self, samples: list[int], alpha: float) -> Step:
         """Prepare the next step. Collective if sequences are selected before the step.
@@ -113,11 +115,8 @@ class StepBatches:
         return self._on_device(arrays)
 
     def _on_device(self, arrays: Arrays) -> Batch:
-        tensors = {
-            key: arrays[key].to(self.engine.device, non_blocking=True)
-            for key in ("tokens", "valid", "labels", "reference")
-            if key in arrays
-        }
+        keys = [key for key in ("tokens", "valid", "labels", "reference") if key in arrays]
+        tensors = dict(zip(keys, self._copies(arrays[key] for key in keys), strict=True))
         return Batch.of(
             tensors["tokens"],
             tensors["valid"],

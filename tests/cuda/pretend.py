@@ -10,6 +10,8 @@ an ordinary CPU tensor. `PretendCuda()` is a context in which
   `.item()`, `bool()`, `.tolist()`, `nonzero`, boolean-mask indexing, `.cpu()`, copies from memory
   that is not pinned (torch.tensor(..., device=cuda), new_tensor, from_numpy(...).to(cuda));
 - a collective over a CPU tensor raises, as NCCL does (object collectives are let through);
+- a tensor that another stream has made raises `StreamRace`, unless the current stream waits for
+  that one and the allocator knows of the use (`record_stream`);
 - launches are counted: operations that are neither views nor metadata.
 
     with PretendCuda(root="/path/of/the/project") as cuda:
@@ -17,7 +19,7 @@ an ordinary CPU tensor. `PretendCuda()` is a context in which
         with cuda.watch("one micro-step") as seen: loss = model(...); loss.backward()
         print(seen.report())
 
-What it does not see: what happens below aten (Triton, NCCL, streams), DeepSpeed's own engine,
+What it does not see: what happens below aten (Triton, NCCL), DeepSpeed's own engine,
 numbers (they are the CPU's), memory. Needs nothing but torch; works on torch's CPU build.
 """
 
@@ -41,10 +43,31 @@ class DeviceMix(RuntimeError):
     """Tensors of both devices where CUDA takes one."""
 
 
+class StreamRace(RuntimeError):
+    """A tensor of another stream that may not be written yet, or be overwritten too early."""
+
+
+class Stream:
+    """A stream of the device that is not there; its clock counts what was launched in it."""
+
+    def __init__(self, device: object = None) -> None:
+        self.clock = 0
+        self.waited: dict[Stream, int] = {}
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited[other] = other.clock
+
+
 class Pretend(torch.Tensor):
     """A tensor that says it is on cuda:0."""
 
     elem: torch.Tensor
+    stream: Stream
+    """Of which its memory is."""
+    launched: int
+    """Time of that stream's clock at which it was made."""
+    recorded: set[Stream]
+    """Other streams that the allocator knows to use it."""
 
     @staticmethod
     def __new__(cls, elem: torch.Tensor, requires_grad: bool = False) -> Pretend:
@@ -60,7 +83,13 @@ class Pretend(torch.Tensor):
             requires_grad=requires_grad,
         )
         out.elem = elem
+        out.stream = MODE.current.stream
+        out.stream.clock += 1
+        out.launched, out.recorded = out.stream.clock, set()
         return out
+
+    def record_stream(self, stream):
+        self.recorded.add(stream)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -194,6 +223,7 @@ class PretendCuda(TorchDispatchMode):
         self.objects = 0
         self.pinned: set[int] = set()
         self.generators: dict[int, object] = {}
+        self.stream = Stream()
         self._undo: list = []
 
     # -- what is noted ------------------------------------------------------------------------
@@ -221,6 +251,9 @@ class PretendCuda(TorchDispatchMode):
         MODE.current = self
         self._patch(torch.cuda, "_lazy_init", lambda: None)
         self._patch(torch.cuda, "current_device", lambda: CUDA0)
+        self._patch(torch.cuda, "Stream", Stream)
+        self._patch(torch.cuda, "stream", self._in_stream)
+        self._patch(torch.cuda, "current_stream", lambda device=None: self.stream)
         self._patch(torch.cuda, "synchronize", lambda *a: self.sync("cuda.synchronize"))
 
         def pin(tensor, *_):
@@ -297,6 +330,25 @@ class PretendCuda(TorchDispatchMode):
             self._patch(dist, name, self._objects(getattr(dist, name)))
         return super().__enter__()
 
+    @contextlib.contextmanager
+    def _in_stream(self, stream):
+        outer, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = outer
+
+    def _check_streams(self, name, ours):
+        for x in ours:
+            if x.stream is self.stream:
+                continue
+            if self.stream.waited.get(x.stream, 0) < x.launched:
+                raise StreamRace(
+                    f"{name}: the stream does not wait for {x.shape} at {self.where()}"
+                )
+            if self.stream not in x.recorded:
+                raise StreamRace(f"{name}: no record_stream of {x.shape} at {self.where()}")
+
     def _objects(self, call):
         def through(*a, **k):
             self.objects += 1
@@ -336,6 +388,7 @@ class PretendCuda(TorchDispatchMode):
             return func(*args, **kwargs)
 
         self._check(func, name, tensors, ours, device, args, kwargs)
+        self._check_streams(name, ours)
         self._note(func, name, device, args, kwargs, bool(ours))
         inner_args, inner_kwargs = pytree.tree_map_only(Pretend, lambda x: x.elem, (args, kwargs))
         if device is not None:
@@ -419,6 +472,7 @@ class PretendCuda(TorchDispatchMode):
 
     def _collective(self, func, name, tensors, ours, args, kwargs):
         self.seen.collectives[name] += 1
+        self._check_streams(name, ours)
         if not self.objects and len(ours) != len(tensors):
             raise DeviceMix(f"{name}: a CPU tensor in a collective at {self.where()}")
         for x in ours:

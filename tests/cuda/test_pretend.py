@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_eslm.data.batch import Batch
+from megatron_eslm.data.device_copies import DeviceCopies
 from megatron_eslm.frozen.model import FrozenModel
 from megatron_eslm.model.gpt import GPT, ModelSettings, bare_gpt, build_gpt
 from megatron_eslm.model.model_options import Lora
@@ -32,7 +33,7 @@ from megatron_eslm.selection.state import Peers, Recorder, SelectionRecord, Sele
 from megatron_eslm.training.gradient_alignment import gradient_products
 
 from ..harness import run_ranks
-from .pretend import CUDA0, DeviceMix, Pretend, PretendCuda, Seen
+from .pretend import CUDA0, DeviceMix, Pretend, PretendCuda, Seen, StreamRace
 
 ROOT = str(Path(__file__).parents[2])
 SHAPE = ModelShape(
@@ -177,9 +178,9 @@ def micro_step(
         valid = Batch(*(x.to(device) for x in valid))
     if live:
         model.policy.reference = Losses(frozen(mesh, device))
-    if cuda is not None:  # as the loader does: pinned, then without waiting
+    if cuda is not None:
         *tensors, counts = read
-        read = Batch(*(x.pin_memory().to(device, non_blocking=True) for x in tensors), counts)
+        read = Batch(*DeviceCopies(device)(x.pin_memory() for x in tensors), counts)
     model.train()
     with cuda.watch() if cuda is not None else contextlib.nullcontext() as seen:
         if greats:
@@ -254,3 +255,21 @@ def test_waits_are_counted_by_line() -> None:
         x.nonzero()
         torch.tensor([1.0], device=CUDA0)
     assert seen.num_syncs == 3, seen.report()
+
+
+def test_copies_are_made_in_a_stream_that_the_computation_waits_for() -> None:
+    with PretendCuda(ROOT) as cuda, cuda.watch() as seen:
+        copies, host = DeviceCopies(CUDA0), torch.arange(3).pin_memory()
+        first, second = copies([host, host])
+        assert first.device == CUDA0 and first.stream is second.stream is not cuda.stream
+        (first + second).add_(first)
+        (third,) = copies([host])
+        assert third[1:].add(1).elem.tolist() == [2, 3]
+        third.recorded.clear()
+        with pytest.raises(StreamRace, match="record_stream"):
+            third + 1
+        first.launched = first.stream.clock + 1
+        with pytest.raises(StreamRace, match="does not wait"):
+            first + 1
+    assert seen.num_syncs == 0, seen.report()
+    assert DeviceCopies(torch.device("cpu"))([host])[0] is host
