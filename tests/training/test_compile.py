@@ -125,7 +125,6 @@ def test_no_step_compiles_anew_and_the_course_is_the_same(
 
     (found,) = run_ranks(1, fn, timeout=800.0)
     for name, (plain, compiled, graphs) in found.items():
-        print(name, graphs)
         assert graphs[0] > 0, name
         assert graphs[1:] == [graphs[0]] * (len(graphs) - 1), (name, graphs)
         for column in ("loss", "grad_norm"):
