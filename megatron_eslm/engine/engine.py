@@ -109,6 +109,8 @@ class Engine:
             )
         if isinstance(self.ds.optimizer, BF16_Optimizer):
             add_gradients_without_copies(self.ds.optimizer)
+        if mesh.dp_size == 1 and settings.engine.zero_stage == 0:
+            self.ds.buffered_allreduce_fallback = _nothing_to_reduce
 
     def _module(self) -> nn.Module:
         """The module that DeepSpeed wraps."""
@@ -198,7 +200,8 @@ class Engine:
         if not math.isfinite(float(norm)):
             # An optimizer step over parameters without gradients changes nothing.
             self.ds.zero_grad()
-        elif limit := self.settings.optimizer.clip_grad:
+        elif (limit := self.settings.optimizer.clip_grad) and float(norm) + 1e-6 > limit:
+            # Below that, torch would multiply all gradients by 1.
             torch.nn.utils.clip_grads_with_norm_(with_gradient, limit, norm)
         return float(norm)
 
@@ -258,6 +261,14 @@ def add_gradients_without_copies(optimizer: Any) -> None:
             parameter.grad.zero_()
 
     optimizer._update_hp_grad = update
+
+
+def _nothing_to_reduce(grads: Any = None, elements_per_buffer: int = 0) -> None:
+    """Takes the place of DeepSpeed's reduction on the only data-parallel rank.
+
+    DeepSpeed would copy all gradients into one buffer and back, and round those of bf16 runs, which
+    are summed in float32, to bf16 on the way.
+    """
 
 
 def is_counted_here(parameter: nn.Parameter, mesh: Mesh) -> bool:

@@ -66,25 +66,34 @@ def partial_statistics(
             logits_CR = logits_CT[:, :real]
             z_CR = logits_CR
             if separate or logits_NV is not None:
-                z_CR = z_buffer[: len(hidden_CD) * real].view(-1, real).copy_(logits_CR)
+                z_CR = z_buffer[: len(hidden_CD) * real].view(-1, real)
+            if logits_CR.dtype != torch.float32:
+                logits_CR = z_CR.copy_(logits_CR)
             column_in_tile_C = column_C - columns.start
-            label_C = z_CR.gather(1, column_in_tile_C.clamp(0, real - 1)[:, None]).squeeze(1)
+            label_C = logits_CR.gather(1, column_in_tile_C.clamp(0, real - 1)[:, None]).squeeze(1)
             is_here_C = (column_in_tile_C >= 0) & (column_in_tile_C < real)
             sums_3N[2, rows] = torch.where(is_here_C, label_C, sums_3N[2, rows])
-            _add_tile(z_CR, max_N[rows], sums_3N[:, rows], entropy)
+            _add_tile(logits_CR, z_CR, max_N[rows], sums_3N[:, rows], entropy)
     return max_N, sums_3N
 
 
 def _add_tile(
-    z_CR: torch.Tensor, max_C: torch.Tensor, sums_3C: torch.Tensor, entropy: bool
+    logits_CR: torch.Tensor,
+    z_CR: torch.Tensor,
+    max_C: torch.Tensor,
+    sums_3C: torch.Tensor,
+    entropy: bool,
 ) -> None:
-    """Online softmax: accumulate a tile of logits into maximum and sums. Overwrites the tile."""
-    higher_C = torch.maximum(max_C, z_CR.amax(dim=1))
+    """Online softmax: accumulate a tile of float32 logits into maximum and sums.
+
+    Overwrites z_CR, which may be the same memory as logits_CR.
+    """
+    higher_C = torch.maximum(max_C, logits_CR.amax(dim=1))
     # If all logits so far are -inf, a shift by -inf would turn later ones into nan.
     shift_C = higher_C.masked_fill(higher_C == -torch.inf, 0.0)
     fall_C = (max_C - shift_C).masked_fill(sums_3C[0] == 0, 0.0)
     scale_C = fall_C.exp()
-    z_CR.sub_(shift_C[:, None])
+    torch.sub(logits_CR, shift_C[:, None], out=z_CR)
     if entropy:
         exp_CR = z_CR.exp()
         carried_C = sums_3C[1] + fall_C * sums_3C[0]
@@ -104,18 +113,18 @@ def softmax_gradient(block: GradientBlock, out_KW: torch.Tensor) -> None:
     if dtype != torch.float32:
         z_buffer = out_KW.new_empty(min(step, num_kept) * width, dtype=torch.float32)
     for rows in slices(num_kept, step):
-        out_CW = out_KW[rows]
+        out_CW = logits_CW = out_KW[rows]
         if block.logits_NW is None:
             torch.mm(block.hidden_KD[rows], block.weight_WD.t(), out=out_CW)
         elif block.kept_K is None:
-            out_CW.copy_(block.logits_NW[rows])
+            logits_CW = block.logits_NW[rows]
         else:
             torch.index_select(block.logits_NW, 0, block.kept_K[rows], out=out_CW)
         z_CW = out_CW
         if z_buffer is not None:
-            z_CW = z_buffer[: out_CW.numel()].view(out_CW.shape).copy_(out_CW)
+            logits_CW = z_CW = z_buffer[: out_CW.numel()].view(out_CW.shape).copy_(logits_CW)
         # d loss / d z = softmax(z) - onehot(label), zero in the padding columns.
-        z_CW.sub_(block.lse_K[rows, None]).exp_()
+        torch.sub(logits_CW, block.lse_K[rows, None], out=z_CW).exp_()
         column_C = block.column_K[rows]
         is_here_C = (column_C >= 0) & (column_C < real)
         z_CW.scatter_add_(1, column_C.clamp(0, width - 1)[:, None], -is_here_C[:, None].float())
