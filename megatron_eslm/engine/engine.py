@@ -16,6 +16,7 @@ from torch import nn
 from megatron_eslm.config.deepspeed_json import blamed_on
 from megatron_eslm.config.resolved import ResolvedEngine, ResolvedOptimizer
 from megatron_eslm.data.batch import Batch, Rows
+from megatron_eslm.engine.float32_sums import Float32Sums
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.gpt import GPT
 from megatron_eslm.ops.keep_rule import StepShape
@@ -108,8 +109,8 @@ class Engine:
                 model=module, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
             )
         if isinstance(self.ds.optimizer, BF16_Optimizer):
-            add_gradients_without_copies(self.ds.optimizer)
-        if mesh.dp_size == 1 and settings.engine.zero_stage == 0:
+            Float32Sums(self.ds.optimizer)
+        if mesh.dp_size == 1:
             self.ds.buffered_allreduce_fallback = _nothing_to_reduce
 
     def _module(self) -> nn.Module:
@@ -240,27 +241,6 @@ class Engine:
         finally:
             self.ds.train()
         return torch.cat(sums)
-
-
-def add_gradients_without_copies(optimizer: Any) -> None:
-    """Have DeepSpeed's BF16_Optimizer add 16-bit gradients to its float32 sums in one pass.
-
-    Its own way makes a float32 copy of each gradient first: 16 bytes per parameter and micro-step
-    through memory instead of 10. The sums are the same to the bit.
-    """
-
-    @torch.no_grad()
-    def update(parameter: torch.Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
-        if parameter.grad is None:
-            return
-        total = optimizer.fp32_groups_gradients[group][index]
-        total.add_(parameter.grad.view(total.shape))
-        parameter._hp_grad = total  # type: ignore[attr-defined]
-        optimizer.fp32_groups_has_gradients[group][index] = True
-        if clear_lp_grads:
-            parameter.grad.zero_()
-
-    optimizer._update_hp_grad = update
 
 
 def _nothing_to_reduce(grads: Any = None, elements_per_buffer: int = 0) -> None:
