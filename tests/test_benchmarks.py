@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.interleave import Timings, interleaved
+from benchmarks.plain_gpt import PlainGPT
+from tests.model.small import SHAPE, make_batch, relative_difference, run_step, small_gpt
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--shape", "tiny", "--rows", "10", "--seq-length", "32", "--repetitions", "2")
 MODULES = {
     "selection_step": (1, TINY, 5),
-    "peer_step": (1, TINY, 1),
+    "peer_step": (1, (*TINY, "--peer", "plain", "--dtype", "bf16"), 1),
     "peer_memory": (1, TINY, 1),
     "engine_overhead": (1, TINY, 1),
     "thresholds": (2, TINY, 1),
@@ -50,6 +55,36 @@ def test_prints_json_and_a_table_line(module: str) -> None:
     for record in records:
         assert record["value"] > 0 and record["target"] and record["machine"] and record["date"]
         assert sum(line.startswith(f"| {record['row']} |") for line in lines) == 1
+
+
+def test_the_plain_peer_computes_what_we_do(process_group: None) -> None:
+    # Padding of the vocabulary takes probability in the peer, so there is none.
+    shape = dataclasses.replace(SHAPE, vocab_size=SHAPE.padded_vocab_size)
+    model, recorder = small_gpt(shape=shape, selection="clm")
+    batch, peer = make_batch(4), PlainGPT(shape)
+    ours, theirs = run_step(model, recorder, batch), dict(peer.named_parameters())
+    for name, weight in model.named_parameters():
+        with torch.no_grad():
+            theirs[_name_in_peer(name)].copy_(_in_peer(name, weight))
+    loss = peer(batch.tokens_MU)
+    loss.backward()
+    assert loss.item() == pytest.approx(ours.loss, rel=1e-5)
+    assert len(theirs) == len(ours.gradients)
+    for name, gradient in ours.gradients.items():
+        other = theirs[_name_in_peer(name)].grad
+        assert relative_difference(_in_peer(name, gradient), other) < 1e-4, name
+
+
+def _name_in_peer(name: str) -> str:
+    return re.sub(r"embedding\.|attention\.|mlp\.|final_", "", name)
+
+
+def _in_peer(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """The fused projection's rows by (q|k|v, head), not by (head, q|k|v)."""
+    if ".qkv." not in name:
+        return weight
+    split = weight.unflatten(0, (SHAPE.num_attention_heads, 3, -1))
+    return split.transpose(0, 1).flatten(0, 2)
 
 
 def test_ratios_are_of_neighbours_and_orders_change() -> None:
