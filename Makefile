@@ -67,6 +67,13 @@ endif
 	$(BIN)/python -m benchmarks.selection_step --shape llama-1B-4 --rows 10 --seq-length 256 --only ESLM
 	$(BIN)/python -m benchmarks.peer_step
 	$(BIN)/python -m benchmarks.peer_step --dtype bf16
+	$(BIN)/python -m benchmarks.peer_step --peer plain --rows 4
+	$(BIN)/python -m benchmarks.peer_step --peer plain --rows 4 --dtype bf16
+	$(BIN)/python -m benchmarks.peer_step --peer plain --rows 5 --seq-length 256
+	$(BIN)/python -m benchmarks.peer_step --peer plain --rows 5 --seq-length 256 --dtype bf16
+	$(BIN)/python -m benchmarks.peer_step --peer plain --rows 4 --compile
+	$(BIN)/python -m benchmarks.peer_step --peer plain --rows 4 --dtype bf16 --compile
+	$(BIN)/python -m benchmarks.peer_step --peer plain --rows 4 --dtype bf16 --masters none
 	$(BIN)/python -m benchmarks.peer_memory
 	$(BIN)/python -m benchmarks.engine_overhead
 	$(BIN)/python -m benchmarks.head_kernel

@@ -9,6 +9,7 @@ python -m benchmarks.peer_step --peer plain --rows 4 --dtype bf16 --masters none
 
 from __future__ import annotations
 
+import time
 from typing import get_args
 
 from benchmarks.engines import BenchRun
@@ -34,6 +35,11 @@ def main() -> None:
         help="where the plain peer keeps float32 weights in bf16 (%(default)s)",
     )
     made.add_argument("--compile", action="store_true", help="both; with the plain peer only")
+    made.add_argument(
+        "--cpu-seconds",
+        action="store_true",
+        help="compare CPU seconds, on a machine whose cores others use, too",
+    )
     args = made.parse_args()
     if args.compile and args.peer != "plain":
         made.error("--compile needs --peer plain")
@@ -47,7 +53,11 @@ def main() -> None:
     kind = args.dtype
     if args.peer == "plain" and args.dtype == "bf16":
         kind = f"the peer {_BF16[args.masters]}"
-    timings = interleaved({"ours": run.stepper(), "peer": peer}, args.repetitions)
+    timings = interleaved(
+        {"ours": run.stepper(), "peer": peer},
+        args.repetitions,
+        clock=time.process_time if args.cpu_seconds else time.perf_counter,
+    )
     report(
         f"CLM step / {name}, {args.shape}, {args.rows} x {args.seq_length}, {kind}"
         f"{', both compiled' if args.compile else ''}",
@@ -57,6 +67,7 @@ def main() -> None:
         our_seconds=round(timings.median("ours"), 3),
         peer_seconds=round(timings.median("peer"), 3),
         our_tflops=round(run.flops_of_step / timings.median("ours") / 1e12, 4),
+        cpu_seconds=args.cpu_seconds,
         **settings(args),
     )
 
