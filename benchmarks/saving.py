@@ -72,7 +72,7 @@ class Saves:
                 elif number == self.steps - 1:
                     self.saver.finish()
                 else:
-                    self.saver.look()
+                    self.saver.poll()
                 stood += time.perf_counter() - begin
             self.stood[mode].append(stood)
 

@@ -95,6 +95,11 @@ class SaveFolder:
             self._taken, self._released = False, True
             self._lock.release()
 
+    @property
+    def released(self) -> bool:
+        """Whether `release` has been called; nothing is published or removed any more."""
+        return self._released
+
     def begin(self, iteration: int) -> Path:
         """Create an empty draft folder for a checkpoint.
 

@@ -16,7 +16,7 @@ from megatron_eslm.checkpoint.saver import CheckpointSaver
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.flops import device_peak_flops
 from megatron_eslm.engine.learning_rate import learning_rate
-from megatron_eslm.errors import ConfigError
+from megatron_eslm.errors import ConfigError, first_line
 from megatron_eslm.training.dump import dump_selection, read_tokens
 from megatron_eslm.training.evaluate import Evaluation, evaluate
 from megatron_eslm.training.loop import Callback, StepOutcome, Trainer
@@ -176,7 +176,7 @@ class Checkpointer(Callback):
         saver = self._saver_of(trainer)
         if saver is None:
             return
-        self._tell(trainer, saver.look())
+        self._tell(trainer, saver.poll())
         if step.ends:
             self.save(trainer)
         elif trainer.state.iteration % trainer.run.checkpoint.save_interval == 0:
@@ -188,6 +188,15 @@ class Checkpointer(Callback):
                 self._tell(trainer, self._saver.finish())
             except ConfigError as error:
                 logger.error("%s", error)  # the run ends with the step's failure
+
+    def on_error(self, trainer: Trainer, error: Exception) -> None:
+        saver = self._saver
+        if saver is None or (path := saver.under_way) is None:
+            return
+        logger.error("%s: %s", type(error).__name__, first_line(error))
+        logger.warning("the run ends with this error once %s is written", path)
+        if saver.finish_alone() is not None:
+            logger.warning("saved %s", path)
 
     def save(self, trainer: Trainer) -> None:
         """Save now, wait for it, and tell all callbacks; do nothing without --save. Collective."""

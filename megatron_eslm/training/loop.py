@@ -84,6 +84,9 @@ class Callback:
     def on_failure(self, trainer: Trainer, step: StepOutcome) -> None:
         """Instead of `on_step`, after a step with which training ends in an error."""
 
+    def on_error(self, trainer: Trainer, error: Exception) -> None:
+        """Called before training ends in an error. Not collective: other ranks may go on."""
+
     def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> None:
         """Called after each evaluation on the validation set."""
 
@@ -147,6 +150,9 @@ class Trainer:
                 self.outputs.check_written(
                     self.state.iteration, saved=self._saved_iteration == self.state.iteration
                 )
+        except Exception as error:
+            self._failed(error)
+            raise
         finally:
             self.outputs.close()
         if stopped is None:
@@ -169,6 +175,13 @@ class Trainer:
         self._saved_iteration = iteration_of(folder)
         for callback in self.callbacks:
             callback.on_checkpoint(self, folder)
+
+    def _failed(self, error: Exception) -> None:
+        for callback in self.callbacks:
+            try:
+                callback.on_error(self, error)
+            except Exception:  # the run ends with the first error
+                logger.exception("%s.on_error failed", type(callback).__name__)
 
     def _train(self, began_seconds: float) -> Stop | None:
         t, state = self.run.training, self.state

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_eslm.checkpoint import tensor_files
 from megatron_eslm.checkpoint.find import find_checkpoint
@@ -28,9 +31,9 @@ from megatron_eslm.selection.state import SelectionState
 from megatron_eslm.training import run_data
 from megatron_eslm.training.loop import Callback, Trainer
 from megatron_eslm.training.nonfinite import NonfiniteError
-from tests.harness import run_ranks
+from tests.harness import RankFailed, run_ranks
 
-from .runs import VOCAB_SIZE, Outcome, build, train, words
+from .runs import VOCAB_SIZE, build, train, words
 from .test_command_line import TORCHRUN, run
 from .test_watchdog import ENDLESS, flags, the_error
 
@@ -248,39 +251,71 @@ def test_a_run_that_ends_in_nonfinite_steps_completes_its_checkpoint(
     assert find_checkpoint(save).state().iteration == 2
 
 
-def test_another_error_leaves_nothing_that_would_be_published_later(
-    data: list[str], tmp_path: Path
+@pytest.mark.parametrize("failing", [(0,), (1,), (0, 1)], ids=["0", "1", "both"])
+def test_a_run_that_ends_in_any_error_completes_its_checkpoint(
+    data: list[str], tmp_path: Path, failing: tuple[int, ...]
 ) -> None:
-    """The folder is unlocked then, and may belong to another job."""
+    """Also where one rank fails alone, while the other one waits for it in a collective."""
     save = tmp_path / "run"
 
     class Fails(Callback):
         def on_step(self, trainer: Trainer, step: object) -> None:
-            if trainer.state.iteration == 3:
+            if trainer.state.iteration == 3 and dist.get_rank() in failing:
                 raise RuntimeError("of its own")
 
     def fn(rank: int) -> None:
-        ended: list[bool] = []
-
         def prepare(trainer: Trainer) -> None:
             trainer.callbacks = [Fails(), *trainer.callbacks]
-            before_each_write(lambda iteration: until(lambda: bool(ended), "the run has failed"))
+            # Nothing is written before a rank has failed.
+            waits = {3} if rank not in failing else set()
 
+            def fails() -> bool:
+                return trainer.phases.now.phase == WAITS or trainer.state.iteration in waits
+
+            before_each_write(lambda iteration: until(fails, "the run fails"))
+
+        flags = ("--save", save, "--save-interval", 2, "--zero-stage", 1, "--eval-iters", 0)
+        argv = words(data, *flags, micro_batch_size=4)
+        if rank in failing:
+            with pytest.raises(RuntimeError, match="of its own"):
+                train(argv, prepare=prepare)
+            (tmp_path / "left").touch()
+            return os._exit(0)  # as at the end of a job: without waiting for the other
+        with contextlib.suppress(Exception):
+            train(argv, prepare=prepare)
+
+    with pytest.raises(RankFailed):
+        run_ranks(2, fn, timeout=60.0)
+    assert (tmp_path / "left").exists()
+    assert find_checkpoint(save).state().iteration == 2
+    assert not [*save.glob(".saving-*")]
+
+
+def test_a_checkpoint_that_cannot_be_completed_does_not_hide_the_error(
+    data: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save = tmp_path / "run"
+
+    def fail(iteration: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def prepare(trainer: Trainer) -> None:
+        def end(state: object) -> None:
+            until(lambda: trainer.callbacks[-1]._saver._save.stages[0][0].done(), "it has failed")
+            raise RuntimeError("of its own")
+
+        trainer.alpha.end_step = lambda iteration, *more: iteration == 2 and end(iteration)
+        before_each_write(fail)
+
+    def fn(rank: int) -> str:
+        flags = ("--save", save, "--save-interval", 2, "--eval-iters", 0)
         with pytest.raises(RuntimeError, match="of its own"):
-            train(words(data, "--save", save, "--save-interval", 2), prepare=prepare)
-        assert not (save / ".lock").exists()
-        ended.append(True)
-        until(lambda: any(save.glob(".saving-*/state.json")), "the thread has written")
-        time.sleep(0.2)
+            train(words(data, *flags), prepare=prepare)
+        return caplog.text
 
-    run_ranks(1, fn)
-    assert list_checkpoints(save) == []
-
-    def again(rank: int) -> Outcome:
-        return train(words(data, "--save", save, "--load", save), tmp_path / "m.jsonl")
-
-    assert run_ranks(1, again)[0].column("iteration") == [1, 2, 3, 4]
-    assert sorted(p.name for p in save.iterdir()) == ["iter_0000004", "latest"]
+    assert "No space left on device" in run_ranks(1, fn)[0]
+    assert list_checkpoints(save) == [] and not [*save.glob(".saving-*")]
+    assert not (save / ".lock").exists()
 
 
 HANGS = """
@@ -322,3 +357,37 @@ def test_copies_keep_what_was_and_their_memory() -> None:
     second = copies.hold("weight/a", tensor.t())
     assert second.data_ptr() == first.data_ptr() and not second.any()
     assert copies.hold("weight/b", tensor).data_ptr() != first.data_ptr()
+
+
+def test_copies_do_without_pinned_memory_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty, asked = torch.empty, []
+
+    def refused(*args: object, pin_memory: bool = False, **more: object) -> torch.Tensor:
+        asked.append(pin_memory)
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nmore")
+        return empty(*args, **more)
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    tensor = torch.arange(6.0).as_subclass(OnCuda)
+    monkeypatch.setattr(torch, "empty", refused)
+    copies = HostCopies()
+    held = [copies.hold(name, tensor).tolist() for name in ("weight/a", "weight/b", "weight/a")]
+    assert held == [[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]] * 3
+    assert asked == [True, False, False]  # once is enough
+    (record,) = caplog.records
+    assert "(CUDA error: out of memory): the others are pageable" in record.getMessage()
+
+
+def test_no_memory_for_copies_is_an_error_that_says_what_to_do(monkeypatch) -> None:
+    def refused(*args: object, **more: object) -> torch.Tensor:
+        raise RuntimeError("can't allocate memory")
+
+    copies, tensor = HostCopies(), torch.zeros(2**20)
+    monkeypatch.setattr(torch, "empty", refused)
+    with pytest.raises(ConfigError, match=r"copy of 4.0 MiB after 0.0 GiB \(can't .*--no-async"):
+        copies.hold("weight/a", tensor)
