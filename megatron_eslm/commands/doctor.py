@@ -2,7 +2,7 @@
 
     megatron-eslm doctor
 
-The exit code is 1 where something is missing that is needed.
+The last line says whether this machine can train. If it cannot, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ REQUIRED = (
     "pyarrow",
 )
 OPTIONAL = {
+    "lm-eval": "only for tools/evaluate.py and --eval-tasks: pip install 'megatron-eslm[eval]'",
     "mpi4py": "only to launch with MPI: pip install mpi4py (needs an MPI library)",
-    "wandb": "only for DeepSpeed's W&B monitor: pip install 'megatron-eslm[wandb]'",
+    "wandb": "only for --wandb-project: pip install 'megatron-eslm[wandb]'",
 }
 
 
@@ -43,6 +44,7 @@ def _version(package: str) -> str | None:
 
 
 def _packages() -> Iterator[tuple[str, str]]:
+    yield "megatron-eslm", _version("megatron-eslm") or "not installed; run from the checkout"
     yield "python", f"{platform.python_version()} ({sys.executable})"
     for name in REQUIRED:
         yield name, _version(name) or "MISSING: pip install --constraint constraints.txt -e ."
@@ -50,25 +52,27 @@ def _packages() -> Iterator[tuple[str, str]]:
         yield name, _version(name) or f"not installed ({remedy})"
 
 
-def _accelerator() -> Iterator[tuple[str, str]]:
+def _accelerator(why_not_gpu: str | None) -> Iterator[tuple[str, str]]:
     import torch
 
-    from megatron_eslm.launch.bootstrap import quiet_imports
-    from megatron_eslm.launch.device import unusable_gpu
+    from megatron_eslm.launch.device import driver_version
 
-    why = unusable_gpu()  # before the next line, which settles for the CPU
-    quiet_imports()
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield "accelerator", f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}, NCCL"
+        driver = f"driver {driver_version() or 'unknown'}"
+        yield "accelerator", f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}, {driver}, NCCL"
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         yield "precisions", f"float32, {'bf16, ' if bf16 else ''}fp16"
         return
     from deepspeed.accelerator import get_accelerator
 
-    if why is not None:
-        yield "GPU", f"UNUSABLE: {why}"
-    reason = "torch was built without CUDA" if torch.version.cuda is None else "no GPU is visible"
+    if why_not_gpu is not None:
+        yield "GPU", f"UNUSABLE: {why_not_gpu}"
+        reason = "only with DS_ACCELERATOR=cpu"
+    elif torch.version.cuda is None:
+        reason = "torch was built without CUDA"
+    else:
+        reason = "no GPU is visible"
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     yield "accelerator", f"CPU ({reason}), {cores}, gloo"
     fp16 = ", fp16" if get_accelerator().is_fp16_supported() else " (no fp16 on this processor)"
@@ -90,11 +94,6 @@ def _kernels() -> Iterator[tuple[str, str]]:
 
     builds = c_compiler() or "no C compiler"
     yield "triton", f"{triton}, {builds}; --head-kernel triton needs both, and CUDA"
-    apex = _version("apex")
-    yield (
-        "apex",
-        f"{apex or 'not installed'}; not needed: torch's fused kernels are used",
-    )
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     yield (
         "C++ compiler",
@@ -107,18 +106,29 @@ def _kernels() -> Iterator[tuple[str, str]]:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Print the report; return 1 if a required package is missing."""
+    """Print the report; return 1 if this machine cannot train."""
     Parser(__doc__).parse_args(argv)
     facts = [*_packages()]
     missing = [name for name, value in facts if value.startswith("MISSING")]
+    why_not_gpu = None
     if "torch" not in missing and "deepspeed" not in missing:
-        facts += [*_accelerator(), *_kernels()]
+        from megatron_eslm.launch.bootstrap import quiet_imports
+        from megatron_eslm.launch.device import unusable_gpu
+
+        why_not_gpu = unusable_gpu()  # before the next line, which settles for the CPU
+        quiet_imports()
+        facts += [*_accelerator(why_not_gpu), *_kernels()]
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         print(f"{name:<{width}}  {value}")
     if missing:
-        print(f"\nmissing: {', '.join(missing)}")
-    return 1 if missing else 0
+        print(f"\nCannot train: {', '.join(missing)} missing.")
+    elif why_not_gpu is not None:
+        print("\nCannot train on the GPU of this machine (line GPU).")
+    else:
+        place = next(value for name, value in facts if name == "accelerator")
+        print(f"\nCan train on: {place}.")
+    return 1 if missing or why_not_gpu is not None else 0
 
 
 if __name__ == "__main__":

@@ -88,9 +88,13 @@ def test_a_wrong_list_of_devices_is_named(machine) -> None:
 
 def test_doctor_says_why(machine, capsys: pytest.CaptureFixture[str]) -> None:
     machine("550.54.15", "13.0")
-    doctor([])
+    assert doctor([]) == 1
     shown = capsys.readouterr().out
     assert "GPU" in shown and "UNUSABLE: it has an NVIDIA GPU and driver 550.54.15" in shown
+    assert shown.endswith("\nCannot train on the GPU of this machine (line GPU).\n")
+    machine(None, None, CUDA_VISIBLE_DEVICES="")
+    assert doctor([]) == 0
+    assert "\nCan train on: CPU (torch was built without CUDA), " in capsys.readouterr().out
 
 
 def test_one_queue_for_tensor_parallelism_alone(monkeypatch: pytest.MonkeyPatch) -> None:
