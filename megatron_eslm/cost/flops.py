@@ -124,7 +124,7 @@ class FlopsModel:
             block += adapters_forward(self.shape, self.lora_rank)
         blocks = self.selector_depth * block
         own = work.tokens * (head + (blocks if self.ahead else 0.0))
-        return own + self._reference_forward(self._referred(work)[0])
+        return own + self._reference_forward(self._reference_tokens(work)[0])
 
     def _scores(self, work: Work) -> bool:
         """Whether the early exit runs: not in steps that drop no sequence."""
@@ -138,7 +138,7 @@ class FlopsModel:
         if self.lora_rank:
             products -= 1  # a frozen head has no gradient
         own = head_forward(self.shape) * (work.tokens_scored + products * work.tokens_trained)
-        return own + self.teaching(work) + self._reference_forward(self._referred(work)[1])
+        return own + self.teaching(work) + self._reference_forward(self._reference_tokens(work)[1])
 
     def teaching(self, work: Work) -> float:
         """FLOPs of the teacher: forward over kept sequences, and logits of tokens in the loss.
@@ -155,7 +155,7 @@ class FlopsModel:
             scored=2 * work.tokens_trained,
         )
 
-    def _referred(self, work: Work) -> tuple[int, int]:
+    def _reference_tokens(self, work: Work) -> tuple[int, int]:
         """Tokens that the reference model reads for the scores of sequences, and of tokens.
 
         It scores all labels of what it reads. In-model selection of sequences has scored the tokens
@@ -272,7 +272,7 @@ class FlopsModel:
             total += work.tokens_deep * self._paper_forward(self.teacher.shape)
         if self._refers:
             assert self.reference is not None
-            total += sum(self._referred(work)) * self._paper_forward(self.reference)
+            total += sum(self._reference_tokens(work)) * self._paper_forward(self.reference)
         return total
 
     def _paper_forward(self, shape: ModelShape) -> float:

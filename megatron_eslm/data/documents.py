@@ -25,7 +25,7 @@ class DocumentRules:
     reset_position_ids: bool = False
     """Positions count from the beginning of their document."""
 
-    def of(self, tokens_MU: torch.Tensor) -> Documents:
+    def of(self, tokens_MU: torch.Tensor) -> MaskAndPositions:
         """Find the documents of a micro-batch of tokens [M, T+1]."""
         inputs_MT = tokens_MU[:, :-1]
         ends_MT = inputs_MT == self.eod
@@ -40,7 +40,7 @@ class DocumentRules:
             after_MT = torch.where(ends_MT, steps_T + 1, 0).roll(1, dims=1)
             after_MT[:, 0] = 0
             positions = (steps_T - after_MT.cummax(1).values).t()
-        return Documents(mask, positions)
+        return MaskAndPositions(mask, positions)
 
 
 def document_rules(options: DataOptions, eod: int) -> DocumentRules | None:
@@ -50,22 +50,22 @@ def document_rules(options: DataOptions, eod: int) -> DocumentRules | None:
     return DocumentRules(eod, options.reset_attention_mask, options.reset_position_ids)
 
 
-class Documents(NamedTuple):
-    """The documents of some rows, as attention and positions use them."""
+class MaskAndPositions(NamedTuple):
+    """What attention and positions of some rows go by."""
 
     mask_M1TT: torch.Tensor | None = None
     """bool: query [.., t, :] may attend to key [.., :, t']; None: all positions up to its own."""
     positions_TM: torch.Tensor | None = None
     """int64: position within the document; None: within the sequence."""
 
-    def rows(self, kept_K: torch.Tensor) -> Documents:
+    def rows(self, kept_K: torch.Tensor) -> MaskAndPositions:
         """Those of some of the rows."""
         mask, positions = self
-        return Documents(
+        return MaskAndPositions(
             None if mask is None else mask.index_select(0, kept_K),
             None if positions is None else positions.index_select(1, kept_K),
         )
 
 
-WHOLE = Documents()
-"""Sequences as they are: attention over all positions before, whatever document they are of."""
+CAUSAL = MaskAndPositions()
+"""Sequences as they are: attention to all positions before, whatever document they are of."""

@@ -29,7 +29,7 @@ from megatron_eslm.watchdog.parent import heed_parent_only
 from megatron_eslm.watchdog.process import Process
 from megatron_eslm.watchdog.stopwatch import Stopwatch
 
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 """Interval between two looks at a process that delivers nothing."""
 STOPPED_SECONDS = 15.0
 """How long a process may be stopped by a signal; at most half the timeout."""
@@ -159,8 +159,8 @@ class LoaderProcesses:
         poll.register(reader, select.POLLIN)
         data = bytearray()
         while len(data) < size:
-            if not poll.poll(1000 * LOOK_SECONDS):
-                if trouble := watch.look():
+            if not poll.poll(1000 * CHECK_SECONDS):
+                if trouble := watch.trouble():
                     self._fail(w, numbers, trouble)
                 continue
             part = os.read(reader, min(size - len(data), _PIPE_BYTES))
@@ -197,12 +197,12 @@ class _Watch:
 
     def __init__(self, process: Process, timeout_seconds: float) -> None:
         self._process, self._timeout_seconds = process, timeout_seconds
-        self._clock = Stopwatch(longest_seconds=2 * LOOK_SECONDS)
+        self._clock = Stopwatch(longest_seconds=2 * CHECK_SECONDS)
         self._stopped_since: float | None = None
 
-    def look(self) -> str | None:
+    def trouble(self) -> str | None:
         """Return what is wrong; None if nothing is."""
-        self._clock.look()
+        self._clock.tick()
         now = self._clock.seconds
         if self._process.state() != "stopped":
             self._stopped_since = None

@@ -110,7 +110,7 @@ def _while_answered(work: Callable[[], dist.Store], wait: _Wait, keeper: str) ->
     while True:
         with contextlib.suppress(FutureTimeoutError):
             return result.result(timeout=2 * LOOK_SECONDS)
-        clock.look()
+        clock.tick()
         if wait.num_looks != looks:
             looks, since = wait.num_looks, clock.seconds
         if clock.seconds - since > STORE_SECONDS:

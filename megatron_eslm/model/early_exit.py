@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_eslm.data.batch import Batch, Rows
-from megatron_eslm.data.documents import WHOLE, DocumentRules
+from megatron_eslm.data.documents import CAUSAL, DocumentRules
 from megatron_eslm.model.layers import Block, Embedding, Layout, Output
 from megatron_eslm.ops.head.statistics import VocabShard, head_statistics
 from megatron_eslm.selection.policy import SelectionPolicy
@@ -59,7 +59,7 @@ class EarlyExit:
         if self.layers is None:
             return self.scores(batch.tokens_MU.new_empty(0), batch, rows)
         rules = self.documents
-        documents = WHOLE if rules is None else rules.of(batch.tokens_MU)
+        documents = CAUSAL if rules is None else rules.of(batch.tokens_MU)
         hidden_LMD = self.layers.embedding(batch.tokens_MU, None, documents)
         for block in self.layers.blocks:
             hidden_LMD = block(hidden_LMD, None, None, documents)

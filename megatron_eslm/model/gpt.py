@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_eslm.data.batch import Batch, Rows
-from megatron_eslm.data.documents import WHOLE, DocumentRules, Documents
+from megatron_eslm.data.documents import CAUSAL, DocumentRules, MaskAndPositions
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.model.architectures.registry import architecture_of
 from megatron_eslm.model.dropout import DropoutKey, NamedDropout
@@ -199,7 +199,7 @@ class GPT(nn.Module):
             num_rows = inputs.shape[1]
             rows = torch.arange(num_rows, device=inputs.device)
             places = self._places(range(num_rows), num_rows)
-            documents = WHOLE if batch is None else self._documents(batch)
+            documents = CAUSAL if batch is None else self._documents(batch)
             hidden = self._blocks(inputs, self.block_range, places, tokens, documents)
             return Selected(hidden, rows)
         depth, num_rows = self.policy.traits.early_exit_blocks, len(inputs.tokens_MU)
@@ -213,9 +213,9 @@ class GPT(nn.Module):
         hidden_LKD = self._blocks(hidden_LKD, self.block_range[depth:], places, tokens, documents)
         return Selected(hidden_LKD, kept_K)
 
-    def _documents(self, batch: Batch) -> Documents:
+    def _documents(self, batch: Batch) -> MaskAndPositions:
         rules = self.settings.documents
-        return WHOLE if rules is None else rules.of(batch.tokens_MU)
+        return CAUSAL if rules is None else rules.of(batch.tokens_MU)
 
     def loss(self, selected: Selected, batch: Batch) -> torch.Tensor:
         """Run the head, on the last stage."""
@@ -227,7 +227,7 @@ class GPT(nn.Module):
         numbers: Sequence[int],
         places: DropoutKey | None,
         tokens: LossTokenIndex | None,
-        documents: Documents,
+        documents: MaskAndPositions,
     ) -> torch.Tensor:
         interval = self.settings.activation_checkpoint_interval
         if not interval or not self.training:
@@ -252,7 +252,7 @@ class GPT(nn.Module):
         numbers: Sequence[int],
         places: DropoutKey | None,
         tokens: LossTokenIndex | None,
-        documents: Documents,
+        documents: MaskAndPositions,
     ) -> torch.Tensor:
         for number in numbers:
             last = number == self.shape.num_layers - 1

@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import nn
 
-from megatron_eslm.data.documents import WHOLE, Documents
+from megatron_eslm.data.documents import CAUSAL, MaskAndPositions
 from megatron_eslm.model.architectures.registry import architecture_of
 from megatron_eslm.model.dropout import DropoutKey, NamedDropout
 from megatron_eslm.model.lora import AdaptedColumnLinear, AdaptedRowLinear
@@ -170,7 +170,7 @@ class Embedding(nn.Module):
         self,
         tokens_MU: torch.Tensor,
         places: DropoutKey | None = None,
-        documents: Documents = WHOLE,
+        documents: MaskAndPositions = CAUSAL,
     ) -> torch.Tensor:
         inputs_TM = tokens_MU[:, :-1].t().contiguous()
         hidden_TMD = self.word(inputs_TM)
@@ -250,7 +250,7 @@ class Attention(nn.Module):
         self.out = layout.row(shape.hidden_size, shape.hidden_size)
 
     def forward(
-        self, x_LMD: torch.Tensor, places: DropoutKey | None, documents: Documents = WHOLE
+        self, x_LMD: torch.Tensor, places: DropoutKey | None, documents: MaskAndPositions = CAUSAL
     ) -> torch.Tensor:
         qkv, _ = self.qkv(x_LMD)
         t, m, _ = qkv.shape
@@ -353,7 +353,7 @@ class Block(nn.Module):
         x_LMD: torch.Tensor,
         places: DropoutKey | None = None,
         tokens: LossTokenIndex | None = None,
-        documents: Documents = WHOLE,
+        documents: MaskAndPositions = CAUSAL,
     ) -> torch.Tensor:
         out_LMD = self.attention(self.norm1(x_LMD), places, documents)
         x_LMD = x_LMD + self.dropouts["attention"].hidden(out_LMD, places)

@@ -52,7 +52,7 @@ class SelectionPolicy:
         self.state = state
         self.peers = peers
         self.seed = seed
-        self._referred: tuple[Batch, torch.Tensor] | None = None
+        self._last_reference: tuple[Batch, torch.Tensor] | None = None
 
     @classmethod
     def traits_of(cls, options: SelectionOptions) -> PolicyTraits:
@@ -138,9 +138,9 @@ class SelectionPolicy:
             return batch.reference_MT
         assert self.reference is not None, "neither stored losses nor a reference model"
         # Where sequences are selected in the model, their tokens need the same losses soon after.
-        if self._referred is None or self._referred[0] is not batch:
-            self._referred = batch, self.reference(batch)
-        return self._referred[1]
+        if self._last_reference is None or self._last_reference[0] is not batch:
+            self._last_reference = batch, self.reference(batch)
+        return self._last_reference[1]
 
     def sequence_scores(self, scored: ScoredBatch) -> torch.Tensor:
         """`score_sequences`; EXCLUDED for rows without any valid token, and for no others."""

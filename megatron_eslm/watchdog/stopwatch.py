@@ -6,7 +6,7 @@ import time
 
 
 class Stopwatch:
-    """Accumulates the seconds between calls of `look`, at most `longest_seconds` per call.
+    """Accumulates the seconds between calls of `tick`, at most `longest_seconds` per call.
 
     So a process that was stopped, or waited for the interpreter or the store, does not mistake its
     own pause for silence of the others.
@@ -17,7 +17,7 @@ class Stopwatch:
         self._longest = longest_seconds
         self._last = time.monotonic()
 
-    def look(self) -> None:
+    def tick(self) -> None:
         now = time.monotonic()
         self.seconds += min(now - self._last, self._longest)
         self._last = now

@@ -168,10 +168,10 @@ class StoreClient(threading.Thread):
                     with contextlib.suppress(OSError):
                         self.statuses[rank] = SharedStatus.of(process.pid, found["status"])
         self.neighbours = neighbours
-        self._listening.look()
+        self._listening.tick()
 
     def _listen(self) -> None:
-        self._listening.look()
+        self._listening.tick()
         now = self._listening.seconds
         ranks = [rank for rank in range(self._world_size) if rank != self._rank]
         texts = self._store.multi_get([f"beat/{rank}" for rank in ranks])

@@ -202,7 +202,7 @@ class Watchdog:
         brought_seconds = 0.0
         while not self._ended.wait(TICK_SECONDS if brought is None else TICK_SECONDS / 10):
             before_seconds = self._clock.seconds
-            self._clock.look()
+            self._clock.tick()
             now_seconds = self._clock.seconds
             if self._phases.now is not self._seen:
                 self._seen, self._seen_seconds = self._phases.now, now_seconds

@@ -151,7 +151,7 @@ def test_killed_in_the_middle_of_handing_over() -> None:
 @pytest.mark.parametrize("big", [False, True])
 def test_a_stopped_process_is_named_and_ended(big: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before or while it hands over."""
-    monkeypatch.setattr(loader_processes, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(loader_processes, "CHECK_SECONDS", 0.05)
     make: Make = pid_and_big if big else (lambda n: (n, os.getpid(), time.sleep(0.3)))
     with nothing_left():
         batches = processes(make, workers=1, timeout_seconds=0.6)
@@ -164,7 +164,7 @@ def test_a_stopped_process_is_named_and_ended(big: bool, monkeypatch: pytest.Mon
 
 @pytest.mark.timeout(60)
 def test_a_process_that_hangs_is_named_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_processes, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(loader_processes, "CHECK_SECONDS", 0.05)
     with (
         nothing_left(),
         pytest.raises(

@@ -215,6 +215,35 @@ def test_middle_stages_hold_blocks_only_and_read_only_to_score(
     ]
 
 
+def test_stages_exchange_shapes_only_where_the_number_of_rows_changes(data: list[str]) -> None:
+    """On CUDA the host would wait for the device each time."""
+
+    def fn(rank: int, *flags: str | int) -> list[str]:
+        seen: list[str] = []
+
+        def prepare(trainer: Trainer) -> None:
+            for name in ("_send_tensor_meta", "_recv_tensor_meta"):
+                call = getattr(trainer.engine.ds, name)
+
+                def counted(*args, name: str = name, call=call):
+                    seen.append(name)
+                    return call(*args)
+
+                setattr(trainer.engine.ds, name, counted)
+
+        train(words(data, *STEPS, *PP2, *flags), prepare=prepare)
+        return seen
+
+    def both(rank: int) -> tuple[list[str], list[str]]:
+        # Six of eight rows in training, eight in evaluation, at the end.
+        few = ("--eslm-alpha", "0.25", "--global-batch-size", ROWS)
+        return fn(rank, "--eval-interval", 1), fn(rank, *few, "--eval-interval", 4)
+
+    first, last = run_ranks(2, both)
+    assert first == (["_send_tensor_meta"], ["_send_tensor_meta"] * 2)
+    assert last == (["_recv_tensor_meta"], ["_recv_tensor_meta"] * 2)
+
+
 def test_every_group_waits_as_long_as_the_world(data: list[str], tmp_path: Path) -> None:
     """Also those that DeepSpeed makes for a pipeline: NCCL's own 10 minutes would come first."""
     argv = words(data, *PP2, "--distributed-timeout-minutes", "7")

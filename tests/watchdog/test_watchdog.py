@@ -459,7 +459,7 @@ def test_a_job_that_was_stopped_as_a_whole_goes_on(start: Start) -> None:
 def test_a_stopwatch_does_not_count_what_it_did_not_see() -> None:
     watch = Stopwatch(longest_seconds=0.05)
     time.sleep(0.3)
-    watch.look()
+    watch.tick()
     assert watch.seconds == 0.05
-    watch.look()
+    watch.tick()
     assert 0.05 <= watch.seconds <= 0.1
