@@ -235,13 +235,13 @@ def test_stages_exchange_shapes_only_where_the_number_of_rows_changes(data: list
         return seen
 
     def both(rank: int) -> tuple[list[str], list[str]]:
-        # Six of eight rows in training, eight in evaluation, at the end.
+        # Six of eight rows in training, eight in evaluation, before it and after.
         few = ("--eslm-alpha", "0.25", "--global-batch-size", ROWS)
         return fn(rank, "--eval-interval", 1), fn(rank, *few, "--eval-interval", 4)
 
     first, last = run_ranks(2, both)
-    assert first == (["_send_tensor_meta"], ["_send_tensor_meta"] * 2)
-    assert last == (["_recv_tensor_meta"], ["_recv_tensor_meta"] * 2)
+    assert first == (["_send_tensor_meta"], ["_send_tensor_meta"] * 3)
+    assert last == (["_recv_tensor_meta"], ["_recv_tensor_meta"] * 3)
 
 
 def test_every_group_waits_as_long_as_the_world(data: list[str], tmp_path: Path) -> None:
