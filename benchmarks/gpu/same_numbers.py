@@ -81,8 +81,8 @@ def rows(setup: Setup) -> Iterator[Row]:
     start = setup.folder / "start"
     of_rows = {4: {"clm": START, **methods(str(start))}, **variants(heads)}
     if setup.toy:
-        kept = ("clm", "eslm step", "eslm global", "rho1")
-        of_rows[4] = {name: of_rows[4][name] for name in kept}
+        kept = ("clm", "eslm global", "rho1", "llama eslm", "documents")
+        of_rows = {n: {k: v for k, v in found.items() if k in kept} for n, found in of_rows.items()}
     runs = {name: (*common, *flags) for found in of_rows.values() for name, flags in found.items()}
     theirs = {**runs, "clm": (*runs["clm"], "--save", start)}
     outcomes: list[dict[str, Outcome]] = []

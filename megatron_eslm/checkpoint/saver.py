@@ -117,15 +117,17 @@ class CheckpointSaver:
         """Wait for the save under way; returns and raises as `poll`."""
         if self._save is None:
             return None
-        save, self._save = self._save, None
+        save = self._save
         self._wait_for(save)
         with self._waiting():
             try:
                 on_every_rank(save.results)
             except ConfigError:
+                self._save = None
                 if dist.get_rank() == 0:
                     save.draft.discard()
                 raise
+        self._save = None  # not where another rank is gone: `finish_alone` follows
         return save.draft.folder
 
     def finish_alone(self) -> Path | None:
@@ -160,13 +162,14 @@ class CheckpointSaver:
                 tokenizer=self._tokenizer,
                 copies=copies,
             )
-        self._save = _Save(draft, written := WrittenFiles(draft.path.name), [])
-        begin = self._threads.submit
-        self._save.stages.append((begin(self._write, draft, written), False))
+        written = WrittenFiles(draft.path.name)
+        begin = self._threads.submit  # there is one thread, which takes them in order
+        stages: list[tuple[Future, bool]] = [(begin(self._write, draft, written), False)]
         if dist.get_rank() == 0:
             files = begin(written.of_all_ranks, self._going_on)
-            self._save.stages.append((files, True))
-            self._save.stages.append((begin(self._publish, draft, written, files), False))
+            stages.append((files, True))
+            stages.append((begin(self._publish, draft, written, files), False))
+        self._save = _Save(draft, written, stages)
 
     def _write(self, draft: Draft, written: WrittenFiles) -> None:
         """Write this rank's files."""
