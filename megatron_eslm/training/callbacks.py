@@ -193,8 +193,8 @@ class Checkpointer(Callback):
         saver = self._saver
         if saver is None or (path := saver.under_way) is None:
             return
-        logger.error("%s: %s", type(error).__name__, first_line(error))
-        logger.warning("the run ends with this error once %s is written", path)
+        what = f"{type(error).__name__}: {first_line(error)}"
+        logger.error("%s; the run ends once %s is written", what, path)
         if saver.finish_alone() is not None:
             logger.warning("saved %s", path)
 
