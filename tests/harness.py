@@ -32,6 +32,7 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import faulthandler
+import gc
 import multiprocessing.connection
 import pickle
 import sys
@@ -49,6 +50,7 @@ import torch.multiprocessing as mp
 
 from megatron_eslm.launch.bootstrap import quiet_imports
 from megatron_eslm.launch.device import prepare_device
+from megatron_eslm.watchdog.parent import end_with_parent
 
 
 class RankFailed(AssertionError):
@@ -77,7 +79,7 @@ def run_ranks(
         folder = Path(name)
         context = mp.start_processes(
             _one_rank,
-            args=(world_size, fn, args, folder, timeout),
+            args=(os.getpid(), world_size, fn, args, folder, timeout),
             nprocs=world_size,
             join=False,
             start_method="fork",
@@ -128,8 +130,16 @@ def _results(folder: Path, world_size: int, exit_codes: list[int], hung: bool) -
 
 
 def _one_rank(
-    rank: int, world_size: int, fn: Callable, args: tuple, folder: Path, timeout: float
+    rank: int,
+    tests: int,
+    world_size: int,
+    fn: Callable,
+    args: tuple,
+    folder: Path,
+    timeout: float,
 ) -> None:
+    end_with_parent(tests)
+    gc.freeze()  # what the test process has imported is not looked through again and again
     stack = (folder / f"{rank}.stack").open("w")
     faulthandler.dump_traceback_later(timeout, file=stack)
     torch.set_num_threads(1)

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from benchmarks.gpu.same_numbers import difference
 from benchmarks.gpu.setup import Setup
 from benchmarks.gpu.training import Outcome
 from benchmarks.gpu.waits import count_waits
+from megatron_eslm.watchdog.parent import end_with_parent
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +36,7 @@ def run(folder: Path, *flags: str) -> tuple[int, dict, str]:
         capture_output=True,
         text=True,
         cwd=ROOT,
+        preexec_fn=partial(end_with_parent, os.getpid()),
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode in (0, 1), done.stderr[-3000:]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import yaml
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.recipes.recipe import read_recipe
 from megatron_eslm.recipes.runner import Runner
+from megatron_eslm.watchdog.parent import end_with_parent
 
 from ..training.conftest import make_domain
 from ..training.runs import words
@@ -190,6 +192,7 @@ def tool(*words: str, **kwargs) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        preexec_fn=partial(end_with_parent, os.getpid()),
         **kwargs,
     )
 
@@ -204,6 +207,7 @@ def test_a_training_ends_with_its_runner(recipe, number):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=partial(end_with_parent, os.getpid()),
     )
     while not Path("hangs").exists():
         assert runner.poll() is None

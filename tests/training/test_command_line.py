@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from megatron_eslm.launch import signals
 from megatron_eslm.launch.signals import ECHO_SECONDS
 from megatron_eslm.training.main import fail
+from megatron_eslm.watchdog.parent import end_with_parent
 
 from ..launch.ranks import free_port
 from .runs import read_metrics, words
@@ -56,7 +58,7 @@ def environment(mark: str) -> dict[str, str]:
 
 
 def start(command: list[str], *flags: str, cwd: Path) -> subprocess.Popen:
-    """In a process group of its own; `cwd` is its mark."""
+    """In a process group of its own, which ends with the tests; `cwd` is its mark."""
     return subprocess.Popen(
         [*command, *flags],
         cwd=cwd,
@@ -65,6 +67,7 @@ def start(command: list[str], *flags: str, cwd: Path) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=partial(end_with_parent, os.getpid()),
     )
 
 
@@ -136,6 +139,21 @@ def test_every_launcher_trains_the_same(data: list[str], tmp_path: Path) -> None
     assert len(losses["python"]) == 3
     assert losses["torchrun"] == pytest.approx(losses["python"], abs=1e-5)
     assert losses["deepspeed"] == pytest.approx(losses["torchrun"], abs=1e-7)
+
+
+def test_a_job_ends_with_tests_that_are_killed(tmp_path: Path) -> None:
+    if (tests := os.fork()) == 0:
+        try:
+            start([sys.executable, "-c", "import time; time.sleep(60)"], cwd=tmp_path)
+            signal.pause()
+        finally:
+            os._exit(1)
+    while not members(tmp_path):
+        assert os.waitpid(tests, os.WNOHANG) == (0, 0)
+        time.sleep(0.01)
+    os.kill(tests, signal.SIGKILL)
+    os.waitpid(tests, 0)
+    assert_nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize(
