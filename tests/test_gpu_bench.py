@@ -5,47 +5,44 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.gpu.__main__ import GROUPS, SECOND_STAGE, measure
+from benchmarks.gpu.__main__ import GROUPS, SECOND_STAGE, main, measure
 from benchmarks.gpu.process import WorkFailed, in_process
 from benchmarks.gpu.row import Row, at_least, at_most, exactly, missed
 from benchmarks.gpu.same_numbers import difference
 from benchmarks.gpu.setup import Setup
 from benchmarks.gpu.training import Outcome
 from benchmarks.gpu.waits import count_waits
-from megatron_eslm.watchdog.parent import end_with_parent
 
 ROOT = Path(__file__).parent.parent
+Script = Callable[..., tuple[int, dict, str]]
 
 
-def run(folder: Path, *flags: str) -> tuple[int, dict, str]:
-    """Exit code, JSON and output of the script."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--json", str(folder / "gpu.json"), *flags],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        preexec_fn=partial(end_with_parent, os.getpid()),
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode in (0, 1), done.stderr[-3000:]
-    return done.returncode, json.loads((folder / "gpu.json").read_text()), done.stdout
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Script:
+    """A function that calls the script with flags: exit code, JSON and output."""
+
+    def call(*flags: str) -> tuple[int, dict, str]:
+        file = tmp_path / "gpu.json"
+        monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--json", str(file), *flags])
+        code = main()
+        return code, json.loads(file.read_text()), capsys.readouterr().out
+
+    return call
 
 
-def test_rows_that_need_no_gpu_hold_on_a_cpu(tmp_path: Path) -> None:
+def test_rows_that_need_no_gpu_hold_on_a_cpu(run: Script) -> None:
     names = [name for name in GROUPS if name != "jobs"]
-    code, record, out = run(tmp_path, "--only", *names)
+    code, record, out = run("--only", *names)
     rows = record["rows"]
     assert code == 0, [row for row in rows if row["state"] == "MISSED"]
     assert {row["number"] for row in rows} == {n for name in names for n in GROUPS[name][0]}
@@ -57,8 +54,8 @@ def test_rows_that_need_no_gpu_hold_on_a_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # each starts several jobs under torchrun
 @pytest.mark.parametrize("flags", [("--only", "jobs"), ("--gpus", "2")], ids=["jobs", "ranks"])
-def test_jobs_and_the_second_stage_hold_on_a_cpu(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    code, record, _ = run(tmp_path, *flags)
+def test_jobs_and_the_second_stage_hold_on_a_cpu(run: Script, flags: tuple[str, ...]) -> None:
+    code, record, _ = run(*flags)
     rows = record["rows"]
     assert code == 0, [row for row in rows if row["state"] == "MISSED"]
     assert {row["number"] for row in rows} == ({12} if "jobs" in flags else {16, 17, 18})
