@@ -14,6 +14,7 @@ from megatron_eslm.checkpoint.same_method import check_same_method
 from megatron_eslm.checkpoint.stored_shape import holds_nothing_yet
 from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.config.run import RunConfig
+from megatron_eslm.cost.budget import is_complete
 from megatron_eslm.data.tokenizers.build import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.engine.engine import Engine
 from megatron_eslm.errors import ConfigError
@@ -142,7 +143,13 @@ def _check_same_data(run: RunConfig, found: CheckpointInfo, data: dict[str, Any]
 
 
 def _check_something_is_left(run: RunConfig, found: CheckpointInfo) -> None:
-    iteration, last = found.state().iteration, run.training.train_iters
+    state, last = found.state(), run.training.train_iters
+    iteration, flops = state.iteration, state.flops_paper
+    if iteration < last and is_complete(run, iteration, flops) and not continues_itself(run):
+        raise ConfigError(
+            f"{found.folder} has used {flops:.4g} FLOPs by the paper's count, and --train-flops is "
+            f"{run.training.train_flops:.4g}: nothing is left to train. Raise --train-flops."
+        )
     if iteration > last or (iteration == last and not continues_itself(run)):
         raise ConfigError(
             f"{found.folder} is at iteration {iteration}, but --train-iters is {last}: nothing is "
@@ -196,7 +203,7 @@ def resume(run: RunConfig, engine: Engine, found: CheckpointInfo) -> None:
     """Restore the engine from a checkpoint. Collective."""
     resets = resets_optimizer(run, found)
     state = load_engine(engine, found, optimizer=not resets)
-    if state.iteration == run.training.train_iters:
+    if is_complete(run, state.iteration, state.flops_paper):
         logger.info("%s is the end of this run: nothing is left to train", found.folder)
         return
     logger.info(

@@ -35,6 +35,13 @@ class TrainingOptions:
     """Optimizer steps of the run, including those before --load. Default with --model-size: the
     paper's 40,000 (124M) or 30,000; 200,000 for the Llama sizes."""
 
+    train_flops: Annotated[float, POSITIVE] | None = None
+    """End the run with the first step at which the FLOPs by the paper's count (flops_paper in the
+    metrics, all micro-steps) reach this budget; --train-iters remains the limit. Where all steps
+    cost the same, known before the run, this is short for --train-iters with that many steps, and
+    warm-up and decay fit it. Otherwise (an alpha that changes, a growing batch, a teacher or a
+    reference) the schedule is that of --train-iters and is cut off."""
+
     micro_batch_size: Annotated[int, ONE_OR_MORE] | None = None
     """Sequences per rank and micro-step (M). With --eslm-scope global, selection chooses among
     these of all ranks."""

@@ -255,6 +255,12 @@ def canonical_split(split: str) -> str:
     return ",".join(map(str, split_parts(split)))
 
 
+def tokenizer_of(options: DataOptions) -> Tokenizer:
+    """The common tokenizer of `--data-path`, without a look at the ids; errors as in `open_data`."""
+    prefixes = [prefix for _, prefix in parse_data_path(options.data_path)]
+    return _common_tokenizer(options, prefixes, [read_meta(prefix) for prefix in prefixes])
+
+
 def _common_tokenizer(
     options: DataOptions, prefixes: list[str], metas: list[DataMeta | None]
 ) -> Tokenizer:

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 Outcome = Literal["finished", "failed", "held", "waits"]
 """Of one run: done (now or before), ended with an error, somebody else's, needs another one."""
 
-_STEP_FLOPS = re.compile(r"^FLOPs executed .*\((\S+) per step\)$", re.MULTILINE)
+_FLOPS = re.compile(r"^FLOPs executed +(\S+) \((\S+) per step\)$", re.MULTILINE)
 
 
 class StoppedError(Failure):
@@ -52,8 +52,8 @@ class Runner:
     def __init__(self, recipe: Recipe, script: Path) -> None:
         self.recipe = recipe
         self.script = script
-        self._known_flops: dict[str, float] = {}
-        """Of a step, by method: --dry-run takes seconds, and no seed changes what it says."""
+        self._known_flops: dict[str, tuple[float, float]] = {}
+        """Of a run and of its steps, by method: --dry-run takes seconds, and no seed changes what it says."""
 
     def train(self, runs: Sequence[RecipeRun]) -> dict[str, Outcome]:
         """Prepare, and train `runs` in their order, those that wait for others as soon as they may.
@@ -87,14 +87,9 @@ class Runner:
         """The budget of a run with `flops-of`, by the FLOPs that --dry-run counts; else None."""
         if run.flops_of is None:
             return None
-        other = self.recipe.run(run.flops_of, run.seed)
-        try:
-            _, iterations = other.flags["train_iters"]
-        except KeyError as error:
-            raise ConfigError(
-                f"flops-of of {run.method} needs train-iters of {run.flops_of}; set it."
-            ) from error
-        return round(int(iterations) * self._step_flops(other) / self._step_flops(run))
+        total, _ = self._flops(self.recipe.run(run.flops_of, run.seed))
+        _, per_step = self._flops(run)
+        return round(total / per_step)
 
     def _portable(self, words: Sequence[str]) -> list[str]:
         """A command without the places of this Python and this package."""
@@ -106,12 +101,13 @@ class Runner:
             words = [sys.executable]
         return [*words, str(self.script)]
 
-    def _step_flops(self, run: RecipeRun) -> float:
+    def _flops(self, run: RecipeRun) -> tuple[float, float]:
+        """Of the whole run, and of a step."""
         if run.method not in self._known_flops:
             self._known_flops[run.method] = self._dry_run_flops(run)
         return self._known_flops[run.method]
 
-    def _dry_run_flops(self, run: RecipeRun) -> float:
+    def _dry_run_flops(self, run: RecipeRun) -> tuple[float, float]:
         command = [*self._launch(), *run.words(planned=True), "--dry-run"]
         try:
             done = subprocess.run(
@@ -119,12 +115,12 @@ class Runner:
             )
         except OSError as error:
             raise _cannot_start(command, error) from error
-        found = _STEP_FLOPS.search(done.stdout)
+        found = _FLOPS.search(done.stdout)
         if done.returncode or found is None:
             raise ConfigError(
                 f"{shlex.join(command)} failed: {(done.stderr or done.stdout)[-500:]}"
             )
-        return float(found[1])
+        return float(found[1]), float(found[2])
 
     def _train(self, run: RecipeRun) -> Outcome:
         counted = run.flops_of and self.recipe.run(run.flops_of, run.seed)

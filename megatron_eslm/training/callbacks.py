@@ -134,6 +134,7 @@ class Reporter(Callback):
             lr=last.lr if last else learning_rate(run.optimizer, state.iteration),
             grad_norm=last.grad_norm if last else None,
             batch_size=last.batch_size if last else None,
+            micro_batches_of_step=_micro_batches_of_step(run, state),
             speed=speed,
         )
         line |= self._tasks
@@ -155,6 +156,12 @@ class Reporter(Callback):
             mfu=None if peak is None else model / seconds / peak,
             hfu=None if peak is None else executed / seconds / peak,
         )
+
+
+def _micro_batches_of_step(run: RunConfig, state: TrainState) -> float | None:
+    """Mean over the steps so far, of all ranks; None before the first."""
+    tokens = run.training.micro_batch_size * run.model.seq_length
+    return state.tokens / tokens / state.iteration if state.iteration else None
 
 
 def _peak_flops(trainer: Trainer) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 
 from megatron_eslm.checkpoint.stored_shape import holds_nothing_yet, stored_run
@@ -9,6 +11,9 @@ from megatron_eslm.config.filler import MissingFlags
 from megatron_eslm.config.run import RunConfig, parse_flags, resolve
 from megatron_eslm.config.training_options import CheckpointOptions
 from megatron_eslm.data.data_options import DataOptions
+from megatron_eslm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def read_command_line(argv: Sequence[str], world_size: int) -> RunConfig:
@@ -23,12 +28,38 @@ def read_command_line(argv: Sequence[str], world_size: int) -> RunConfig:
     stored = stored_run(parsed["checkpoint"])
     shape, scope = (stored.shape, stored.scope) if stored is not None else (None, None)
     try:
-        return resolve(world_size=world_size, stored=shape, stored_scope=scope, **parsed)
+        run = resolve(world_size=world_size, stored=shape, stored_scope=scope, **parsed)
     except MissingFlags:
         # Report bad files first: a missing flag may only follow from a wrong file.
         _check_data(parsed["data"])
         _check_checkpoint(parsed["checkpoint"])
         raise
+    if (steps := _steps_of_budget(run)) is None:
+        return run
+    parsed["training"] = dataclasses.replace(parsed["training"], train_iters=steps)
+    parsed["given"] |= {"train_iters"}
+    return resolve(world_size=world_size, stored=shape, stored_scope=scope, **parsed)
+
+
+def _steps_of_budget(run: RunConfig) -> int | None:
+    """--train-iters as --train-flops shortens it; None if it does not, or not by a known number."""
+    budget, limit = run.training.train_flops, run.training.train_iters
+    if budget is None:
+        return None
+    if run.demo:
+        raise ConfigError("--train-flops needs --data-path; the demo corpus is not made yet.")
+    from megatron_eslm.cost.budget import steps_of_budget
+    from megatron_eslm.data.source import tokenizer_of
+
+    steps = steps_of_budget(run, tokenizer_of(run.data).vocab_size)
+    if steps is not None and steps > limit:
+        logger.warning(
+            "--train-iters %d ends before --train-flops %g, which is %d steps.",
+            limit,
+            budget,
+            steps,
+        )
+    return steps if steps is not None and steps < limit else None
 
 
 def _check_data(options: DataOptions) -> None:

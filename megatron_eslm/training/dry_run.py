@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import Counter
+from typing import NamedTuple
 
 from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.config.run import RunConfig
+from megatron_eslm.cost.budget import is_complete
 from megatron_eslm.cost.flops import FlopsModel
 from megatron_eslm.cost.memory import copy_bytes, estimate_memory
 from megatron_eslm.cost.of_run import build_flops, step_work
@@ -67,10 +68,24 @@ def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
     return text, None
 
 
+class _Totals(NamedTuple):
+    """Sums over all steps to --train-iters or --train-flops."""
+
+    steps: int
+    tokens: int
+    """Positions read."""
+    executed: float
+    """FLOPs."""
+    by_paper: float
+    """FLOPs."""
+    trained: int
+    """Tokens in the loss."""
+
+
 def _totals(
     run: RunConfig, flops: FlopsModel, reading: ReadingPlan, start: TrainState
-) -> tuple[float, float, int]:
-    """Totals over all steps: FLOPs executed, FLOPs by the paper, and tokens trained on.
+) -> _Totals:
+    """Sum over all steps.
 
     Steps before the start are known. Alpha follows the configured start, warm-up and schedule;
     ADA-ESLM's changes, and a reference that is overtaken, cannot be predicted and are ignored.
@@ -80,22 +95,33 @@ def _totals(
     taught = min(steps, run.objective.salt_iters) if run.objective.distill == "salt" else steps
     state = copy.deepcopy(start.selection)
     controller = AlphaController(run.selection, state, steps)
-    kinds = Counter[tuple[float, bool, int]]()
-    for iteration in range(start.iteration, steps):
+    costs: dict[tuple[float, bool, int], tuple[float, float, int]] = {}
+    executed, by_paper, trained = start.flops, start.flops_paper, start.tokens_trained
+    tokens, iteration = start.tokens, start.iteration
+    while not is_complete(run, iteration, by_paper):
         controller.begin_step(iteration)
         batch_size = reading.batch_size(position)
-        kinds[state.alpha, iteration < taught, batch_size] += 1
+        kind = (state.alpha, iteration < taught, batch_size)
+        if kind not in costs:
+            costs[kind] = _cost(run, flops, *kind)
+        of_step = costs[kind]
+        executed, by_paper = executed + of_step[0], by_paper + of_step[1]
+        trained += of_step[2]
+        tokens += batch_size * run.model.seq_length
         position = reading.skipped.after(position, batch_size)
-    executed, by_paper, trained = start.flops, start.flops_paper, start.tokens_trained
-    for (alpha, has_teacher, batch_size), count in kinds.items():
-        work = step_work(run, alpha, batch_size)
-        ledgers = flops if has_teacher else dataclasses.replace(flops, teacher=None)
-        if not alpha:  # the reference model does not run
-            ledgers = dataclasses.replace(ledgers, reference=None)
-        executed += count * ledgers.executed(work)
-        by_paper += count * ledgers.paper_flops(work)
-        trained += count * work.tokens_trained
-    return executed, by_paper, trained
+        iteration += 1
+    return _Totals(iteration, tokens, executed, by_paper, trained)
+
+
+def _cost(
+    run: RunConfig, flops: FlopsModel, alpha: float, has_teacher: bool, batch_size: int
+) -> tuple[float, float, int]:
+    """FLOPs executed, FLOPs by the paper and tokens trained on of one step."""
+    work = step_work(run, alpha, batch_size)
+    ledgers = flops if has_teacher else dataclasses.replace(flops, teacher=None)
+    if not alpha:  # the reference model does not run
+        ledgers = dataclasses.replace(ledgers, reference=None)
+    return ledgers.executed(work), ledgers.paper_flops(work), work.tokens_trained
 
 
 def _reading(run: RunConfig, reading: ReadingPlan, start: TrainState) -> list[str]:
@@ -142,17 +168,21 @@ def dry_run_text(
     work = step_work(run)
     plan = plan_stages(run, shape, flops, work)
     memory = estimate_memory(run, shape, plan, flops)
-    executed, by_paper, trained = _totals(run, flops, reading, start)
+    total = _totals(run, flops, reading, start)
     gib = 2.0**30
-    read = start.tokens + reading.samples_left(reading.begin) * run.model.seq_length
-    micro_batches = read / (t.micro_batch_size * run.model.seq_length)  # of all ranks
+    micro_batches = total.tokens / (t.micro_batch_size * run.model.seq_length)  # of all ranks
     lines = [
         *_reading(run, reading, start),
+        *(
+            [f"ends early           after step {total.steps:,}, by --train-flops {t.train_flops:g}"]
+            if total.steps < t.train_iters
+            else []
+        ),
         f"method               {method_text(run.selection, run.objective.distill)}",
         f"computes in          {machine_text(run)}",
         f"layout               {layout_text(run)}",
-        f"tokens read          {read:,}",
-        f"tokens trained on    {trained:,} ({trained / read:.1%})",
+        f"tokens read          {total.tokens:,}",
+        f"tokens trained on    {total.trained:,} ({total.trained / total.tokens:.1%})",
         f"parameters           {num_params(shape):,} (vocabulary {shape.vocab_size:,} padded to "
         f"{shape.padded_vocab_size:,})",
         *(
@@ -160,9 +190,9 @@ def dry_run_text(
             if (rank := run.model.lora_rank)
             else []
         ),
-        f"FLOPs executed       {executed:.3e} ({executed / t.train_iters:.3e} per step)",
-        f"FLOPs by the paper   {by_paper:.3e} ({by_paper / t.train_iters:.3e} per step, "
-        f"{by_paper / micro_batches:.3e} per micro-batch)",
+        f"FLOPs executed       {total.executed:.3e} ({total.executed / total.steps:.3e} per step)",
+        f"FLOPs by the paper   {total.by_paper:.3e} ({total.by_paper / total.steps:.3e} per step, "
+        f"{total.by_paper / micro_batches:.3e} per micro-batch)",
         f"memory per rank      {memory.total / gib:.2f} GiB = weights {memory.weights / gib:.2f} + "
         f"gradients {memory.gradients / gib:.2f} + optimizer {memory.optimizer / gib:.2f} + "
         f"activations {memory.activations / gib:.2f} + head {memory.head / gib:.2f}"

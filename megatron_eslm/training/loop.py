@@ -15,6 +15,7 @@ import torch
 from megatron_eslm.checkpoint.manifest import iteration_of
 from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.config.run import RunConfig
+from megatron_eslm.cost.budget import is_complete
 from megatron_eslm.cost.flops import FlopsModel
 from megatron_eslm.data.loader import build_loader
 from megatron_eslm.data.mixture import Datasets
@@ -56,7 +57,7 @@ class StepOutcome:
     failure: NonfiniteError | None
     """Why training cannot continue after this step."""
     is_last: bool
-    """Whether --train-iters is reached."""
+    """Whether --train-iters or --train-flops is reached."""
     stop: Stop | None
     """Reason why the run stops early, if it does."""
     leaves: bool
@@ -130,7 +131,7 @@ class Trainer:
         self.outputs.guard(self.engine.monitor)
 
     def train(self, began_seconds: float | None = None) -> signal.Signals | None:
-        """Train from the state's iteration to `--train-iters`.
+        """Train from the state's iteration to `--train-iters` or `--train-flops`.
 
         Args:
             began_seconds: when the program began, on the monotonic clock; default: now.
@@ -190,7 +191,7 @@ class Trainer:
             batches = self._batches()
             for callback in self.callbacks:
                 callback.on_start(self)
-            while state.iteration < t.train_iters:
+            while not is_complete(self.run, state.iteration, state.flops_paper):
                 step = self._step(batches, stop)
                 for callback in self.callbacks:
                     if step.failure is None:
@@ -281,7 +282,7 @@ class Trainer:
         # Loss scaling causes harmless overflows of gradients; the loss is finite then.
         overflow = self.run.engine.fp16 and bool(torch.isfinite(torch.tensor(stats.loss)))
         failure = self.nonfinite.after_step(state, applied=applied or overflow)
-        is_last = state.iteration == t.train_iters
+        is_last = is_complete(self.run, state.iteration, state.flops_paper)
         return StepOutcome(
             stats=stats,
             grad_norm=norm,

@@ -193,9 +193,13 @@ def metrics_line(
     lr: float,
     grad_norm: float | None,
     batch_size: int | None,
+    micro_batches_of_step: float | None,
     speed: Speed | None,
 ) -> dict[str, Any]:
-    """Fields of a metrics line (docs/design.md). At iteration 0 nothing has been trained yet."""
+    """Fields of a metrics line (docs/design.md). At iteration 0 nothing has been trained yet.
+
+    `micro_batches_of_step` is the mean over the run so far, of all ranks; None at iteration 0.
+    """
     return {
         "iteration": state.iteration,
         "loss": stats.loss if stats else None,
@@ -218,6 +222,9 @@ def metrics_line(
         "tokens_trained": state.tokens_trained,
         "flops": state.flops,
         "flops_paper": state.flops_paper,
+        "flops_paper_micro_batch": state.flops_paper / micro_batches_of_step
+        if micro_batches_of_step
+        else 0.0,
         "step_seconds": speed.step_seconds if speed else None,
         "elapsed_seconds": state.elapsed_seconds,
         "mfu": speed.mfu if speed else None,

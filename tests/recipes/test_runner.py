@@ -34,8 +34,9 @@ folder.mkdir(parents=True, exist_ok=True)
 with open("calls.txt", "a") as calls:
     calls.write(folder.parent.name + " " + flags.get("--load", "-") + chr(10))
 if "--dry-run" in sys.argv:
-    flops = "2e6" if flags["--selection"] == "clm" else "1e6"
-    print(f"FLOPs executed       1e9 ({flops} per step)")
+    flops = 2e6 if flags["--selection"] == "clm" else 1e6
+    total = flops * int(flags["--train-iters"])
+    print(f"FLOPs executed       {total:.3e} ({flops:.3e} per step)")
     sys.exit()
 (folder / "iter_0000001").mkdir(exist_ok=True)
 if os.path.exists("fail"):
