@@ -256,7 +256,7 @@ def canonical_split(split: str) -> str:
 
 
 def tokenizer_of(options: DataOptions) -> Tokenizer:
-    """The common tokenizer of `--data-path`, without a look at the ids; errors as in `open_data`."""
+    """The tokenizer of `--data-path`, without a look at the ids; errors as in `open_data`."""
     prefixes = [prefix for _, prefix in parse_data_path(options.data_path)]
     return _common_tokenizer(options, prefixes, [read_meta(prefix) for prefix in prefixes])
 

@@ -53,7 +53,7 @@ class Runner:
         self.recipe = recipe
         self.script = script
         self._known_flops: dict[str, tuple[float, float]] = {}
-        """Of a run and of its steps, by method: --dry-run takes seconds, and no seed changes what it says."""
+        """Of a run and of a step, by method: --dry-run takes seconds and says the same for any seed."""
 
     def train(self, runs: Sequence[RecipeRun]) -> dict[str, Outcome]:
         """Prepare, and train `runs` in their order, those that wait for others as soon as they may.

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_eslm.checkpoint.saver import CheckpointSaver
+from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.flops import device_peak_flops
 from megatron_eslm.engine.learning_rate import learning_rate

@@ -82,9 +82,7 @@ class _Totals(NamedTuple):
     """Tokens in the loss."""
 
 
-def _totals(
-    run: RunConfig, flops: FlopsModel, reading: ReadingPlan, start: TrainState
-) -> _Totals:
+def _totals(run: RunConfig, flops: FlopsModel, reading: ReadingPlan, start: TrainState) -> _Totals:
     """Sum over all steps.
 
     Steps before the start are known. Alpha follows the configured start, warm-up and schedule;

@@ -20,8 +20,8 @@ from .runs import Outcome, build, read_dumps, read_metrics, refusal, train, word
 FIELDS = {
     "iteration", "loss", "valid_loss", "alpha", "kept_instances", "kept_tokens", "tau_instance",
     "tau_token", "cvar", "lr", "grad_norm", "tokens", "tokens_trained", "flops", "flops_paper",
-    "flops_paper_micro_batch", "step_seconds", "mfu", "hfu", "nonfinite_steps", "valid_loss_by_domain",
-    "batch_size", "consumed_samples",
+    "flops_paper_micro_batch", "step_seconds", "mfu", "hfu", "nonfinite_steps",
+    "valid_loss_by_domain", "batch_size", "consumed_samples",
 }  # fmt: skip
 
 
