@@ -53,7 +53,7 @@ class Runner:
         self.recipe = recipe
         self.script = script
         self._known_flops: dict[str, tuple[float, float]] = {}
-        """Of a run and of a step, by method: --dry-run takes seconds and says the same for any seed."""
+        """Of a run and of a step, by method; no seed changes what --dry-run says."""
 
     def train(self, runs: Sequence[RecipeRun]) -> dict[str, Outcome]:
         """Prepare, and train `runs` in their order, those that wait for others as soon as they may.
