@@ -18,7 +18,7 @@ from typing import Annotated
 from megatron_eslm.command_line import command
 from megatron_eslm.config.flags import parse_options
 from megatron_eslm.files.output_prefix import output_prefix
-from megatron_eslm.limits import Flag
+from megatron_eslm.limits import ONE_OR_MORE, Flag, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,18 @@ class CompareOptions:
     target: float | None = None
     """Validation loss to reach; default: what the baseline reaches at its end."""
 
+    window: Annotated[int, ONE_OR_MORE] = 1
+    """Evaluations in the running mean that has to reach it."""
+
     baseline: Annotated[str, Flag(metavar="LABEL")] | None = None
     """What to compare with; default: the first method with --selection clm, or else the first of
     all."""
 
     output_prefix: Annotated[str, Flag(metavar="PREFIX")] = "report"
     """Writes PREFIX.md, PREFIX.png and PREFIX.html."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @command
@@ -57,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
     logging.basicConfig(format="%(levelname)s: %(message)s")
     groups = group_runs([read_run(file) for file in options.runs], options.labels)
-    comparison = compare(groups, options.target, options.baseline)
+    comparison = compare(groups, options.target, options.baseline, options.window)
     prefix = output_prefix(options.output_prefix)
     text, picture, page = (Path(f"{prefix}.{end}") for end in ("md", "png", "html"))
     flag = f"--output-prefix {options.output_prefix}"

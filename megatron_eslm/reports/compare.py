@@ -18,9 +18,11 @@ from megatron_eslm.reports.groups import (
     mixed_settings,
     on_common_seeds,
 )
+from megatron_eslm.reports.running_mean import averaged
 from megatron_eslm.reports.runs import Run
 from megatron_eslm.reports.tables import Table, to_markdown
 from megatron_eslm.reports.targets import Reach, default_target
+from megatron_eslm.reports.task_table import task_tables
 
 NO_CONTROL = (
     "No random-selection control among these runs: a gain here cannot be told from dropping the "
@@ -82,7 +84,10 @@ class Comparison:
 
 
 def compare(
-    groups: Sequence[Group], target: float | None = None, baseline: str | None = None
+    groups: Sequence[Group],
+    target: float | None = None,
+    baseline: str | None = None,
+    window: int = 1,
 ) -> Comparison:
     """Compare groups of runs.
 
@@ -91,6 +96,7 @@ def compare(
         target: validation loss (nats) to reach. Default: what the baseline reaches at its end.
         baseline: label of the group to compare with. Default: the first group of plain training
             (clm), else the first group.
+        window: evaluations in the running mean that has to reach the target.
 
     Raises:
         ConfigError: fewer than two groups, an unknown baseline, or a run without evaluation.
@@ -108,12 +114,15 @@ def compare(
                     "compare. Train with --eval-interval below the number of iterations."
                 )
     base = _baseline(groups, baseline)
+    means = [averaged(group, window) for group in groups]
+    mean_base = means[list(map(id, groups)).index(id(base))]
     if target is None:
-        target = default_target(groups, base)
+        target = default_target(means, mean_base)
     tables = [
         _results(groups, base),
+        *task_tables(groups),
         _costs(groups),
-        *_to_target(groups, base, target),
+        *_to_target(means, mean_base, target, window),
         *_domains(groups),
         *_settings(groups),
     ]
@@ -168,6 +177,12 @@ def final_loss(run: Run) -> float:
     return run.evaluations[-1]["valid_loss"]
 
 
+def perplexity(run: Run) -> float:
+    """Perplexity per token at the last evaluation; infinite where it would overflow."""
+    last = final_loss(run)
+    return math.exp(last) if not last > 700 else math.inf
+
+
 def best_loss(run: Run) -> float | None:
     """The lowest finite validation loss of a run."""
     losses = [r["valid_loss"] for r in run.evaluations if math.isfinite(r["valid_loss"])]
@@ -197,13 +212,22 @@ def _results(groups: Sequence[Group], base: Group) -> Table:
             _difference(group, base),
             *([_difference(group, control)] if some else []),
             _cell(group, best_loss, loss),
+            _cell(group, perplexity, "{:.2f}".format),
         ]
         rows.append(cells)
     return Table(
         "Validation loss at the end",
-        ["", "final", f"against {base.label}", *(["against random"] if some else []), "best"],
+        [
+            "",
+            "final",
+            f"against {base.label}",
+            *(["against random"] if some else []),
+            "best",
+            "perplexity",
+        ],
         rows,
-        "Nats per token over the whole validation set, all tokens, whatever was trained on. Mean "
+        "Nats per token over the whole validation set, all tokens, whatever was trained on; "
+        "perplexity is that of the final loss, per token of the tokenizer. Mean "
         "over seeds, in brackets the lowest and the highest seed (not shown where they print "
         "alike). Differences are between means over the seeds that both have; negative is "
         "better.",
@@ -249,7 +273,7 @@ def _cell(group: Group, read: Callable[[Run], float | None], form: Format) -> st
     return spread.text(form) if spread else "n/a"
 
 
-def _to_target(groups: Sequence[Group], base: Group, target: float) -> list[Table]:
+def _to_target(groups: Sequence[Group], base: Group, target: float, window: int) -> list[Table]:
     header = ["", *(q.title for q in QUANTITIES)]
 
     def needs(group: Group) -> list[str]:
@@ -278,7 +302,8 @@ def _to_target(groups: Sequence[Group], base: Group, target: float) -> list[Tabl
             header,
             [[label(group), *needs(group)] for group in groups],
             "Where a run first reaches the target, linear between evaluations: mean over seeds, in "
-            "brackets lowest and highest. There is no mean unless every seed reaches it.",
+            "brackets lowest and highest. There is no mean unless every seed reaches it."
+            + (f" The loss is a running mean of {window} evaluations." if window > 1 else ""),
         ),
         Table(
             f"Saved against {base.label} to {target:.4f}",

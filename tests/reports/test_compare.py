@@ -56,6 +56,7 @@ def test_final_loss_with_mean_spread_and_differences(groups):
         "against clm": "–",
         "against random": "+0.7000",  # of seed 1, which both have
         "best": "4.1000 [4.0000, 4.2000]",
+        "perplexity": "60.64 [54.60, 66.69]",
     }
     assert row(comparison, "Validation loss at the end", "eslm (1 seed)") == {
         "final": "3.0000",
@@ -144,7 +145,42 @@ def test_best_is_not_final(make_run):
     comparison = compare(groups)
     assert row(comparison, "Validation loss at the end", "a (1 seed)")["best"] == "2.0000"
     cells = row(comparison, "Validation loss at the end", "b (1 seed)")
-    assert cells == {"final": "nan", "against a": "+nan", "best": "4.0000"}
+    assert cells == {
+        "final": "nan",
+        "against a": "+nan",
+        "best": "4.0000",
+        "perplexity": "nan",
+    }
+
+
+def test_a_running_mean_reaches_a_target_later(make_run):
+    groups = [Group(name, [make_run(name, (6.0, 4.0), seed=1)]) for name in ("a", "b")]
+    title = "To a validation loss of"
+    assert row(compare(groups, target=5.0), title, "b (1 seed)")["iterations"] == "150"
+    comparison = compare(groups, target=5.0, window=2)
+    assert row(comparison, title, "b (1 seed)")["iterations"] == "200"
+    assert compare(groups, window=2).target == 5.0
+    assert row(comparison, "Validation loss at the end", "b (1 seed)")["final"] == "4.0000"
+
+
+def test_tasks_by_their_best_over_a_run(metrics_file):
+    def run(name, seed, first, last):
+        lines = [
+            line(10, 4.0, **{"tasks/piqa/acc": first, "tasks/piqa/bits_per_byte": 1.0}),
+            line(20, 3.9, **{"tasks/piqa/acc": last, "tasks/arc/x/acc_norm": 0.3}),
+        ]
+        return read_run(metrics_file(f"{name}{seed}.jsonl", {"run": {"seed": seed}}, *lines))
+
+    groups = [
+        Group("a", [run("a", 1, 0.6, 0.5), run("a", 2, 0.4, 0.5)]),
+        Group("b", [run("b", 1, 0.5, 0.7)]),
+    ]
+    cells = row(compare(groups), "Tasks", "a (2 seeds)")
+    # 0.6 and 0.5; their standard error is half of their difference.
+    assert cells["piqa acc"] == "0.5500 ± 0.0500"
+    assert cells["arc x acc_norm"] == "0.3000 ± 0.0000"
+    assert cells["mean"] == "0.4250 ± 0.0250"
+    assert row(compare(groups), "Tasks", "b (1 seed)")["mean"] == "0.5000"
 
 
 def test_too_few_methods_and_no_evaluation(groups, metrics_file):
