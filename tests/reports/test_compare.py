@@ -63,6 +63,7 @@ def test_final_loss_with_mean_spread_and_differences(groups):
         "against clm": "-1.2000",
         "against random": "-0.5000",
         "best": "3.0000",
+        "perplexity": "20.09",
     }
 
 
