@@ -14,6 +14,7 @@ docs/data.md says what is read and what is written.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -80,6 +81,10 @@ class PreprocessOptions:
     of: Annotated[int, Flag(metavar="N")] | None = None
     """Divide the input files among N processes."""
 
+    mpi: bool = False
+    """Divide them among the processes of mpirun or srun: rank and size are --index and --of. Needs
+    mpi4py."""
+
     on_bad_line: OnBadLine = "fail"
     """End the run at a document that cannot be read, or leave it out and count it."""
 
@@ -91,6 +96,8 @@ class PreprocessOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.mpi and (self.index is not None or self.of is not None):
+            raise ConfigError("--mpi sets --index and --of itself; leave them out.")
         if (self.index is None) != (self.of is None):
             raise ConfigError(
                 "--index and --of belong together: --index 0 --of 4 is the first quarter."
@@ -99,9 +106,9 @@ class PreprocessOptions:
             raise ConfigError(
                 f"--index {self.index} --of {self.of}: the index runs from 0 to --of - 1."
             )
-        if self.of is not None and self.overwrite:
+        if (self.of is not None or self.mpi) and self.overwrite:
             raise ConfigError(
-                "--overwrite has no meaning with --of: give it to tools/merge_data.py."
+                "--overwrite has no meaning with --of or --mpi: give it to tools/merge_data.py."
             )
         if self.domain_names is not None and self.split_key is None:
             raise ConfigError("--domain-names has no meaning without --split-key. Add it.")
@@ -111,6 +118,11 @@ class PreprocessOptions:
 def main(argv: Sequence[str]) -> int:
     """Return 0, or 2 if the input cannot be used."""
     options = parse_options(PreprocessOptions, argv, __doc__)
+    if options.mpi:
+        from megatron_eslm.data.parts.mpi_share import mpi_share
+
+        index, of = mpi_share()
+        options = dataclasses.replace(options, mpi=False, index=index, of=of)
     from megatron_eslm.data.input_list import expand_inputs
     from megatron_eslm.data.preprocess import preprocess
     from megatron_eslm.data.tokenizers.build import build_tokenizer

@@ -6,8 +6,10 @@ import itertools
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,7 +240,22 @@ def test_merged_pairs_are_those_of_all_documents(tmp_path, documents, gpt2):
     assert not (tmp_path / "new.idx").exists()
 
 
-def test_commands(tmp_path, tree, capsys):
+def test_ranks_of_mpi_are_shares(tmp_path, tree, monkeypatch):
+    ended = []
+    prefix = tmp_path / "out"
+    words = ["--input", str(tree), "--output-prefix", str(prefix), "--split-key", KEY]
+    for rank in (0, 1):
+        world = SimpleNamespace(Get_rank=lambda rank=rank: rank, Get_size=lambda: 2)
+        mpi = SimpleNamespace(COMM_WORLD=world, Finalize=lambda: ended.append(1))
+        monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi))
+        assert main(["preprocess", *words, "--tokenizer-type", "ByteTokenizer", "--mpi"]) == 0
+        done = {int(path.stem) for path in Path(f"{prefix}.parts").glob("[0-9]*.json")}
+        assert {n % 2 for n in done} == set(range(rank + 1))
+    assert len(ended) == 2
+
+
+def test_commands(tmp_path, tree, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
     (tmp_path / "list.txt").write_text(f"# all\n{tree}/*/*.zst\n")
 
     def run_command(name: str, *words: str) -> str:
@@ -256,6 +273,8 @@ def test_commands(tmp_path, tree, capsys):
     for words, said in (
         (["--index", "2", "--of", "2"], "the index runs from 0 to --of - 1"),
         (["--index", "1"], "--index and --of belong together"),
+        (["--index", "0", "--of", "2", "--mpi"], "--mpi sets --index and --of itself"),
+        (["--mpi"], "--mpi needs mpi4py"),
         (["--domain-names", "x"], "--domain-names has no meaning without --split-key"),
     ):
         command = ["preprocess", "--input", "x", "--output-prefix", prefix]
