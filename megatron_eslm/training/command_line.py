@@ -47,7 +47,7 @@ def _steps_of_budget(run: RunConfig) -> int | None:
     if budget is None:
         return None
     if run.demo:
-        raise ConfigError("--train-flops needs --data-path; the demo corpus is not made yet.")
+        raise ConfigError("--train-flops needs --data-path; it has no meaning for the demo.")
     from megatron_eslm.cost.budget import steps_of_budget
     from megatron_eslm.data.source import tokenizer_of
 
