@@ -345,8 +345,9 @@ class ReportOptions:
     """Project on Weights & Biases; needs the extra `wandb`."""
 
     eval_tasks: tuple[str, ...] = ()
-    """Tasks of lm-eval (extra `eval`) to evaluate during training, by name; see --eval-tasks-path.
-    Results are in the metrics file and the monitors as tasks/NAME/METRIC. Nothing is downloaded."""
+    """Tasks of lm-eval (extra `eval`) to evaluate during training, by name (see --eval-tasks-path),
+    or `paper` for those of the paper's tables. Results are in the metrics file and the monitors as
+    tasks/NAME/METRIC. Nothing is downloaded."""
 
     eval_tasks_interval: Annotated[int, ONE_OR_MORE] = 1000
     """Steps between evaluations of --eval-tasks. The last step is always evaluated."""

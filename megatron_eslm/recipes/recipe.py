@@ -1,6 +1,8 @@
 """A recipe: one YAML file that names methods, seeds, model and budget of a comparison.
 
-    output: runs/small            # every run gets a folder here
+    base: scales/${scale}.yaml    # another recipe to build on (base.py says how they merge)
+    defaults: {scale: small}      # values of ${name} that --set may change
+    output: runs/${scale}/alpha   # every run gets a folder here
     launch: python                # words before pretrain_gpt.py; deepspeed --num_gpus 8, ...
     seeds: [1, 2]
     prepare:                      # commands that make what the runs read, each once
@@ -33,8 +35,10 @@ from megatron_eslm.config.run import GROUPS
 from megatron_eslm.errors import ConfigError, did_you_mean
 from megatron_eslm.files import yaml_file
 from megatron_eslm.files.yaml_file import Value
+from megatron_eslm.recipes.base import fill, read_with_base
 
 _KEYS = ("output", "launch", "seeds", "prepare", "flags", "methods", "after")
+"""Besides `base` and `defaults`."""
 _OWN = ("needs", "flops_of")
 """What a method has besides flags."""
 _RUNNERS = ("seed", "save", "load", "metrics_file", "dry_run")
@@ -128,13 +132,8 @@ def read_recipe(path: str | Path, variables: Mapping[str, str] | None = None) ->
         ConfigError: the file cannot be read or says something that cannot be.
     """
     path = Path(path)
-    try:
-        content = yaml_file.read_yaml(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except ConfigError as error:
-        raise ConfigError(f"The recipe {error}") from error
-    return _Reader(path, dict(variables or {})).recipe(content)
+    content, values = read_with_base(path, variables or {})
+    return _Reader(path, values).recipe(content)
 
 
 class _Reader:
@@ -145,11 +144,11 @@ class _Reader:
         self.variables = variables
         self.options = options(GROUPS)
 
-    def recipe(self, content: Value) -> Recipe:
-        content = self._mapping("it", content)
+    def recipe(self, content: yaml_file.Mapping) -> Recipe:
         for key in content:
             if key not in _KEYS:
-                raise self._error(f"there is no key {key!r}.{did_you_mean(key, _KEYS)}")
+                known = ("base", "defaults", *_KEYS)
+                raise self._error(f"there is no key {key!r}.{did_you_mean(key, known)}")
         methods = self._mapping("'methods'", content.get("methods"))
         if not methods:
             raise self._error("it has no 'methods'")
@@ -270,7 +269,7 @@ class _Reader:
         return self._fill(given, places)
 
     def _mapping(self, what: str, given: Value) -> yaml_file.Mapping:
-        if given is None and what != "it":
+        if given is None:
             return yaml_file.Mapping()
         if not isinstance(given, yaml_file.Mapping):
             raise self._error(f"{what} must be a mapping, as in `key: value`")
@@ -282,17 +281,8 @@ class _Reader:
         return self._fill(value, places) if isinstance(value, str) else value
 
     def _fill(self, text: str, places: Mapping[str, Path] | None = None) -> str:
-        def value(match: re.Match[str]) -> str:
-            name = match[1]
-            if name.startswith("run:"):
-                if name[4:] not in (places or {}):
-                    raise self._error(f"{match[0]} names no method")
-                return str((places or {})[name[4:]])
-            if name not in self.variables:
-                raise self._error(f"{match[0]} has no value; give --set {name}=...")
-            return self.variables[name]
-
-        return re.sub(r"\$\{([^}]*)\}", value, text)
+        runs = {f"run:{method}": str(place) for method, place in (places or {}).items()}
+        return fill(text, self.variables | runs, self.path)
 
     @property
     def _where(self) -> str:

@@ -18,7 +18,9 @@ import torch.distributed as dist
 
 from megatron_eslm.checkpoint.live_weights import live_weights
 from megatron_eslm.config.run import RunConfig
-from megatron_eslm.evaluation.tasks import TaskSources, load_tasks, need_lm_eval
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.evaluation.suite import SUITES
+from megatron_eslm.evaluation.tasks import TaskSources, load_suite, load_tasks, need_lm_eval
 from megatron_eslm.frozen.model import FrozenModel
 from megatron_eslm.model.gpt import bare_gpt
 from megatron_eslm.parallel.collectives import on_every_rank
@@ -48,7 +50,19 @@ class TaskEvaluator(Callback):
 
         def load() -> list[Any]:
             need_lm_eval("--eval-tasks")
-            return load_tasks(report.eval_tasks, sources)
+            names = [name for name in report.eval_tasks if name not in SUITES]
+            tasks = load_tasks(names, sources) if names else []
+            for suite in [name for name in report.eval_tasks if name in SUITES]:
+                found, missing = load_suite(SUITES[suite], sources)
+                tasks += found
+                for name, why in missing.items():
+                    logger.warning("--eval-tasks %s: without %s. %s", suite, name, why)
+            if not tasks:
+                raise ConfigError(
+                    f"--eval-tasks {' '.join(report.eval_tasks)}: no task of it has its data here; "
+                    "the warnings above say where it is looked for."
+                )
+            return tasks
 
         self._tasks = on_every_rank(load)
         self._alone: Mesh | None = None

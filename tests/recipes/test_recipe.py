@@ -132,9 +132,63 @@ def test_not_a_file_or_not_yaml(tmp_path):
             read_recipe(tmp_path / "x.yaml")
 
 
+def test_base_is_merged_in(tmp_path):
+    (tmp_path / "small.yaml").write_text(
+        """
+        defaults: {steps: 10, data: there}
+        launch: torchrun
+        seeds: [3, 4]
+        prepare: [{creates: "${data}/x", run: first}]
+        flags: {train-iters: "${steps}", lr: 0.1}
+        """
+    )
+    (tmp_path / "r.yaml").write_text(
+        """
+        base: ${scale}.yaml
+        defaults: {scale: small, data: here}
+        output: runs/${scale}
+        seeds: [1]
+        prepare: [{creates: y, run: second}]
+        flags: {lr: 0.2}
+        methods: {a: {selection: clm}}
+        """
+    )
+    (tmp_path / "more.yaml").write_text("base: r.yaml\nmethods: {b: {selection: random}}\n")
+    recipe = read_recipe(tmp_path / "more.yaml", {"steps": "20"})
+    assert recipe.launch == ("torchrun",) and recipe.output == Path("runs/small")
+    assert [(run.method, run.seed) for run in recipe.runs] == [("a", 1), ("b", 1)]
+    assert recipe.runs[0].words()[:4] == ["--train-iters", "20", "--lr", "0.2"]
+    assert [str(step.creates) for step in recipe.prepare] == ["here/x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: r.yaml", "it is its own base"),
+        ("base: none.yaml", "none.yaml cannot be read"),
+        ("base: [x]", "'base' must be text"),
+        ("base: ${where}", r"\$\{where\} has no value; give --set where="),
+        ("defaults: [x]", "'defaults' must be a mapping"),
+        ("output: ${there}", r"--set their=.*no \$\{their\}; it has there. Did you mean there"),
+    ],
+)
+def test_base_refused(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(tmp_path / "r.yaml", {"their": "x"} if "there" in text else {})
+
+
+@pytest.mark.parametrize("scale", ["small", "paper"])
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)
-def test_examples_are_runs_that_training_accepts(path):
-    recipe = read_recipe(path, {"corpus": "corpus", "data": "data", "teacher": "teacher"})
+def test_examples_are_runs_that_training_accepts(path, scale):
+    variables = {"corpus": "corpus"}
+    if scale == "paper":
+        if "${scale}" not in path.read_text() + (EXAMPLES / "main.yaml").read_text() * (
+            path.name == "tables.yaml"
+        ):
+            pytest.skip("small only")
+        variables = {"scale": "paper", "data": "data"}
+    recipe = read_recipe(path, variables)
     for run in recipe.runs:
         parsed = parse_run(run.words(), 1)
         assert parsed.training.seed == run.seed

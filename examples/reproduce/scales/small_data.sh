@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# The data of small.yaml and label_noise.yaml: a vocabulary of 4096 trained on the seven domains, and each of
-# them as Megatron files in runs/small-data. The recipes call it.
+# The data of small.yaml: a vocabulary of 4096 trained on the seven domains, and each of them as Megatron files.
 #
-#   examples/reproduce/small_data.sh CORPUS     CORPUS/train holds <domain>.jsonl.zst
+#   examples/reproduce/scales/small_data.sh CORPUS DATA     CORPUS/train holds <domain>.jsonl.zst
 set -euo pipefail
 corpus=${1:?the folder with train/<domain>.jsonl.zst}
-data=runs/small-data
+data=${2:?the folder to write}
 [[ -f $data/bpe.json ]] ||
     python tools/train_tokenizer.py --input "$corpus/train" --vocab-size 4096 --output $data/bpe.json
 for domain in arxiv book c4 commoncrawl github stackexchange wikipedia; do
