@@ -101,7 +101,7 @@ check: install docs
 	$(BIN)/mypy
 	$(BIN)/codespell .
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck examples/*.sh examples/*.sbatch examples/data/*.sbatch examples/reproduce/*.sh
+	$(BIN)/shellcheck examples/*.sh examples/*.sbatch examples/data/*.sbatch examples/reproduce/scales/*.sh
 
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -15,7 +15,7 @@ SHAPES = {
     ),
     "1.5B": ("--model-size", "1.5B"),
     "llama-1B-4": ("--model-size", "llama-1B", "--num-layers", "4"),
-    # That of examples/reproduce/small.yaml; --vocab-size 4096 --rows 40 --seq-length 128.
+    # That of examples/reproduce/scales/small.yaml; --vocab-size 4096 --rows 40 --seq-length 128.
     "1.3M": (
         *("--num-layers", "4", "--hidden-size", "128", "--num-attention-heads", "4"),
         *("--lr", "1e-4"),

@@ -1,6 +1,6 @@
 """Run a comparison from one YAML file: every method with every seed, then table and curves.
 
-    megatron-eslm run-recipe examples/reproduce/small.yaml --set corpus=data/corpus
+    megatron-eslm run-recipe examples/reproduce/main.yaml --set corpus=data/corpus
 
 Interrupted, the same command goes on where it stopped. Started several times, the processes share
 the runs; on several machines, --index I --of N gives each its part. See examples/reproduce/.

@@ -11,16 +11,23 @@ import dataclasses
 import datetime
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from megatron_eslm.checkpoint.live_weights import live_weights
 from megatron_eslm.config.run import RunConfig
+from megatron_eslm.config.training_options import ReportOptions
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.evaluation.suite import SUITES
-from megatron_eslm.evaluation.tasks import TaskSources, load_suite, load_tasks, need_lm_eval
+from megatron_eslm.evaluation.tasks import (
+    ReadyTask,
+    TaskSources,
+    load_suite,
+    load_tasks,
+    need_lm_eval,
+)
 from megatron_eslm.frozen.model import FrozenModel
 from megatron_eslm.model.gpt import bare_gpt
 from megatron_eslm.parallel.collectives import on_every_rank
@@ -31,6 +38,31 @@ if TYPE_CHECKING:
     from megatron_eslm.evaluation.native_lm import NativeLM
 
 logger = logging.getLogger(__name__)
+
+
+def tasks_to_evaluate(report: ReportOptions) -> list[ReadyTask]:
+    """Load the tasks that --eval-tasks names.
+
+    Raises:
+        ConfigError: lm-eval, a named task or its data is missing, or all data of a suite.
+    """
+    need_lm_eval("--eval-tasks")
+    sources = TaskSources(
+        include_path=report.eval_tasks_path, task_data=report.eval_tasks_data, download=False
+    )
+    names = [name for name in report.eval_tasks if name not in SUITES]
+    tasks = load_tasks(names, sources) if names else []
+    for suite in [name for name in report.eval_tasks if name in SUITES]:
+        found, missing = load_suite(SUITES[suite], sources)
+        tasks += found
+        for name, why in missing.items():
+            logger.warning("--eval-tasks %s: without %s. %s", suite, name, why)
+    if not tasks:
+        raise ConfigError(
+            f"--eval-tasks {' '.join(report.eval_tasks)}: no task of it has its documents here; "
+            "the warnings say where they are looked for. Give --eval-tasks-data, or leave it out."
+        )
+    return tasks
 
 
 class TaskEvaluator(Callback):
@@ -44,27 +76,7 @@ class TaskEvaluator(Callback):
         """
         report = run.report
         self._limit, self._interval = report.eval_tasks_limit, report.eval_tasks_interval
-        sources = TaskSources(
-            include_path=report.eval_tasks_path, task_data=report.eval_tasks_data, download=False
-        )
-
-        def load() -> list[Any]:
-            need_lm_eval("--eval-tasks")
-            names = [name for name in report.eval_tasks if name not in SUITES]
-            tasks = load_tasks(names, sources) if names else []
-            for suite in [name for name in report.eval_tasks if name in SUITES]:
-                found, missing = load_suite(SUITES[suite], sources)
-                tasks += found
-                for name, why in missing.items():
-                    logger.warning("--eval-tasks %s: without %s. %s", suite, name, why)
-            if not tasks:
-                raise ConfigError(
-                    f"--eval-tasks {' '.join(report.eval_tasks)}: no task of it has its data here; "
-                    "the warnings above say where it is looked for."
-                )
-            return tasks
-
-        self._tasks = on_every_rank(load)
+        self._tasks = on_every_rank(lambda: tasks_to_evaluate(report))
         self._alone: Mesh | None = None
 
     def on_start(self, trainer: Trainer) -> None:

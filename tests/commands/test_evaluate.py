@@ -16,9 +16,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from megatron_eslm.commands import evaluate
+from megatron_eslm.config.training_options import ReportOptions
+from megatron_eslm.errors import ConfigError
 from megatron_eslm.evaluation import task_data
 from megatron_eslm.evaluation.suite import PAPER
 from megatron_eslm.evaluation.task_data import find_task_data
+from megatron_eslm.training.task_evaluation import tasks_to_evaluate
 
 from ..evaluation.conftest import Pair, pair, tasks  # noqa: F401
 from ..harness import run_ranks
@@ -121,6 +124,7 @@ def test_documents_of_a_folder(
     pair: Pair,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the format of the data set; shots come from train."""
@@ -142,6 +146,12 @@ def test_documents_of_a_folder(
     assert (found["piqa"]["documents"], found["piqa"]["shots"]) == (2, 5)
     captured = capsys.readouterr()
     assert "without multirc: The data of the task multirc is not there" in captured.err
+    report = ReportOptions(eval_tasks=("paper",), eval_tasks_data=str(tmp_path))
+    with caplog.at_level("WARNING"):
+        assert [(t.name, t.shots) for t in tasks_to_evaluate(report)] == [("piqa", 5)]
+    assert "--eval-tasks paper: without multirc. The data" in caplog.text
+    with pytest.raises(ConfigError, match="paper: no task of it has its documents here"):
+        tasks_to_evaluate(ReportOptions(eval_tasks=("paper",)))
     argv = ["--load", pair.native, "--tasks", "piqa", "--task-data", str(tmp_path)]
     assert evaluate.main([*argv, "--num-fewshot", "6"]) == 2
     assert "piqa wants 6 examples before each question, and" in capsys.readouterr().err
