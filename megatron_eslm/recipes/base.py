@@ -89,7 +89,7 @@ def _read(path: Path) -> yaml_file.Mapping:
 
 
 def _defaults(path: Path, content: yaml_file.Mapping) -> dict[str, str]:
-    given = content.get("defaults") or {}
+    given: Value = content.get("defaults") or yaml_file.Mapping()
     if not isinstance(given, dict) or not all(isinstance(each, str) for each in given.values()):
         raise ConfigError(
             f"The recipe {path} cannot be used: 'defaults' must be a mapping of names to values."
