@@ -154,8 +154,11 @@ def _score_by_ngrams(options: ScoreOptions, order: int, sources: list[DataSource
         eod=first.eod,
         overwrite=options.overwrite,
     )
-    for prefix, tokens, total_loss in scored:
-        _report(prefix, options.name, tokens, total_loss)
+    for text in scored:
+        held_out = ""
+        if text.held_out:
+            held_out = f" ({text.held_out_loss / text.held_out:.4f} outside the training documents)"
+        _report(text.prefix, options.name, text.tokens, text.total_loss, held_out)
     print(f"{time.monotonic() - begin:.1f} seconds, no FLOPs of matrix products")
 
 

@@ -27,6 +27,9 @@ class ScoredText(NamedTuple):
     """Tokens scored in this call, without those scored earlier."""
     total_loss: float
     """Sum of the losses of these tokens, in nats."""
+    held_out: int
+    """Those of them that are not in the counts."""
+    held_out_loss: float
 
 
 def score_ngram(
@@ -78,16 +81,21 @@ def score_ngram(
         )
     model = NGramModel(texts, order=order, vocab_size=vocab_size, eod=eod)
     results, first = [], 0
-    for prefix, meta in zip(prefixes, metas, strict=True):
-        total_loss = 0.0
+    for prefix, meta, text in zip(prefixes, metas, texts, strict=True):
+        total_loss, held_out, held_out_loss = 0.0, 0, 0.0
         with ReferenceWriter(prefix, name, meta, overwrite) as writer:
             before = writer.scored
             while writer.scored < meta.tokens:
                 begin, end = writer.scored, min(writer.scored + _CHUNK, meta.tokens)
                 losses = model.losses(first + begin, first + end)
                 total_loss += float(losses.sum())
+                out = ~text.counted_N[begin:end]
+                held_out += int(out.sum())
+                held_out_loss += float(losses[out].sum())
                 writer.append(losses.astype(np.float32))
-        results.append(ScoredText(prefix, meta.tokens - before, total_loss))
+        results.append(
+            ScoredText(prefix, meta.tokens - before, total_loss, held_out, held_out_loss)
+        )
         first += meta.tokens
     return results
 

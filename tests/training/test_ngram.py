@@ -140,7 +140,9 @@ def test_the_tool_stores_them_for_training(
     # The last tenth of the documents was predicted, and not counted.
     first_of_valid = int(indices[0].lengths[:18].sum())
     assert texts[0].counted_N.sum() == first_of_valid
-    assert f"{indices[0].tokens} tokens scored now, mean loss" in capsys.readouterr().out
+    said, outside = capsys.readouterr().out, expected[0][first_of_valid:].mean()
+    assert f"{indices[0].tokens} tokens scored now, mean loss" in said
+    assert f" nats ({outside:.4f} outside the training documents)\n" in said
 
     # Killed after a part, it goes on; from other text or with other n-grams, it does not.
     path = losses_path(prefixes[0], "trigram")
