@@ -151,9 +151,14 @@ def _check_something_is_left(run: RunConfig, found: CheckpointInfo) -> None:
             f"{run.training.train_flops:.4g}: nothing is left to train. Raise --train-flops."
         )
     if iteration > last or (iteration == last and not continues_itself(run)):
+        budget = run.training.train_flops
+        length, flag = f"--train-iters is {last}", "--train-iters"
+        if budget is not None:  # it may be what has set --train-iters
+            length += f" (with --train-flops {budget:.4g})"
+            flag += " or --train-flops, whichever ends the run first"
         raise ConfigError(
-            f"{found.folder} is at iteration {iteration}, but --train-iters is {last}: nothing is "
-            "left to train. Raise --train-iters."
+            f"{found.folder} is at iteration {iteration}, but {length}: nothing is left to train. "
+            f"Raise {flag}."
         )
 
 

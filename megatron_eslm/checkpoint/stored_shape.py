@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_eslm.checkpoint.manifest import MANIFEST, list_checkpoints
+from megatron_eslm.checkpoint.manifest import MANIFEST, STATE, list_checkpoints
 from megatron_eslm.config.training_options import CheckpointOptions
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.json_file import read_json
@@ -29,6 +29,8 @@ class Stored:
     shape: ModelShape
     scope: Scope | None
     """--eslm-scope; None if no run is continued."""
+    used: tuple[int, float] = (0, 0.0)
+    """Steps so far, and their FLOPs by the paper's count; zeros if no run is continued."""
 
 
 def stored_run(options: CheckpointOptions) -> Stored | None:
@@ -55,4 +57,9 @@ def _stored_in(path: Path, *, continues: bool) -> Stored:
         with suppress(KeyError, TypeError):
             found = run["options"]["selection"]["eslm_scope"]
             scope = found if found in get_args(Scope) else None
-    return Stored(parse_as(ModelShape, shape, f"the shape in {path}"), scope)
+    used = (0, 0.0)
+    if continues and (beside := path.with_name(STATE)).exists():  # weights alone have no state
+        state: Any = read_json(beside)
+        with suppress(KeyError, TypeError, ValueError):  # `find_start` says what is wrong
+            used = int(state["iteration"]), float(state["flops_paper"])
+    return Stored(parse_as(ModelShape, shape, f"the shape in {path}"), scope, used)

@@ -8,16 +8,23 @@ from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.of_run import build_flops, step_work
 from megatron_eslm.selection.state import SelectionState
 
+_SAME = 0.05
+"""Steps cost the same if they do to this share: --eod-mask-loss makes them a little cheaper."""
 
-def steps_of_budget(run: RunConfig, vocab_size: int) -> int | None:
+
+def steps_of_budget(
+    run: RunConfig, vocab_size: int, used: tuple[int, float] = (0, 0.0)
+) -> int | None:
     """Steps until the budget is used up; None if steps differ or their cost is not known ahead.
 
-    Steps differ while the batch grows, alpha changes or a reference may be overtaken. The cost of
+    Steps differ while the batch grows, alpha changes or a reference may be overtaken, and after a
+    run has been continued with other flags, such as a larger batch. The cost of
     teachers and of references that run in training is not known before they are found.
 
     Args:
         run: a run with --train-flops.
         vocab_size: of the data's tokenizer.
+        used: steps before --load, and their FLOPs by the paper's count.
     """
     budget, s = run.training.train_flops, run.selection
     assert budget is not None
@@ -32,8 +39,11 @@ def steps_of_budget(run: RunConfig, vocab_size: int) -> int | None:
         return None
     state = SelectionState(alpha=s.initial_alpha)
     flops = build_flops(run, run.shape(vocab_size), state, device_type="cpu")
+    per_step = flops.paper_flops(step_work(run))
+    if not math.isclose(used[1], used[0] * per_step, rel_tol=_SAME):
+        return None
     # The loop adds step by step, with rounding of its own.
-    return max(1, math.ceil(budget / flops.paper_flops(step_work(run)) - 1e-9))
+    return max(1, math.ceil(budget / per_step - 1e-9))
 
 
 def is_complete(run: RunConfig, iteration: int, flops_paper: float) -> bool:

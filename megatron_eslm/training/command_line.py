@@ -34,14 +34,15 @@ def read_command_line(argv: Sequence[str], world_size: int) -> RunConfig:
         _check_data(parsed["data"])
         _check_checkpoint(parsed["checkpoint"])
         raise
-    if (steps := _steps_of_budget(run)) is None:
+    used = stored.used if stored is not None else (0, 0.0)
+    if (steps := _steps_of_budget(run, used)) is None:
         return run
     parsed["training"] = dataclasses.replace(parsed["training"], train_iters=steps)
     parsed["given"] |= {"train_iters"}
     return resolve(world_size=world_size, stored=shape, stored_scope=scope, **parsed)
 
 
-def _steps_of_budget(run: RunConfig) -> int | None:
+def _steps_of_budget(run: RunConfig, used: tuple[int, float]) -> int | None:
     """--train-iters as --train-flops shortens it; None if it does not, or not by a known number."""
     budget, limit = run.training.train_flops, run.training.train_iters
     if budget is None:
@@ -51,7 +52,7 @@ def _steps_of_budget(run: RunConfig) -> int | None:
     from megatron_eslm.cost.budget import steps_of_budget
     from megatron_eslm.data.source import tokenizer_of
 
-    steps = steps_of_budget(run, tokenizer_of(run.data).vocab_size)
+    steps = steps_of_budget(run, tokenizer_of(run.data).vocab_size, used)
     if steps is not None and steps > limit:
         logger.warning(
             "--train-iters %d ends before --train-flops %g, which is %d steps.",

@@ -32,6 +32,14 @@ def test_a_budget_ends_a_run(data: list[str], tmp_path: Path) -> None:
         found["known"] = train(words(data, *plain, *budget, iters=6), tmp_path / "known.jsonl")
         found["four"] = train(words(data, *plain, iters=4), tmp_path / "four.jsonl")
 
+        # Two steps, then larger ones: what is left of the budget is one of those.
+        wide = ("--save", tmp_path / "wide", "--load", tmp_path / "wide", "--allow-data-change")
+        argv = words(data, *plain, *budget, *wide, iters=6)
+        train([*argv, "--exit-interval", "2"], tmp_path / "wide.jsonl")
+        argv = [*argv, "--global-batch-size", "16"]
+        found["wide"] = train(argv, tmp_path / "wide.jsonl").column("flops_paper")
+        found["short"] = refusal(words(data, *plain, *budget, "--load", tmp_path / "wide", iters=2))
+
         changing = train(words(data, *CHANGES, iters=6), tmp_path / "changing.jsonl")
         paper = changing.column("flops_paper")
         stop = (*CHANGES, "--train-flops", paper[3])
@@ -49,6 +57,8 @@ def test_a_budget_ends_a_run(data: list[str], tmp_path: Path) -> None:
     found = run_ranks(1, fn)[0]
     assert found["known"].column("loss") == found["four"].column("loss")
     assert found["known"].column("lr") == found["four"].column("lr") != found["long"].column("lr")
+    assert found["wide"][-1] == pytest.approx(found["four"].column("flops_paper")[3])
+    assert "Raise --train-iters or --train-flops" in found["short"]
     assert found["stopped"].iteration == found["again"] == 4
     assert found["stopped"].column("loss") == found["changing"].column("loss")[:4]
     assert "ends early           after step 4, by --train-flops" in found["text"]
