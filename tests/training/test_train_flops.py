@@ -38,7 +38,8 @@ def test_a_budget_ends_a_run(data: list[str], tmp_path: Path) -> None:
         train([*argv, "--exit-interval", "2"], tmp_path / "wide.jsonl")
         argv = [*argv, "--global-batch-size", "16"]
         found["wide"] = train(argv, tmp_path / "wide.jsonl").column("flops_paper")
-        found["short"] = refusal(words(data, *plain, *budget, "--load", tmp_path / "wide", iters=2))
+        load = ("--load", tmp_path / "wide", "--allow-data-change")
+        found["short"] = refusal(words(data, *plain, *budget, *load, iters=2))
 
         changing = train(words(data, *CHANGES, iters=6), tmp_path / "changing.jsonl")
         paper = changing.column("flops_paper")
