@@ -150,7 +150,7 @@ def run_cases(
             def on_rank(rank: int, batch: list[Case] = batch) -> list[dict[str, Outcome]]:
                 return [train_methods(data, folder, case, runs[case]) for case in batch]
 
-            results = run_ranks(world, on_rank, timeout=60.0 * len(batch))[0]
+            results = run_ranks(world, on_rank, timeout=300.0 * len(batch))[0]
             outcomes.update(zip(batch, results, strict=True))
     return outcomes
 
