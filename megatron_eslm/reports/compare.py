@@ -166,12 +166,6 @@ def share_trained(group: Group) -> float | None:
     return spread.mean if spread else None
 
 
-def label(group: Group) -> str:
-    """A group's name with its number of seeds."""
-    seeds = len(group.runs)
-    return f"{group.label} ({seeds} seed{'s' if seeds > 1 else ''})"
-
-
 def final_loss(run: Run) -> float:
     """Validation loss at the last evaluation."""
     return run.evaluations[-1]["valid_loss"]
@@ -207,7 +201,7 @@ def _results(groups: Sequence[Group], base: Group) -> Table:
     for group in groups:
         control = control_of(group, groups)
         cells = [
-            label(group),
+            group.title,
             _cell(group, final_loss, loss),
             _difference(group, base),
             *([_difference(group, control)] if some else []),
@@ -300,7 +294,7 @@ def _to_target(groups: Sequence[Group], base: Group, target: float, window: int)
         Table(
             f"To a validation loss of {target:.4f}",
             header,
-            [[label(group), *needs(group)] for group in groups],
+            [[group.title, *needs(group)] for group in groups],
             "Where a run first reaches the target, linear between evaluations: mean over seeds, in "
             "brackets lowest and highest. There is no mean unless every seed reaches it."
             + (f" The loss is a running mean of {window} evaluations." if window > 1 else ""),
@@ -351,7 +345,7 @@ def _domains(groups: Sequence[Group]) -> list[Table]:
         Table(
             "Validation loss by domain at the end",
             ["", *names],
-            [[label(group), *(cell(group, name) for name in names)] for group in groups],
+            [[group.title, *(cell(group, name) for name in names)] for group in groups],
             "Nats per token; mean over seeds, in brackets lowest and highest.",
         )
     ]

@@ -187,11 +187,10 @@ def _panel(
         drawn = drawn or bool(costs)
         colour = theme.series[number % len(theme.series)]
         xs = [cost / scale for cost in costs]
-        seeds = len(group.runs)
         axes.plot(
             xs,
             [spread.mean for spread in spreads],
-            label=f"{group.label} ({seeds} seed{'s' if seeds > 1 else ''})",
+            label=group.title,
             color=colour,
             linestyle=LINES[number % len(LINES)],
             marker=MARKERS[number % len(MARKERS)],
@@ -199,7 +198,7 @@ def _panel(
             markevery=max(1, len(xs) // 12),
             linewidth=1.8,
         )
-        if seeds > 1:
+        if len(group.runs) > 1:
             axes.fill_between(
                 xs,
                 [spread.low for spread in spreads],

@@ -47,6 +47,12 @@ class Group:
     runs: list[Run]
 
     @property
+    def title(self) -> str:
+        """Its label with its number of seeds."""
+        seeds = len(self.runs)
+        return f"{self.label} ({seeds} seed{'s' if seeds > 1 else ''})"
+
+    @property
     def selection(self) -> str | None:
         """The policy of the runs, if it is the same for all."""
         found = {run.settings.get("selection") for run in self.runs}

@@ -24,7 +24,7 @@ def task_tables(groups: Sequence[Group]) -> list[Table]:
     for group in groups:
         best = [[_best(run, key) for key in metrics] for run in group.runs]
         cells = [_cell([of_run[n] for of_run in best]) for n in range(len(metrics))]
-        rows.append([_label(group), *cells, _cell([_mean(of_run) for of_run in best])])
+        rows.append([group.title, *cells, _cell([_mean(of_run) for of_run in best])])
     header = ["", *(key.removeprefix(_PREFIX).replace("/", " ") for key in metrics), "mean"]
     return [
         Table(
@@ -68,8 +68,3 @@ def _cell(values: Sequence[float | None]) -> str:
     if len(known) == 1:
         return text
     return f"{text} ± {statistics.stdev(known) / math.sqrt(len(known)):.4f}"
-
-
-def _label(group: Group) -> str:
-    seeds = len(group.runs)
-    return f"{group.label} ({seeds} seed{'s' if seeds > 1 else ''})"
