@@ -58,7 +58,11 @@ def read_with_base(
 
 
 def fill(text: str, values: Mapping[str, str], path: Path) -> str:
-    """Put values in the place of `${name}`; ConfigError if one has none."""
+    """Put values, which may have `${name}` themselves, in the place of `${name}`.
+
+    Raises:
+        ConfigError: a name has no value, or its value needs itself.
+    """
 
     def value(match: re.Match[str]) -> str:
         name = match[1]
@@ -69,7 +73,8 @@ def fill(text: str, values: Mapping[str, str], path: Path) -> str:
                 else f"has no value; give --set {name}=..."
             )
             raise ConfigError(f"The recipe {path} cannot be used: {match[0]} {what}")
-        return values[name]
+        others = {other: text for other, text in values.items() if other != name}
+        return fill(values[name], others, path)
 
     return _VARIABLE.sub(value, text)
 
