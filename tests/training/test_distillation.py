@@ -130,10 +130,14 @@ def test_each_method_meets_each_size() -> None:
         assert {case.zero for case in met} >= {0, 1, 3}, name
 
 
+@pytest.mark.parametrize(
+    "each", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in turn", "each"]
+)
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_a_teacher_teaches_the_same_in_every_layout(
-    data: list[str], teacher: Path, start: Path, tmp_path: Path, world: int
+    data: list[str], teacher: Path, start: Path, tmp_path: Path, world: int, each: bool
 ) -> None:
+    """Three methods in each layout; by `make test-all` every method in each."""
     taught = methods(teacher, start)
     assert tuple(taught) == METHODS
     one = run_ranks(1, lambda rank: run_methods(data, tmp_path, Case(), taught))[0]
@@ -142,8 +146,9 @@ def test_a_teacher_teaches_the_same_in_every_layout(
     cases = LAYOUTS[world]
 
     def fn(rank: int) -> list[dict[str, Outcome]]:
+        names = {case: METHODS if each else methods_of(case) for case in cases}
         return [
-            run_methods(data, tmp_path, case, {name: taught[name] for name in methods_of(case)})
+            run_methods(data, tmp_path, case, {name: taught[name] for name in names[case]})
             for case in cases
         ]
 
