@@ -22,6 +22,7 @@ from megatron_eslm.errors import ConfigError
 from megatron_eslm.limits import ONE_OR_MORE, Flag
 from megatron_eslm.planning.hardware import (
     ACCELERATORS,
+    DEFAULT_NETWORK,
     INTRA_LINKS,
     NETWORKS,
     Overrides,
@@ -41,7 +42,7 @@ class MachineOptions:
     gpu: Annotated[str, Flag(metavar="|".join(ACCELERATORS))] = "a100-80g"
     """Accelerator."""
 
-    interconnect: Annotated[str, Flag(metavar="|".join(NETWORKS))] = "infiniband-hdr"
+    interconnect: Annotated[str, Flag(metavar="|".join(NETWORKS))] = DEFAULT_NETWORK
     """Between machines."""
 
     intra_link: Annotated[str, Flag(metavar="|".join(INTRA_LINKS))] = "nvlink"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +20,8 @@ from megatron_eslm.command_line import command
 from megatron_eslm.commands import compare_runs, pretrain
 from megatron_eslm.config.flags import parse_options
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.limits import Flag
+from megatron_eslm.limits import ONE_OR_MORE, Flag, check_fields
+from megatron_eslm.planning.hardware import ACCELERATORS, DEFAULT_NETWORK, machine_of
 
 if TYPE_CHECKING:
     from megatron_eslm.recipes.recipe import Recipe, RecipeRun
@@ -49,10 +50,21 @@ class RecipeOptions:
     dry_run: bool = False
     """Print what would be run."""
 
+    gpu: Annotated[str, Flag(metavar="|".join(ACCELERATORS))] | None = None
+    """With --dry-run: predict the hours of each training on this accelerator, without data."""
+
+    gpus: Annotated[int, ONE_OR_MORE] = 8
+    """How many of them."""
+
     report: bool = False
     """Only compare the runs that are done by now."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if self.gpu is not None and not self.dry_run:
+            raise ConfigError(
+                f"--gpu {self.gpu} predicts what a recipe costs; give it with --dry-run."
+            )
         if (self.index is None) != (self.of is None):
             raise ConfigError(
                 "--index and --of belong together: --index 0 --of 4 is the first quarter."
@@ -75,17 +87,41 @@ def main(argv: Sequence[str]) -> int:
     runs = _chosen(recipe, options)
     runner = Runner(recipe, Path(pretrain.__file__))
     if options.dry_run:
-        for step in recipe.prepare:
-            print(f"{step.creates}: {shlex.join(step.words)}")
-        for run in runs:
-            done = "  (done)" if runner.finished(run) else ""
-            print(f"{run.folder.name}{done}: {shlex.join(run.words())}")
+        print("\n".join(_described(recipe, runs, runner)))
+        if options.gpu is not None:
+            print("\n".join(_costs(recipe, runs, options.gpu, options.gpus)))
         return 0
     outcomes = {} if options.report else runner.train(runs)
     left = {name: outcome for name, outcome in outcomes.items() if outcome != "finished"}
     for name, outcome in left.items():
         print(f"{name}: {outcome}", file=sys.stderr)
     return _compare(recipe, runner, report=options.report) or (1 if left else 0)
+
+
+def _described(recipe: Recipe, runs: list[RecipeRun], runner: Runner) -> Iterator[str]:
+    """The command of each step and run."""
+    for step in recipe.prepare:
+        yield f"{step.creates}: {shlex.join(step.words)}"
+    for run in runs:
+        done = "  (done)" if runner.finished(run) else ""
+        yield f"{run.folder.name}{done}: {shlex.join(run.words())}"
+
+
+def _costs(recipe: Recipe, runs: list[RecipeRun], gpu: str, gpus: int) -> Iterator[str]:
+    """A line for each run, and their sum."""
+    from megatron_eslm.recipes.cost import ASSUMED, RecipeCost
+
+    model = RecipeCost(recipe, machine_of(gpu, DEFAULT_NETWORK), gpus)
+    costs = [model.of(run) for run in runs]
+    width = max(len(run.folder.name) for run in runs)
+    yield f"{'on ' + f'{gpus} x {gpu}':<{width}s}  {'steps':>7s}  {'FLOPs':>9s}  {'hours':>7s}"
+    for run, cost in zip(runs, costs, strict=True):
+        hours = "unknown" if cost.seconds is None else f"{cost.seconds / 3600:7.2f}"
+        yield f"{run.folder.name:<{width}s}  {cost.steps:7,}  {cost.flops:9.3e}  {hours}"
+    flops = sum(cost.flops for cost in costs)
+    known = sum(cost.seconds or 0 for cost in costs) / 3600
+    yield f"{'sum':<{width}s}  {'':7s}  {flops:9.3e}  {known:7.2f}, {known * gpus:,.0f} GPU hours"
+    yield ASSUMED
 
 
 def _compare(recipe: Recipe, runner: Runner, *, report: bool) -> int:

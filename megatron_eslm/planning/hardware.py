@@ -96,6 +96,7 @@ NETWORKS = {
     "infiniband-ndr": Network(port_bandwidth=50 * GB, ports=None),
     "ethernet-100g": Network(port_bandwidth=12.5 * GB, ports=1),
 }
+DEFAULT_NETWORK = "infiniband-hdr"
 
 INTRA_LINKS = ("nvlink", "pcie")
 

@@ -1,0 +1,87 @@
+"""Predict what a recipe's trainings cost on GPUs, without data or checkpoints."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from megatron_eslm.config.run import RunConfig, parse_run
+from megatron_eslm.cost.of_run import build_flops, step_work
+from megatron_eslm.planning.cost import step_cost
+from megatron_eslm.planning.hardware import Machine
+from megatron_eslm.planning.request import GPT2_VOCAB_SIZE
+from megatron_eslm.planning.setting import Setting
+from megatron_eslm.recipes.recipe import Recipe, RecipeRun
+from megatron_eslm.selection.build import policy_traits
+from megatron_eslm.selection.state import SelectionState
+
+ASSUMED = (
+    "Steps only, at the final alpha, by the cost model of docs/scaling.md; GPT-2's vocabulary. A "
+    "teacher or reference model that runs is as large as the model that is trained."
+)
+
+
+class RunCost(NamedTuple):
+    """Predicted cost of one training."""
+
+    steps: int
+    flops: float
+    """FLOPs executed over all steps and GPUs."""
+    seconds: float | None
+    """None for a selection by gradients, whose time the cost model does not know."""
+
+
+class RecipeCost:
+    """Predicts the cost of a recipe's trainings.
+
+    Args:
+        recipe: the recipe.
+        machine: where they run.
+        gpus: devices of each training.
+    """
+
+    def __init__(self, recipe: Recipe, machine: Machine, gpus: int) -> None:
+        self._recipe = recipe
+        self._machine = machine
+        self._gpus = gpus
+        self._known: dict[str, RunCost] = {}
+
+    def of(self, run: RecipeRun) -> RunCost:
+        """The cost of a run.
+
+        Raises:
+            ConfigError: its flags cannot be used with this many GPUs.
+        """
+        # No seed changes the cost.
+        if run.method not in self._known:
+            self._known[run.method] = self._predicted(run)
+        return self._known[run.method]
+
+    def _predicted(self, run: RecipeRun) -> RunCost:
+        config = parse_run(run.words(planned=True), self._gpus)
+        setting, flops = Setting.of(config, GPT2_VOCAB_SIZE), _flops_per_step(config)
+        steps = config.training.train_iters
+        if run.flops_of is not None:
+            counted = self.of(self._recipe.run(run.flops_of, run.seed))
+            steps = round(counted.flops / flops)
+        if setting.traits.needs_gradients:
+            return RunCost(steps, steps * flops, None)
+        # Frozen models compute at the speed of the one that is trained.
+        more = flops / setting.flops.executed(setting.work)
+        seconds = step_cost(setting, self._machine).seconds * more
+        return RunCost(steps, steps * flops, steps * seconds)
+
+
+def _flops_per_step(run: RunConfig) -> float:
+    """Executed FLOPs of a step, with those of the teacher and the reference model."""
+    shape = run.shape(GPT2_VOCAB_SIZE)
+    traits = policy_traits(run.selection)
+    teacher = run.objective.distill_teacher is not None or traits.holds_dropped_tokens
+    model = build_flops(
+        run,
+        shape,
+        SelectionState(alpha=run.selection.initial_alpha),
+        teacher=shape if teacher else None,
+        reference=shape if run.reference.reference is not None else None,
+        device_type="cuda",
+    )
+    return model.executed(step_work(run))
