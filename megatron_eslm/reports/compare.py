@@ -1,7 +1,8 @@
 """Compare training runs: what each method reached, and at what cost.
 
 Iterations, tokens trained on, FLOPs executed, FLOPs by the paper's formula and wall-clock time have
-separate columns. Savings are given against both plain training and the random control.
+separate columns. Savings are given against plain training, the best baseline and the random
+control.
 """
 
 from __future__ import annotations
@@ -12,62 +13,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.reports.baselines import (
+    best_baseline,
+    control_of,
+    controls,
+    final_loss,
+    share_trained,
+)
 from megatron_eslm.reports.groups import (
     Group,
     differing_settings,
     mixed_settings,
     on_common_seeds,
 )
+from megatron_eslm.reports.quantities import QUANTITIES, Format, count, loss
 from megatron_eslm.reports.running_mean import averaged
 from megatron_eslm.reports.runs import Run
 from megatron_eslm.reports.tables import Table, to_markdown
-from megatron_eslm.reports.targets import Reach, default_target
+from megatron_eslm.reports.targets import default_target
 from megatron_eslm.reports.task_table import task_tables
+from megatron_eslm.reports.to_target import to_target_tables
 
 NO_CONTROL = (
     "No random-selection control among these runs: a gain here cannot be told from dropping the "
     "same share at random."
-)
-
-Format = Callable[[float], str]
-
-
-def count(value: float) -> str:
-    """Format a count."""
-    return f"{value:,.0f}"
-
-
-def seconds(value: float) -> str:
-    """Format a time in seconds."""
-    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def flops(value: float) -> str:
-    """Format a number of operations."""
-    return f"{value:.3e}"
-
-
-def loss(value: float) -> str:
-    """Format a loss in nats."""
-    return f"{value:.4f}"
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A quantity that grows during training."""
-
-    name: str
-    """Field of the metrics line."""
-    title: str
-    form: Format
-
-
-QUANTITIES = (
-    Quantity("iteration", "iterations", count),
-    Quantity("tokens_trained", "tokens trained on", count),
-    Quantity("flops", "FLOPs executed", flops),
-    Quantity("flops_paper", "FLOPs, paper's count", flops),
-    Quantity("elapsed_seconds", "seconds", seconds),
 )
 
 
@@ -115,14 +84,16 @@ def compare(
                 )
     base = _baseline(groups, baseline)
     means = [averaged(group, window) for group in groups]
-    mean_base = means[list(map(id, groups)).index(id(base))]
+    mean_of = dict(zip(map(id, groups), means, strict=True))
+    mean_base, best = mean_of[id(base)], best_baseline(groups)
+    mean_best = mean_of[id(best)] if best is not None else None
     if target is None:
         target = default_target(means, mean_base)
     tables = [
         _results(groups, base),
         *task_tables(groups),
         _costs(groups),
-        *_to_target(means, mean_base, target, window),
+        *to_target_tables(means, mean_base, mean_best, target, window),
         *_domains(groups),
         *_settings(groups),
     ]
@@ -137,38 +108,6 @@ def markdown(comparison: Comparison, picture: str | None = None) -> str:
         parts.append(f"![Validation loss against what it cost](<{picture}>)\n")
     parts += map(to_markdown, comparison.tables)
     return "\n".join(parts)
-
-
-def controls(groups: Sequence[Group]) -> list[Group]:
-    """The random controls among groups."""
-    return [group for group in groups if group.selection == "random"]
-
-
-def control_of(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The random control of a method: the one that trains on the most similar share of tokens."""
-    mine = share_trained(group)
-
-    def distance(control: Group) -> float:
-        theirs = share_trained(control)
-        return math.inf if mine is None or theirs is None else abs(mine - theirs)
-
-    return min(controls(groups), key=distance, default=None)
-
-
-def share_trained(group: Group) -> float | None:
-    """Share of the tokens read that entered the loss; mean over runs."""
-
-    def share(run: Run) -> float | None:
-        trained, read = run.last("tokens_trained"), run.last("tokens")
-        return trained / read if trained is not None and read else None
-
-    spread = group.spread(share)
-    return spread.mean if spread else None
-
-
-def final_loss(run: Run) -> float:
-    """Validation loss at the last evaluation."""
-    return run.evaluations[-1]["valid_loss"]
 
 
 def perplexity(run: Run) -> float:
@@ -265,67 +204,6 @@ def _costs(groups: Sequence[Group]) -> Table:
 def _cell(group: Group, read: Callable[[Run], float | None], form: Format) -> str:
     spread = group.spread(read)
     return spread.text(form) if spread else "n/a"
-
-
-def _to_target(groups: Sequence[Group], base: Group, target: float, window: int) -> list[Table]:
-    header = ["", *(q.title for q in QUANTITIES)]
-
-    def needs(group: Group) -> list[str]:
-        found = [(Reach.of(group, q.name, target), q.form) for q in QUANTITIES]
-        return [r.spread.text(form) if r.spread else r.why_not for r, form in found]
-
-    def saves(group: Group, other: Group | None) -> list[str]:
-        if other is None or other is group:
-            return ["–"] * len(QUANTITIES)
-        cells = []
-        group, other = on_common_seeds(group, other)
-        for q in QUANTITIES:
-            mine, theirs = (Reach.of(part, q.name, target) for part in (group, other))
-            saved = mine.saved_on(theirs)
-            if saved is not None:
-                cells.append(f"{saved:+.1%}")
-            elif mine.spread is None:
-                cells.append(mine.why_not)
-            else:
-                cells.append(f"{other.label}: {theirs.why_not}")
-        return cells
-
-    tables = [
-        Table(
-            f"To a validation loss of {target:.4f}",
-            header,
-            [[group.title, *needs(group)] for group in groups],
-            "Where a run first reaches the target, linear between evaluations: mean over seeds, in "
-            "brackets lowest and highest. There is no mean unless every seed reaches it."
-            + (f" The loss is a running mean of {window} evaluations." if window > 1 else ""),
-        ),
-        Table(
-            f"Saved against {base.label} to {target:.4f}",
-            header,
-            [[g.label, *saves(g, base)] for g in groups if g is not base],
-            f"Positive: less than {base.label} needs to the same loss; negative: more. Means over "
-            "the seeds that both have.",
-        ),
-    ]
-    if some := controls(groups):
-        rows = [
-            [
-                f"{g.label} (against {control.label})" if len(some) > 1 else g.label,
-                *saves(g, control),
-            ]
-            for g in groups
-            if g not in some and (control := control_of(g, groups)) is not None
-        ]
-        tables.append(
-            Table(
-                f"Saved against random selection to {target:.4f}",
-                header,
-                rows,
-                "The control drops the same share at random; only what is saved against it is owed "
-                "to the choice. Positive: less than it needs to the same loss.",
-            )
-        )
-    return tables
 
 
 def _domains(groups: Sequence[Group]) -> list[Table]:

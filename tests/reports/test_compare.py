@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.reports.compare import NO_CONTROL, compare, control_of, markdown
+from megatron_eslm.reports.baselines import best_baseline, control_of
+from megatron_eslm.reports.compare import NO_CONTROL, compare, markdown
 from megatron_eslm.reports.groups import Group
 from megatron_eslm.reports.runs import read_run
 from megatron_eslm.reports.tables import Table, to_console, to_markdown
@@ -102,6 +103,31 @@ def test_to_target_and_saved(groups):
     assert row(comparison, "Saved against random", "eslm")["iterations"] == "+18.6%"  # 140 of 172
     # Against the control's 275.2 GFLOP, clm's seed 1 needs 400.
     assert row(comparison, "Saved against random", "clm")["FLOPs executed"] == "-45.3%"
+
+
+def test_saved_against_the_best_baseline(groups, make_run):
+    rho1 = Group("rho", [make_run("h", (4.0, 3.4), selection="rho1")])
+    lucky = Group("mixed", [make_run("m", (4.0, 2.0), selection="uncertainty")])
+    every = [*groups, rho1, lucky]
+    assert best_baseline(every) is rho1
+    title = "Saved against the best baseline, rho, to 3.8000"
+    comparison = compare(every, target=3.8)
+    # rho1 is there at 133 1/3, eslm at 160, for 0.8 of the FLOPs of a step.
+    assert row(comparison, title, "eslm")["iterations"] == "-20.0%"
+    assert row(comparison, title, "eslm")["FLOPs executed"] == "+4.0%"
+    assert row(comparison, title, "clm")["iterations"] == "not reached"
+    names = [r[0] for table in comparison.tables if table.title == title for r in table.rows]
+    assert names == ["random", "clm", "eslm", "mixed"]
+    # It is named once: not where it is what everything is compared with anyway.
+    for few, base in ((every, "rho"), (groups[1:], None), ([groups[2], lucky], None)):
+        titles = [table.title for table in compare(few, baseline=base).tables]
+        assert not any("best baseline" in each for each in titles)
+
+
+def test_a_baseline_that_diverged_is_not_the_best(groups, make_run):
+    broken = Group("broken", [make_run("n", (4.0, math.nan), selection="greats")])
+    assert best_baseline([broken, *groups]) is groups[0]
+    assert best_baseline([broken]) is None
 
 
 def test_a_target_that_is_not_reached_is_said(groups):
