@@ -1,16 +1,16 @@
-"""Plot validation loss against cost, one panel per quantity."""
+"""Draw runs: validation loss against costs, and the panels that only some comparisons have."""
 
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_eslm.errors import ConfigError
-from megatron_eslm.reports.groups import Group, Spread
-from megatron_eslm.reports.runs import Run
+from megatron_eslm.reports.groups import Group
+from megatron_eslm.reports.panels import Panel, loss_panels, more_panels
+from megatron_eslm.reports.series import ceiling
 from megatron_eslm.reports.theme import LIGHT, Theme
 
 if TYPE_CHECKING:
@@ -20,21 +20,9 @@ if TYPE_CHECKING:
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
-_FLOPS_UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
-_TIME_UNITS = ((2 * 3600.0, "hours", 3600.0), (10 * 60.0, "minutes", 60.0))
-_COUNT_UNITS = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
-
-PANELS = (
-    ("iteration", "iterations"),
-    ("tokens_trained", "tokens trained on"),
-    ("flops", "FLOPs executed"),
-    ("flops_paper", "FLOPs, paper's count"),
-    ("elapsed_seconds", "training time"),
-)
-
 
 def draw(groups: Sequence[Group], target: float | None, theme: Theme = LIGHT) -> Figure:
-    """Draw a figure of five panels and a legend.
+    """Draw a figure: five panels of losses, a legend, and below them `more_panels` if there are.
 
     Groups of several seeds are drawn as a line of means and a band from lowest to highest.
 
@@ -46,23 +34,30 @@ def draw(groups: Sequence[Group], target: float | None, theme: Theme = LIGHT) ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    more = more_panels(groups)
     # No pyplot: it keeps figures in module state and may look for a display.
-    figure = Figure(figsize=(12, 7), dpi=150, layout="constrained", facecolor=theme.ground)
+    figure = Figure(
+        figsize=(12, 10.5 if more else 7), dpi=150, layout="constrained", facecolor=theme.ground
+    )
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3, sharey=True).flatten()
-    for place, (name, title) in zip(axes, PANELS, strict=False):
-        scale, unit = _unit(name, _largest(groups, name))
-        _panel(place, groups, name, scale, target, theme)
-        place.set_xlabel(f"{title} ({unit})" if unit else title, color=theme.ink)
-        dress(place, theme)
-    for place in (axes[0], axes[3]):
-        place.set_ylabel("validation loss (nats per token)", color=theme.ink)
+    parts = figure.subfigures(2, 1, squeeze=False, height_ratios=(2, 1))[:, 0] if more else [figure]
+    axes = parts[0].subplots(2, 3, sharey=True).flatten()
+    for place, panel in zip(axes, loss_panels(groups), strict=False):
+        if target is not None:
+            _mark(place, target, theme)
+        _draw_panel(place, groups, panel, theme)
+    for place in (axes[1], axes[2], axes[4]):
+        place.set_ylabel("")
     axes[0].set_ylim(top=ceiling([run for group in groups for run in group.runs]))
     handles, labels = axes[0].get_legend_handles_labels()
     axes[5].axis("off")
     axes[5].legend(
         handles, labels, loc="upper left", frameon=False, labelcolor=theme.ink, handlelength=3
     )
+    if more:
+        places = parts[1].subplots(1, len(more), squeeze=False)[0]
+        for place, panel in zip(places, more, strict=True):
+            _draw_panel(place, groups, panel, theme)
     return figure
 
 
@@ -91,102 +86,28 @@ def svg(figure: Figure) -> str:
     return file.getvalue()
 
 
-def points(run: Run, name: str) -> tuple[list[float], list[float]]:
-    """Cost and validation loss of every evaluation at which both are finite numbers."""
-    pairs = [
-        (float(r[name]), float(r["valid_loss"]))
-        for r in run.evaluations
-        if r.get(name) is not None and math.isfinite(r["valid_loss"]) and math.isfinite(r[name])
-    ]
-    return [x for x, _ in pairs], [y for _, y in pairs]
-
-
-def band(group: Group, name: str) -> tuple[list[float], list[Spread]]:
-    """Mean cost and spread of the loss, at iterations where all runs of a group have both."""
-    found: list[dict[int, tuple[float, float]]] = []
-    for run in group.runs:
-        kept = {
-            r["iteration"]: (float(r[name]), float(r["valid_loss"]))
-            for r in run.evaluations
-            if r.get(name) is not None and math.isfinite(r["valid_loss"]) and math.isfinite(r[name])
-        }
-        found.append(kept)
-    common = sorted(set.intersection(*map(set, found)))
-    costs = [sum(one[i][0] for one in found) / len(found) for i in common]
-    return costs, [Spread.of([one[i][1] for one in found]) for i in common]
-
-
-def ceiling(runs: Sequence[Run]) -> float | None:
-    """Upper end of the loss axis; cuts off the initial drop in the first tenth of a run.
-
-    Every run starts near ln(vocabulary). Drawn in full, the drop would squeeze the part where runs
-    differ against the bottom. None (show everything) for runs with few evaluations.
-    """
-    late: list[float] = []
-    for run in runs:
-        start = 0.1 * run.records[-1]["iteration"]
-        losses = [r["valid_loss"] for r in run.evaluations if r["iteration"] >= start]
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        if len(finite) < 5:
-            return None
-        late += finite
-    return max(late) + 0.08 * (max(late) - min(late))
-
-
-def flops_unit(largest: float) -> tuple[float, str]:
-    """Divisor and name of a suitable unit for `largest` FLOPs."""
-    return next(((size, name) for size, name in _FLOPS_UNITS if largest >= size), (1.0, "FLOP"))
-
-
-def time_unit(largest_seconds: float) -> tuple[float, str]:
-    """Divisor and name of a suitable unit for a time."""
-    return next(
-        ((size, name) for least, name, size in _TIME_UNITS if largest_seconds >= least),
-        (1.0, "seconds"),
+def _mark(axes: Axes, target: float, theme: Theme) -> None:
+    """A horizontal line at the target."""
+    axes.axhline(target, color=theme.muted, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+    axes.annotate(
+        f"target {target:.3f}",
+        (0.02, target),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        annotation_clip=True,
+        color=theme.muted,
+        fontsize=9,
     )
 
 
-def _unit(name: str, largest: float) -> tuple[float, str]:
-    if name.startswith("flops"):
-        return flops_unit(largest)
-    if name == "elapsed_seconds":
-        return time_unit(largest)
-    if name == "iteration":
-        return 1.0, ""
-    return next(((size, unit) for size, unit in _COUNT_UNITS if largest >= 10 * size), (1.0, ""))
-
-
-def _largest(groups: Sequence[Group], name: str) -> float:
-    runs = [run for group in groups for run in group.runs]
-    return max((x for run in runs for x in points(run, name)[0]), default=0.0)
-
-
-def _panel(
-    axes: Axes,
-    groups: Sequence[Group],
-    name: str,
-    scale: float,
-    target: float | None,
-    theme: Theme,
-) -> None:
-    if target is not None:
-        axes.axhline(target, color=theme.muted, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
-        axes.annotate(
-            f"target {target:.3f}",
-            (0.02, target),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            annotation_clip=True,
-            color=theme.muted,
-            fontsize=9,
-        )
-    drawn = False
-    for number, group in enumerate(groups):
-        costs, spreads = band(group, name)
-        drawn = drawn or bool(costs)
+def _draw_panel(axes: Axes, groups: Sequence[Group], panel: Panel, theme: Theme) -> None:
+    for number, (group, of_group) in enumerate(zip(groups, panel.bands, strict=True)):
+        if of_group is None:
+            continue
+        xs = [x / panel.scale for x in of_group[0]]
+        spreads = of_group[1]
         colour = theme.series[number % len(theme.series)]
-        xs = [cost / scale for cost in costs]
         axes.plot(
             xs,
             [spread.mean for spread in spreads],
@@ -207,9 +128,12 @@ def _panel(
                 alpha=0.18,
                 linewidth=0,
             )
-    if not drawn:
+    if not any(of_group and of_group[0] for of_group in panel.bands):
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=theme.ink)
     axes.set_xlim(left=0)
+    axes.set_xlabel(panel.xlabel, color=theme.ink)
+    axes.set_ylabel(panel.ylabel, color=theme.ink)
+    dress(axes, theme)
 
 
 def dress(axes: Axes, theme: Theme) -> None:

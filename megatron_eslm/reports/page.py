@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_eslm.reports import curves, html
 from megatron_eslm.reports.compare import Comparison
+from megatron_eslm.reports.panels import more_panels
 from megatron_eslm.reports.theme import DARK, LIGHT
 
 
@@ -14,16 +15,25 @@ def comparison_page(comparison: Comparison) -> str:
         for theme in (LIGHT, DARK)
     )
     notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in comparison.notes)
+    below = [panel.caption for panel in more_panels(comparison.groups)]
     drawing = html.picture(
-        light, dark, "Validation loss against iterations, tokens, FLOPs and seconds, by method"
+        light,
+        dark,
+        " ".join(
+            ["Validation loss against iterations, tokens, FLOPs and seconds, by method.", *below]
+        ),
     )
-    caption = (
-        "Validation loss against what it cost. Lines are means over seeds, bands reach from the "
-        "lowest to the highest seed."
+    caption = " ".join(
+        [
+            "Validation loss against what it cost. Lines are means over seeds, bands reach from "
+            "the lowest to the highest seed.",
+            *(["Below:"] if below else []),
+            *below,
+        ]
     )
     parts = [
         f'<div class="notes">\n{notes}</div>' if notes else "",
-        f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>",
+        f"<figure>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>",
         *map(html.table, comparison.tables),
     ]
     return html.document("Comparison of training runs", "\n".join(parts))

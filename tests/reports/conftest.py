@@ -60,3 +60,21 @@ def make_run(metrics_file):
         return read_run(metrics_file(f"{name}.jsonl", head, *lines))
 
     return make
+
+
+@pytest.fixture
+def long_runs(metrics_file):
+    """Two runs of many evaluations, the second for 0.8 of the costs."""
+    return [
+        read_run(
+            metrics_file(
+                f"{name}.jsonl",
+                line(0, 9.0, flops=0, elapsed_seconds=0),
+                *[
+                    line(i, 3 + 9 / i, flops=cost * i * 1e13, elapsed_seconds=cost * i)
+                    for i in range(5, 100, 5)
+                ],
+            )
+        )
+        for name, cost in (("a", 1.0), ("b", 0.8))
+    ]
