@@ -32,6 +32,10 @@ class CompareOptions:
     """A name for each run, runs of one name being seeds of one method; default: runs whose settings
     are the same but for the seed, named after their files."""
 
+    results: Annotated[tuple[str, ...], Flag(metavar="RESULTS.jsonl")] = ()
+    """Files of evaluate --output: tasks of the checkpoints of these runs. A run whose checkpoints
+    are there is shown with them instead of its --eval-tasks."""
+
     target: float | None = None
     """Validation loss to reach; default: what the baseline reaches at its end."""
 
@@ -60,9 +64,12 @@ def main(argv: Sequence[str]) -> int:
     from megatron_eslm.reports.page import comparison_page
     from megatron_eslm.reports.runs import read_run
     from megatron_eslm.reports.tables import print_tables
+    from megatron_eslm.reports.task_results import read_task_results, with_task_results
 
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    groups = group_runs([read_run(file) for file in options.runs], options.labels)
+    runs = [read_run(file) for file in options.runs]
+    runs = with_task_results(runs, read_task_results(options.results))
+    groups = group_runs(runs, options.labels)
     comparison = compare(groups, options.target, options.baseline, options.window)
     prefix = output_prefix(options.output_prefix)
     text, picture, page = (Path(f"{prefix}.{end}") for end in ("md", "png", "html"))

@@ -1,4 +1,4 @@
-"""The panels of the picture, as numbers: losses against costs, and α over the training."""
+"""The panels of the picture, as numbers: losses and accuracy against costs, α over the training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_eslm.reports.groups import Group
 from megatron_eslm.reports.runs import Run
 from megatron_eslm.reports.series import Band, band, unit
+from megatron_eslm.reports.task_scores import mean_scores, shown_scores
 
 _COSTS = (
     ("iteration", "iterations"),
@@ -43,7 +44,8 @@ def loss_panels(groups: Sequence[Group]) -> list[Panel]:
 
 def more_panels(groups: Sequence[Group]) -> list[Panel]:
     """Panels that only some comparisons have."""
-    return [panel for panel in (alpha_panel(groups),) if panel is not None]
+    found = (alpha_panel(groups), accuracy_panel(groups))
+    return [panel for panel in found if panel is not None]
 
 
 def alpha_panel(groups: Sequence[Group]) -> Panel | None:
@@ -57,6 +59,19 @@ def alpha_panel(groups: Sequence[Group]) -> Panel | None:
     ]
     caption = "α over the training, of the methods that change it."
     return _against("iteration", "iterations", "α", bands, caption)
+
+
+def accuracy_panel(groups: Sequence[Group]) -> Panel | None:
+    """Mean accuracy over the tasks against executed FLOPs; None without results of tasks."""
+    scores = shown_scores([run for group in groups for run in group.runs])
+    if not scores:
+        return None
+    bands = [
+        band(group, "flops", "score", lambda run: mean_scores(run, scores)) for group in groups
+    ]
+    tasks = f"{len(scores)} tasks" if len(scores) > 1 else "1 task"
+    caption = "Accuracy of each checkpoint that was evaluated, mean over the tasks."
+    return _against("flops", "FLOPs executed", f"accuracy ({tasks})", bands, caption)
 
 
 def _alpha_changes(run: Run) -> bool:

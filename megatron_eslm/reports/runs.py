@@ -19,6 +19,10 @@ Record = dict[str, Any]
 of numbers."""
 
 
+TASKS = "tasks/"
+"""Start of the fields `tasks/NAME/METRIC`, results of tasks."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run, oldest line first, every iteration once."""
@@ -31,6 +35,10 @@ class Run:
     """Metrics lines in order of iteration. Every record has `iteration` and `elapsed_seconds`
     (training time so far, without evaluation and saving; None if it cannot be known)."""
 
+    evaluated: list[Record] = field(default_factory=list)
+    """Results of `tools/evaluate.py`, in order of iteration: `iteration`, `flops` and
+    `tasks/NAME/METRIC`."""
+
     @property
     def iterations(self) -> int:
         """Last iteration of the run."""
@@ -40,6 +48,12 @@ class Run:
     def evaluations(self) -> list[Record]:
         """Records with a validation loss (which may be NaN in a broken run)."""
         return [r for r in self.records if r.get("valid_loss") is not None]
+
+    @property
+    def task_records(self) -> list[Record]:
+        """Records with results of tasks: `evaluated`, else those of `--eval-tasks`."""
+        during = [r for r in self.records if any(name.startswith(TASKS) for name in r)]
+        return self.evaluated or during
 
     def last(self, name: str) -> float | None:
         """The last value of a running total, or None."""

@@ -154,6 +154,8 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
                 summary[field.name] = value if isinstance(value, _JSON) else str(value)
     if run.checkpoint.load is not None and not run.checkpoint.continues_itself:
         summary["load"] = run.checkpoint.load
+    if run.checkpoint.save is not None:
+        summary["save"] = run.checkpoint.save
     return summary
 
 

@@ -68,6 +68,7 @@ def test_the_first_line_says_whatever_is_unlike_the_default(data: list[str]) -> 
     flags = ("--eslm-adaptive", "--label-noise", "0.05", "--eslm-scope", "local")
     other = summary(*flags, "--lr-warmup-iters", "2")
     assert other["eslm_adaptive"] is True and other["label_noise"] == 0.05
+    assert "save" not in plain and summary("--save", "a")["save"] == "a"
     assert summary("--save", "a", "--load", "b")["load"] == "b"
     assert "load" not in summary("--save", "a", "--load", "a")
     assert "load" not in summary("--save", "a", "--load", "a/")
