@@ -175,7 +175,16 @@ class SaveFolder:
                 self._prune(newest, keep_last)
 
     def _prune(self, newest: Path, keep_last: int) -> None:
-        saved = list_checkpoints(self.path)
+        try:
+            saved = list_checkpoints(self.path)
+        except OSError as error:
+            # The newest is saved: what else is there must not end the run.
+            logger.warning(
+                "%s: old checkpoints could not be listed (%s); the next save will try again",
+                self.path,
+                error,
+            )
+            return
         older = saved[saved.index(newest) + 1 :] if newest in saved else []
         for old in older[keep_last - 1 :]:
             try:

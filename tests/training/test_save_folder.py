@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_synced_does_not_matter(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("number", [errno.EBUSY, errno.ENOTEMPTY])
-@pytest.mark.parametrize("what", ["rename", "rmtree"])
+@pytest.mark.parametrize("what", ["rename", "rmtree", "iterdir"])
 def test_the_oldest_that_cannot_be_removed_waits_for_the_next_time(
     tmp_path: Path, monkeypatch, caplog, number: int, what: str
 ) -> None:
@@ -185,10 +185,13 @@ def test_the_oldest_that_cannot_be_removed_waits_for_the_next_time(
     with monkeypatch.context() as patch:
         if what == "rename":
             patch.setattr(SaveFolder, "_rename_away", refuse(number))
-        else:
+        elif what == "rmtree":
             patch.setattr(shutil, "rmtree", refuse(number))
+        else:
+            patch.setattr(Path, "iterdir", refuse(number))
         saves.prune(newest, keep_last=2)
-    assert "iter_0000001 could not be removed" in caplog.text
+    listed = what != "iterdir"
+    assert ("iter_0000001" if listed else "old checkpoints") + " could not be" in caplog.text
     assert "the next save will try again" in caplog.text
     saves.take(save)
     draft = saves.begin(4)
