@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 
 from megatron_eslm.data.index_file import IndexFile, read_index
 from megatron_eslm.data.plan import document_ranges
@@ -17,6 +18,9 @@ from megatron_eslm.frozen.ngram import NGramModel, Text
 
 _CHUNK = 1 << 20
 """Tokens predicted and stored at a time."""
+
+_BYTES_PER_TOKEN = 100
+"""Memory of counting."""
 
 
 class ScoredText(NamedTuple):
@@ -57,7 +61,8 @@ def score_ngram(
         overwrite: start over, replacing existing losses.
 
     Raises:
-        ConfigError: a pair is unusable, no document is counted, or this name has other losses.
+        ConfigError: a pair is unusable, no document is counted, this name has other losses, or
+            memory is too small for the counts.
     """
     indices = [read_index(prefix) for prefix in prefixes]
     data = [data_fingerprint(index) for index in indices]
@@ -73,6 +78,7 @@ def score_ngram(
         )
         for index, fingerprint in zip(indices, data, strict=True)
     ]
+    _check_memory(sum(index.tokens for index in indices))
     texts = [_text(index, split) for index in indices]
     if not any(text.counted_N.any() for text in texts):
         raise ConfigError(
@@ -98,6 +104,16 @@ def score_ngram(
         )
         first += meta.tokens
     return results
+
+
+def _check_memory(tokens: int) -> None:
+    needed, free = tokens * _BYTES_PER_TOKEN, psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"Counting n-grams of {tokens:,} tokens takes some {needed / 2**30:.1f} GiB of memory, "
+            f"and {free / 2**30:.1f} are free. Score fewer prefixes in a call, or give a model "
+            "with --load."
+        )
 
 
 def _text(index: IndexFile, split: str) -> Text:

@@ -184,3 +184,15 @@ def test_what_cannot_be_is_refused(
     preprocess(["text"], prefix, ByteTokenizer(), documents=["the riskiest token is kept"])
     assert run_tool("--data-path", prefix, "--name", "n", *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_counts_that_do_not_fit_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    prefix = str(tmp_path / "text")
+    preprocess(["text"], prefix, ByteTokenizer(), documents=["the riskiest token is kept"])
+    free = scoring.psutil.virtual_memory().available
+    monkeypatch.setattr(scoring, "_BYTES_PER_TOKEN", free)
+    assert run_tool("--data-path", prefix, "--name", "n", "--ngram", 2) == 2
+    assert "Counting n-grams of 27 tokens takes some" in capsys.readouterr().err
+    assert not losses_path(prefix, "n").exists()
