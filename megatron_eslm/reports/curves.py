@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p")
+"""Not as many as there are colours or lines, so that what repeats a colour has another marker."""
 
 
 def draw(groups: Sequence[Group], target: float | None, theme: Theme = LIGHT) -> Figure:

@@ -76,3 +76,16 @@ def test_panels_that_only_some_comparisons_have(groups, metrics_file):
     assert drawn.get_color() == figure.axes[0].get_lines()[-1].get_color()
     assert (alpha.get_xlabel(), alpha.get_ylabel()) == ("iterations", "α")
     assert curves.svg(figure)
+
+
+def test_twelve_methods_are_told_apart_by_any_two_of_colour_line_and_marker(long_runs):
+    axes = curves.draw([Group(str(n), long_runs[:1]) for n in range(12)], None).axes[0]
+    looks = [
+        [
+            (a.get_color(), a.get_linestyle()),
+            (a.get_color(), a.get_marker()),
+            (a.get_linestyle(), a.get_marker()),
+        ]
+        for a in axes.get_lines()
+    ]
+    assert all(len(set(pairs)) == 12 for pairs in zip(*looks, strict=True))
