@@ -56,9 +56,9 @@ def draw(groups: Sequence[Group], target: float | None, theme: Theme = LIGHT) ->
         handles, labels, loc="upper left", frameon=False, labelcolor=theme.ink, handlelength=3
     )
     if more:
-        places = parts[1].subplots(1, len(more), squeeze=False)[0]
-        for place, panel in zip(places, more, strict=True):
-            _draw_panel(place, groups, panel, theme)
+        grid = parts[1].add_gridspec(1, 3)
+        for column, panel in enumerate(more):
+            _draw_panel(parts[1].add_subplot(grid[column]), groups, panel, theme)
     return figure
 
 
@@ -131,7 +131,7 @@ def _draw_panel(axes: Axes, groups: Sequence[Group], panel: Panel, theme: Theme)
             )
     if not any(of_group and of_group[0] for of_group in panel.bands):
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=theme.ink)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * panel.largest / panel.scale or None)
     axes.set_xlabel(panel.xlabel, color=theme.ink)
     axes.set_ylabel(panel.ylabel, color=theme.ink)
     dress(axes, theme)

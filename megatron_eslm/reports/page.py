@@ -15,21 +15,13 @@ def comparison_page(comparison: Comparison) -> str:
         for theme in (LIGHT, DARK)
     )
     notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in comparison.notes)
-    below = [panel.caption for panel in more_panels(comparison.groups)]
-    drawing = html.picture(
-        light,
-        dark,
-        " ".join(
-            ["Validation loss against iterations, tokens, FLOPs and seconds, by method.", *below]
-        ),
-    )
-    caption = " ".join(
-        [
-            "Validation loss against what it cost. Lines are means over seeds, bands reach from "
-            "the lowest to the highest seed.",
-            *(["Below:"] if below else []),
-            *below,
-        ]
+    more = "; ".join(panel.caption for panel in more_panels(comparison.groups))
+    below = f" Below: {more}." if more else ""
+    shown = "Validation loss against iterations, tokens, FLOPs and seconds, by method."
+    drawing = html.picture(light, dark, shown + below)
+    caption = (
+        "Validation loss against what it cost. Lines are means over seeds, bands reach from the "
+        f"lowest to the highest seed.{below}"
     )
     parts = [
         f'<div class="notes">\n{notes}</div>' if notes else "",

@@ -30,7 +30,12 @@ class Panel:
     bands: list[Band | None]
     """In the order of the groups; None for a group that is not drawn here."""
     caption: str = ""
-    """A sentence for readers of the page."""
+    """A phrase for readers of the page."""
+
+    @property
+    def largest(self) -> float:
+        """The largest number on the horizontal axis, 0 if there is none."""
+        return _largest(self.bands)
 
 
 def loss_panels(groups: Sequence[Group]) -> list[Panel]:
@@ -57,7 +62,7 @@ def alpha_panel(groups: Sequence[Group]) -> Panel | None:
         band(group, "iteration", "alpha") if changes else None
         for group, changes in zip(groups, changing, strict=True)
     ]
-    caption = "α over the training, of the methods that change it."
+    caption = "α over the training, of the methods that change it"
     return _against("iteration", "iterations", "α", bands, caption)
 
 
@@ -70,7 +75,7 @@ def accuracy_panel(groups: Sequence[Group]) -> Panel | None:
         band(group, "flops", "score", lambda run: mean_scores(run, scores)) for group in groups
     ]
     tasks = f"{len(scores)} tasks" if len(scores) > 1 else "1 task"
-    caption = "Accuracy of each checkpoint that was evaluated, mean over the tasks."
+    caption = "accuracy of each checkpoint that was evaluated, mean over the tasks"
     return _against("flops", "FLOPs executed", f"accuracy ({tasks})", bands, caption)
 
 
@@ -82,5 +87,10 @@ def _against(
     name: str, title: str, ylabel: str, bands: Sequence[Band | None], caption: str = ""
 ) -> Panel:
     """A panel whose horizontal axis is a field of the metrics."""
-    scale, of = unit(name, max((x for each in bands if each for x in each[0]), default=0.0))
+    scale, of = unit(name, _largest(bands))
     return Panel(f"{title} ({of})" if of else title, ylabel, scale, list(bands), caption)
+
+
+def _largest(bands: Sequence[Band | None]) -> float:
+    """The largest number on the horizontal axis, 0 if there is none."""
+    return max((x for each in bands if each for x in each[0]), default=0.0)

@@ -141,4 +141,4 @@ def test_the_tool_takes_results(run_at, metrics_file, tmp_path, capsys):
     more = ("--results", str(file), "--output-prefix", str(prefix))
     assert compare_runs.main([*files, *more]) == 0
     assert "piqa acc" in capsys.readouterr().out
-    assert "Accuracy of each checkpoint" in prefix.with_suffix(".html").read_text()
+    assert "Below: accuracy of each checkpoint" in prefix.with_suffix(".html").read_text()
