@@ -27,7 +27,7 @@ th { font-weight: 600; }
 thead th, thead td { border-bottom: 2px solid var(--muted); }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--ground); }
 @media (max-width: 40rem) {
-  th:first-child { max-width: 40vw; white-space: normal; overflow-wrap: anywhere; }
+  th:first-child { min-width: 40vw; white-space: normal; overflow-wrap: anywhere; }
 }
 figure { margin: 1.5rem 0; overflow-x: auto; }
 img { width: 100%; min-width: 44rem; height: auto; display: block; }

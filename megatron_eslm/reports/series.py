@@ -49,14 +49,14 @@ def _finite(value: float | None) -> bool:
 
 
 def ceiling(runs: Sequence[Run]) -> float | None:
-    """Upper end of the loss axis; cuts off the initial drop in the first tenth of a run.
+    """Upper end of the loss axis; cuts off the drop in the first fifth of a run.
 
     Every run starts near ln(vocabulary). Drawn in full, the drop would squeeze the part where runs
     differ against the bottom. None (show everything) for runs with few evaluations.
     """
     late: list[float] = []
     for run in runs:
-        start = 0.1 * run.records[-1]["iteration"]
+        start = 0.2 * run.records[-1]["iteration"]
         losses = [r["valid_loss"] for r in run.evaluations if r["iteration"] >= start]
         finite = [loss for loss in losses if math.isfinite(loss)]
         if len(finite) < 5:
