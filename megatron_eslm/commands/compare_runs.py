@@ -18,7 +18,7 @@ from typing import Annotated
 from megatron_eslm.command_line import command
 from megatron_eslm.config.flags import parse_options
 from megatron_eslm.files.output_prefix import output_prefix
-from megatron_eslm.limits import ONE_OR_MORE, Flag, check_fields
+from megatron_eslm.limits import ONE_OR_MORE, POSITIVE, Flag, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,9 @@ class CompareOptions:
 
     window: Annotated[int, ONE_OR_MORE] = 1
     """Evaluations in the running mean that has to reach it."""
+
+    budgets: Annotated[tuple[Annotated[float, POSITIVE], ...], Flag(metavar="FLOPS")] = ()
+    """Budgets of FLOPs, such as 1e18, at which to read the losses, too."""
 
     baseline: Annotated[str, Flag(metavar="LABEL")] | None = None
     """What to compare with; default: the first method with --selection clm, or else the first of
@@ -70,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     runs = [read_run(file) for file in options.runs]
     runs = with_task_results(runs, read_task_results(options.results))
     groups = group_runs(runs, options.labels)
-    comparison = compare(groups, options.target, options.baseline, options.window)
+    comparison = compare(groups, options.target, options.baseline, options.window, options.budgets)
     prefix = output_prefix(options.output_prefix)
     text, picture, page = (Path(f"{prefix}.{end}") for end in ("md", "png", "html"))
     flag = f"--output-prefix {options.output_prefix}"

@@ -20,6 +20,7 @@ from megatron_eslm.reports.baselines import (
     final_loss,
     share_trained,
 )
+from megatron_eslm.reports.budgets import budget_tables
 from megatron_eslm.reports.groups import (
     Group,
     differing_settings,
@@ -57,6 +58,7 @@ def compare(
     target: float | None = None,
     baseline: str | None = None,
     window: int = 1,
+    budgets: Sequence[float] = (),
 ) -> Comparison:
     """Compare groups of runs.
 
@@ -66,6 +68,7 @@ def compare(
         baseline: label of the group to compare with. Default: the first group of plain training
             (clm), else the first group.
         window: evaluations in the running mean that has to reach the target.
+        budgets: FLOPs at which losses are read, none by default.
 
     Raises:
         ConfigError: fewer than two groups, an unknown baseline, or a run without evaluation.
@@ -94,6 +97,7 @@ def compare(
         *task_tables(groups),
         _costs(groups),
         *to_target_tables(means, mean_base, mean_best, target, window),
+        *budget_tables(groups, budgets),
         *_domains(groups),
         *_settings(groups),
     ]

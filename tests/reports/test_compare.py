@@ -124,6 +124,20 @@ def test_saved_against_the_best_baseline(groups, make_run):
         assert not any("best baseline" in each for each in titles)
 
 
+def test_losses_at_a_budget(groups):
+    title = "Validation loss by the time a budget"
+    assert not any(table.title.startswith(title) for table in compare(groups).tables)
+    comparison = compare(groups, budgets=(3e11, 4.8e11))
+    # 2e11 FLOPs at the first evaluation of clm, 4e11 at its last; 3 to 2 by the paper's count.
+    assert row(comparison, title, "clm (2 seeds)") == {
+        "3e+11 executed": "5.0500 [5.0000, 5.1000]",
+        "3e+11 paper's count": "6.0000",
+        "4.8e+11 executed": "n/a",
+        "4.8e+11 paper's count": "4.8600 [4.8000, 4.9200]",
+    }
+    assert row(comparison, title, "eslm (1 seed)")["4.8e+11 paper's count"] == "3.0000"
+
+
 def test_a_baseline_that_diverged_is_not_the_best(groups, make_run):
     broken = Group("broken", [make_run("n", (4.0, math.nan), selection="greats")])
     assert best_baseline([broken, *groups]) is groups[0]

@@ -28,12 +28,12 @@ def test_tables_markdown_picture_and_page(make_run, tmp_path, capsys):
 
 def test_options(make_run, tmp_path, capsys):
     files = [str(make_run(name, (6.0, 4.0), seed=1).path) for name in ("a", "b", "c")]
-    options = ("--labels", "x", "y", "x", "--target", "5", "--baseline", "y")
+    options = ("--labels", "x", "y", "x", "--target", "5", "--baseline", "y", "--budgets", "3e11")
     prefix = tmp_path / "r"
     assert tool.main([*files, *options, "--output-prefix", str(prefix)]) == 0
     printed = capsys.readouterr().out
     assert "To a validation loss of 5.0000" in printed and "Saved against y to 5.0000" in printed
-    assert "x (2 seeds)" in printed
+    assert "x (2 seeds)" in printed and "3e+11 executed" in printed
 
 
 def test_errors_exit_with_2(metrics_file, tmp_path, capsys):
@@ -44,6 +44,7 @@ def test_errors_exit_with_2(metrics_file, tmp_path, capsys):
         ([good, blind], "b.jsonl has no valid_loss"),
         ([good, good, "--labels", "x"], "--labels names 1 runs"),
         ([good, good, "--baseline", "x"], "--baseline x"),
+        ([good, good, "--budgets", "1e9", "0"], "--budgets"),
         ([good, good, "--output-prefix", f"{good}/x"], "--output-prefix"),
         ([good, good, "--output-prefix", "folder/"], "--output-prefix folder/ is a folder"),
         ([good, str(tmp_path / "gone")], "cannot be read"),
