@@ -245,7 +245,7 @@ def resolve(
                 deepspeed_json.check_agreement(
                     engine.deepspeed_config, json, name, flag_of(name), getattr(owner, name)
                 )
-    demo = not data.data_path
+    demo = not data.given
     preset = PRESETS[model.model_size] if model.model_size else DEMO_PRESET if demo else None
     fill = Filler(given, json, preset)
 

@@ -31,7 +31,7 @@ def check_meta(index: IndexFile, meta: DataMeta) -> None:
     ):
         if stored != found:
             raise ConfigError(
-                f"--data-path {index.prefix}: {index.prefix}.meta.json says {stored} {what}, but "
+                f"{index.prefix}: {index.prefix}.meta.json says {stored} {what}, but "
                 f"the files have {found}. They are not from one run; copy all of them again or "
                 "preprocess with --overwrite."
             )
@@ -96,7 +96,7 @@ def check_ends(index: IndexFile, meta: DataMeta, eod: int, *, every: bool) -> No
         wrong = np.flatnonzero(last != eod)
         if len(wrong):
             raise ConfigError(
-                f"--data-path {index.prefix}: document {first + int(wrong[0]) * step} does not end "
+                f"{index.prefix}: document {first + int(wrong[0]) * step} does not end "
                 f"in the end-of-document id {eod}, though {index.prefix}.meta.json says that all "
                 "do. The files are damaged or not from one run; copy all of them again or "
                 "preprocess with --overwrite."

@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from megatron_eslm.data.weights_file import expand_data_path
-from megatron_eslm.limits import NOT_NEGATIVE, POSITIVE, Commas, Range, check_fields
+from megatron_eslm.errors import ConfigError
+from megatron_eslm.limits import NOT_NEGATIVE, POSITIVE, Commas, Range, check_fields, flag_of
 
 TokenizerType = Literal[
     "GPT2BPETokenizer", "SentencePieceTokenizer", "HuggingFaceTokenizer", "ByteTokenizer"
 ]
+
+
+DEFAULT_SPLIT = "98,1,1"
+
+PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +28,21 @@ class DataOptions:
     by token weight, or `@FILE FOLDER` with a YAML file of lines NAME: WEIGHT for pairs in FOLDER.
     Default: the demo corpus."""
 
-    split: Annotated[str, Commas()] = "98,1,1"
-    """Shares of the documents for training, validation and test, as Megatron reads them."""
+    split: Annotated[str | None, Commas()] = None
+    """Shares of the documents of --data-path for training, validation and test, as Megatron reads
+    them. Default: 98,1,1."""
+
+    train_data_path: tuple[str, ...] = ()
+    """Training data that are files of their own, in the forms of --data-path and instead of it and
+    of --split."""
+
+    valid_data_path: tuple[str, ...] = ()
+    """Validation data beside --train-data-path, in the forms of --data-path: domains and weights
+    may be others."""
+
+    test_data_path: tuple[str, ...] = ()
+    """Test data beside --train-data-path, in the forms of --data-path. Their loss is computed once,
+    after the last step."""
 
     data_cache_path: str | None = None
     """Folder for the sample indices. Default: `cache/` beside the first prefix."""
@@ -71,4 +90,28 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        object.__setattr__(self, "data_path", expand_data_path(self.data_path))
+        for name in PATHS:
+            expanded = expand_data_path(getattr(self, name), flag_of(name))
+            object.__setattr__(self, name, expanded)
+        self._check_paths()
+
+    def _check_paths(self) -> None:
+        apart = [flag_of(name) for name in PATHS[1:] if getattr(self, name)]
+        if self.data_path and apart:
+            raise ConfigError(
+                f"--data-path and {apart[0]} are both given. Give --data-path, whose documents "
+                "--split divides, or a file for each set: --train-data-path, --valid-data-path, "
+                "--test-data-path."
+            )
+        if apart and not self.train_data_path:
+            raise ConfigError(f"{apart[0]} needs --train-data-path, which names what to train on.")
+        if apart and self.split is not None:
+            raise ConfigError(
+                f"--split {self.split} divides the documents of --data-path; it has no meaning "
+                f"with {apart[0]}, whose documents are all for training. Leave it out."
+            )
+
+    @property
+    def given(self) -> bool:
+        """Whether any data are named; without them a run reads the demo corpus."""
+        return bool(self.data_path or self.train_data_path)

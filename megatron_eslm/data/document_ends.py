@@ -36,12 +36,8 @@ def check_document_ends(
     what = f"{', '.join(without)}: no end-of-document id ({eod}) follows the documents"
     remedy = "preprocess again with --append-eod"
     if relying:
-        raise ConfigError(
-            f"{relying[0]} has no effect on --data-path {what}. Leave the flag out, or {remedy}."
-        )
-    logger.warning(
-        "--data-path %s, so a model cannot tell where one ends; to change that, %s", what, remedy
-    )
+        raise ConfigError(f"{relying[0]} has no effect on {what}. Leave the flag out, or {remedy}.")
+    logger.warning("%s, so a model cannot tell where one ends; to change that, %s", what, remedy)
 
 
 def _has_ends(index: IndexFile, meta: DataMeta | None, eod: int) -> bool:

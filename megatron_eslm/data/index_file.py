@@ -91,7 +91,7 @@ def read_index(prefix: str, *, trust: bool = False) -> IndexFile:
         header = file.read(_HEADER_BYTES)
     if not header.startswith(MAGIC):
         raise ConfigError(
-            f"--data-path {prefix}: {idx} is not a Megatron index (it does not begin with "
+            f"{prefix}: {idx} is not a Megatron index (it does not begin with "
             "MMIDIDX). Write the pair with tools/preprocess_data.py."
         )
     if len(header) < _HEADER_BYTES:
@@ -99,7 +99,7 @@ def read_index(prefix: str, *, trust: bool = False) -> IndexFile:
     version, code, sequences, bounds = struct.unpack("<QBQQ", header[len(MAGIC) :])
     if version != 1 or code not in DTYPES:
         raise ConfigError(
-            f"--data-path {prefix}: {idx} has index version {version} and type code {code}; only "
+            f"{prefix}: {idx} has index version {version} and type code {code}; only "
             f"version 1 with integer ids (codes {', '.join(map(str, DTYPES))}) can be read."
         )
     expected = _HEADER_BYTES + 12 * sequences + 8 * bounds
@@ -108,7 +108,7 @@ def read_index(prefix: str, *, trust: bool = False) -> IndexFile:
     check_documents(prefix, sequences)
     if sequences == 0 or bin_bytes == 0 or bounds == 0:
         raise ConfigError(
-            f"--data-path {prefix}: the data set is empty ({sequences} sequences, {bin_bytes} "
+            f"{prefix}: the data set is empty ({sequences} sequences, {bin_bytes} "
             "bytes of ids). Preprocess an input that holds text."
         )
     dtype = DTYPES[code]
@@ -131,11 +131,11 @@ def _open(prefix: str, suffix: str, role: str) -> BinaryIO:
         if prefix.endswith((".bin", ".idx")):
             hint = f" Give the prefix without its suffix: {prefix[:-4]}."
         raise ConfigError(
-            f"--data-path {prefix}: there is no file {prefix}{suffix} ({role}).{hint} "
+            f"{prefix}: there is no file {prefix}{suffix} ({role}).{hint} "
             "tools/preprocess_data.py --output-prefix writes the pair."
         ) from error
     except ConfigError as error:
-        raise ConfigError(f"--data-path: {error} tools/preprocess_data.py writes pairs.") from error
+        raise ConfigError(f"{error} tools/preprocess_data.py writes pairs.") from error
 
 
 def _check_lengths(prefix: str, lengths: np.ndarray, bin_bytes: int, itemsize: int) -> None:
@@ -201,6 +201,6 @@ def _chunks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 def _damaged(prefix: str, what: str) -> ConfigError:
     return ConfigError(
-        f"--data-path {prefix} is damaged: {what}. Copy the files again or rewrite them with "
+        f"{prefix} is damaged: {what}. Copy the files again or rewrite them with "
         "tools/preprocess_data.py --overwrite."
     )

@@ -15,7 +15,7 @@ def check_documents(prefix: str, documents: int) -> None:
     """
     if documents >= 2**31:
         raise ConfigError(
-            f"--data-path {prefix} has {documents:,} documents; megatron-core numbers them in 32 "
+            f"{prefix} has {documents:,} documents; megatron-core numbers them in 32 "
             f"bits, so {2**31 - 1:,} is the most. Split it into several pairs and mix them."
         )
 
@@ -28,7 +28,7 @@ def check_domains(count: int) -> None:
     """
     if count > 2**15:
         raise ConfigError(
-            f"--data-path names {count:,} domains; megatron-core numbers them in 16 bits, so "
+            f"A mixture of {count:,} domains: megatron-core numbers them in 16 bits, so "
             f"{2**15:,} is the most. Merge some of them while preprocessing."
         )
 

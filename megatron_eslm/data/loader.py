@@ -141,7 +141,7 @@ def _checked(batch: dict[str, torch.Tensor], dataset: Mixture) -> dict[str, torc
         sample = int(batch["samples"][bad][0])
         prefix = dataset.source.domains[dataset[sample]["domain"]].prefix
         raise ConfigError(
-            f"Sample {sample}, from --data-path {prefix}, holds an id outside the vocabulary "
+            f"Sample {sample}, from {prefix}, holds an id outside the vocabulary "
             f"of {vocab_size} ({high if high >= vocab_size else low}). The files have changed "
             "since they were checked; run tools/verify_data.py on them."
         )

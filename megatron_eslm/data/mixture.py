@@ -27,10 +27,10 @@ from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.label_noise import LabelNoise
 from megatron_eslm.data.limits import check_order
 from megatron_eslm.data.megatron_imports import gpt_dataset
-from megatron_eslm.data.plan import MixtureReport, document_ranges, plan_mixture
+from megatron_eslm.data.plan import MixtureReport, document_range, plan_mixture
 from megatron_eslm.data.reference_losses import ReferenceLosses
 from megatron_eslm.data.shared_folder import shared_folder
-from megatron_eslm.data.source import DataSource, canonical_split
+from megatron_eslm.data.source import DataSource
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.ranks import rank_zero_first
 
@@ -115,6 +115,8 @@ class Datasets:
     alignment: Mixture | None = None
     """Sequences of the validation split after those of `valid`, for policies that select by
     gradient alignment; selection must not use the evaluated sequences. None if not requested."""
+    test: Mixture | None = None
+    """Sequences of --test-data-path; None without it."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def build_datasets(
     train_samples: int,
     valid_samples: int,
     seed: int,
+    test_samples: int = 0,
     aligns: int = 0,
     reference: ReferenceLosses | None = None,
 ) -> Datasets:
@@ -145,11 +148,12 @@ def build_datasets(
 
     Args:
         source: from `open_data`.
-        options: split, cache folder, --eod-mask-loss and --label-noise are used.
+        options: cache folder, --eod-mask-loss and --label-noise are used.
         seq_length: T; samples have T+1 ids.
         train_samples: samples that the run reads or skips.
         valid_samples: maximum size of the validation set, which is the same at every evaluation.
             It is smaller if one epoch of the domains, in proportion to their weights, has less.
+        test_samples: the same for the test set, if it has files of its own.
         seed: seed of the shuffling of training sequences and of the label noise.
         aligns: minimum number of sequences for gradient alignment; 0 for none. They get what
             validation leaves of its split, or half of the split if that would be fewer.
@@ -161,10 +165,10 @@ def build_datasets(
     """
     report = plan_mixture(
         source,
-        options,
         seq_length=seq_length,
         train_samples=train_samples,
         valid_samples=valid_samples,
+        test_samples=test_samples,
         aligns=aligns,
     )
     check_order(
@@ -175,13 +179,19 @@ def build_datasets(
     )
 
     noise = LabelNoise(share=options.label_noise, seed=seed) if options.label_noise else None
-    extras = {"train": (seed, reference, noise), "valid": (VALIDATION_SEED, None, None)}
+    extras = {"train": (seed, reference, noise)}
 
     def build() -> Datasets:
         evaluated, held_out = report.valid_samples, report.alignment_samples
-        wanted = {"train": report.train_samples, "valid": evaluated + held_out}
+        wanted = {
+            "train": report.train_samples,
+            "valid": evaluated + held_out,
+            "test": report.test_samples,
+        }
         made = {
-            split: _build_split(source, options, report, split, count, *extras[split])
+            split: _build_split(
+                source, options, report, split, count, *extras.get(split, (VALIDATION_SEED,))
+            )
             for split, count in wanted.items()
             if count > 0
         }
@@ -191,6 +201,7 @@ def build_datasets(
             valid=both.part(0, evaluated) if both is not None and evaluated else None,
             report=report,
             alignment=both.part(evaluated, len(both)) if both is not None and aligns else None,
+            test=made.get("test"),
         )
 
     return rank_zero_first(build)
@@ -203,20 +214,22 @@ def _build_split(
     split: str,
     num_samples: int,
     seed: int,
-    reference: ReferenceLosses | None,
-    noise: LabelNoise | None,
+    reference: ReferenceLosses | None = None,
+    noise: LabelNoise | None = None,
 ) -> Mixture:
     root = options.data_cache_path or os.path.join(
         os.path.dirname(source.domains[0].prefix), "cache"
     )
-    parts = []
-    for domain, plan in zip(source.domains, report.domains, strict=True):
+    files = source.of(split)
+    assert files is not None  # `plan_mixture` counted it
+    source, parts = files, []
+    for domain, plan in zip(source.domains, report.by_split[split], strict=True):
         have, need = plan.sequences[split], plan.samples_needed[split]
         # Round up to full epochs, so that runs of any length share the order and the cache. None
         # is one epoch.
         count = None if need <= have else -(-need // have) * have
         key = [source.fingerprint, domain.prefix, split, count, report.seq_length, seed]
-        key += [canonical_split(options.split), options.eod_mask_loss]
+        key += [source.split, options.eod_mask_loss]
         parts.append(
             _cached(
                 root,
@@ -259,7 +272,7 @@ def _gpt_dataset(
         random_seed=seed,
         sequence_length=seq_length,
         blend=([prefix], None),
-        split=canonical_split(options.split),
+        split=source.split or "1,0,0",  # documents are chosen below
         path_to_cache=folder,
         tokenizer=_DatasetTokenizer(
             source.tokenizer.vocab_size, source.tokenizer.eod, source.tokenizer.pad, identifiers
@@ -270,7 +283,7 @@ def _gpt_dataset(
         create_attention_mask=False,
     )
     low_level = mcore.GPTDataset.build_low_level_dataset(prefix, config)
-    begin, end = document_ranges(options.split, len(low_level))[split]
+    begin, end = document_range(source.split, split, len(low_level))
     return mcore.GPTDataset(
         low_level,
         prefix,

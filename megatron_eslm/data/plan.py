@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_eslm.data.data_options import DataOptions
 from megatron_eslm.data.index_file import read_index
 from megatron_eslm.data.skipped_samples import SkippedSamples
-from megatron_eslm.data.source import DataSource, parse_split
+from megatron_eslm.data.source import DataSource, Domain, parse_split
 from megatron_eslm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,8 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class DomainPlan:
-    """Plan of one domain. The dictionaries have the keys `train`, `valid` and `test`."""
+    """Plan of one domain. The dictionaries have the sets that its files hold: `train`, `valid` and
+    `test`, or one of them where each set has files of its own."""
 
     name: str
     prefix: str
@@ -29,16 +30,21 @@ class DomainPlan:
     sequences: dict[str, int]
     """Full sequences in one epoch."""
     samples_needed: dict[str, int]
-    """Upper bound of the sequences that the run reads or skips (`train`, `valid`)."""
-    epochs: float
-    """How often training reads the domain."""
+    """Upper bound of the sequences that the run reads or skips."""
+
+    @property
+    def epochs(self) -> float:
+        """How often training reads the domain."""
+        return self.samples_needed["train"] / self.sequences["train"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureReport:
     """Plan of everything that a run reads."""
 
-    domains: tuple[DomainPlan, ...]
+    by_split: Mapping[str, tuple[DomainPlan, ...]]
+    """Domains that `train`, `valid` and `test` are read from; the sets that are not read may be
+    missing."""
     seq_length: int
     train_samples: int
     valid_samples: int
@@ -46,91 +52,162 @@ class MixtureReport:
     alignment_samples: int = 0
     """Samples of the validation split outside the validation set, for gradient alignment; 0 if not
     requested."""
+    test_samples: int = 0
+    """Samples in the test set of --test-data-path; 0 without it."""
+
+    @property
+    def has_files_apart(self) -> bool:
+        """Whether each set has files of its own."""
+        return set(self.domains[0].documents) == {"train"}
+
+    @property
+    def domains(self) -> tuple[DomainPlan, ...]:
+        """Domains that are trained on."""
+        return self.by_split["train"]
 
 
 def plan_mixture(
     source: DataSource,
-    options: DataOptions,
     seq_length: int,
     train_samples: int,
     valid_samples: int = 0,
     *,
+    test_samples: int = 0,
     aligns: int = 0,
 ) -> MixtureReport:
     """Count documents, tokens and sequences by split, and how many sequences the run needs.
 
     Args:
         source: from `open_data`.
-        options: `split` is used.
         seq_length: T; a sequence takes T ids plus the first of the next sequence.
         train_samples: samples that the run reads or skips, from the first one on.
         valid_samples: samples requested for validation; 0 for none.
+        test_samples: samples requested of --test-data-path, if it is given.
         aligns: minimum number of samples for gradient alignment; 0 for none. They get what
             validation leaves of its split, or half of the split if that would be fewer.
 
     Raises:
-        ConfigError: a domain has less than one sequence in a split that is needed.
+        ConfigError: a domain has less than one sequence in a split that is needed, or no files
+            hold the split.
     """
     if train_samples < 1 or seq_length < 2:
         raise ConfigError(
             f"Nothing to train on: {train_samples} samples of --seq-length {seq_length} (at least "
             "1 of length 2)."
         )
-    counted = []
-    reads_valid = valid_samples > 0 or aligns > 0
-    for domain in source.domains:
-        lengths = read_index(domain.prefix, trust=True).lengths
-        ranges = document_ranges(options.split, len(lengths))
-        documents = {split: end - begin for split, (begin, end) in ranges.items()}
-        tokens = {split: int(lengths[b:e].sum(dtype="int64")) for split, (b, e) in ranges.items()}
-        sequences = {split: max(0, (n - 1) // seq_length) for split, n in tokens.items()}
-        for split in ("train", "valid") if reads_valid else ("train",):
-            if sequences[split] == 0:
-                raise ConfigError(
-                    f"--data-path {domain.prefix}: the {_LONG[split]} split has {tokens[split]} "
-                    f"tokens in {documents[split]} of {len(lengths)} documents; one sequence of "
-                    f"--seq-length {seq_length} needs {seq_length + 1}. Give this split a larger "
-                    f"share in --split {options.split}, shorten --seq-length or add data"
-                    + ("." if split == "train" or aligns else ", or set --eval-iters 0.")
-                )
-        counted.append((domain, documents, tokens, sequences))
-    valid_reach = min(
-        (_samples_within(sequences["valid"], domain.weight) for domain, _, _, sequences in counted),
-    )
-    evaluated = min(valid_samples, valid_reach)
-    why = "one epoch by weight has no more"
-    if valid_reach - evaluated < aligns:
-        evaluated = min(evaluated, valid_reach // 2)
-        why = "the other half of its split is reserved for gradient alignment"
-    if evaluated < valid_samples:
-        logger.info(
-            "validation reads %d sequences instead of %d: %s", evaluated, valid_samples, why
-        )
-    alignment_samples = valid_reach - evaluated if aligns else 0
-    plans = []
-    for domain, documents, tokens, sequences in counted:
-        needed = {
-            "train": _samples_at_most(train_samples, domain.weight),
-            "valid": _samples_at_most(evaluated + alignment_samples, domain.weight),
-        }
-        plans.append(
-            DomainPlan(
-                name=domain.name,
-                prefix=domain.prefix,
-                weight=domain.weight,
-                documents=documents,
-                tokens=tokens,
-                sequences=sequences,
-                samples_needed=needed,
-                epochs=needed["train"] / sequences["train"],
+    counted = {
+        "train": [_count(domain, source.split, "train", seq_length) for domain in source.domains]
+    }
+    needed = {"train": train_samples}
+    for split, samples, reads in (
+        ("valid", valid_samples, valid_samples > 0 or aligns > 0),
+        ("test", test_samples, test_samples > 0 and "test" in source.apart),
+    ):
+        files = source.of(split)
+        if files is source:
+            counted[split] = counted["train"]
+        elif reads and files is not None:
+            counted[split] = [_count(domain, None, split, seq_length) for domain in files.domains]
+        elif reads:
+            raise ConfigError(
+                "--train-data-path comes without --valid-data-path, so there is nothing to "
+                "validate on. Give it"
+                + (", which the selection needs." if aligns else ", or set --eval-iters 0.")
             )
-        )
+        if reads:
+            needed[split] = samples
+    for split in needed:
+        _check_sequences(counted[split], split, source.split, seq_length, aligns > 0)
+    alignment_samples = 0
+    if "valid" in needed:
+        reach = _reach(counted["valid"], "valid")
+        evaluated = min(valid_samples, reach)
+        why = "one epoch by weight has no more"
+        if reach - evaluated < aligns:
+            evaluated = min(evaluated, reach // 2)
+            why = "the other half of its split is reserved for gradient alignment"
+        if evaluated < valid_samples:
+            logger.info(
+                "validation reads %d sequences instead of %d: %s", evaluated, valid_samples, why
+            )
+        alignment_samples = reach - evaluated if aligns else 0
+        needed["valid"] = evaluated + alignment_samples
+    if "test" in needed:
+        needed["test"] = min(needed["test"], _reach(counted["test"], "test"))
     return MixtureReport(
-        domains=tuple(plans),
+        by_split={split: _plans(domains, needed) for split, domains in counted.items()},
         seq_length=seq_length,
         train_samples=train_samples,
-        valid_samples=evaluated,
+        valid_samples=needed.get("valid", 0) - alignment_samples,
         alignment_samples=alignment_samples,
+        test_samples=needed.get("test", 0),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Counted:
+    """Contents of a domain by the sets that its files hold."""
+
+    domain: Domain
+    documents: dict[str, int]
+    tokens: dict[str, int]
+    sequences: dict[str, int]
+
+
+def _count(domain: Domain, divided: str | None, split: str, seq_length: int) -> _Counted:
+    """Count the sets of one domain: all that --split divides it into, or the one that it is."""
+    lengths = read_index(domain.prefix, trust=True).lengths
+    ranges = {name: document_range(divided, name, len(lengths)) for name in SPLITS}
+    if divided is None:
+        ranges = {split: ranges[split]}
+    tokens = {name: int(lengths[b:e].sum(dtype="int64")) for name, (b, e) in ranges.items()}
+    return _Counted(
+        domain=domain,
+        documents={name: end - begin for name, (begin, end) in ranges.items()},
+        tokens=tokens,
+        sequences={name: max(0, (n - 1) // seq_length) for name, n in tokens.items()},
+    )
+
+
+def _check_sequences(
+    counted: Sequence[_Counted], split: str, divided: str | None, seq_length: int, aligns: bool
+) -> None:
+    for one in counted:
+        if one.sequences[split]:
+            continue
+        share = (
+            f"Give this split a larger share in --split {divided}, shorten"
+            if divided
+            else "Shorten"
+        )
+        raise ConfigError(
+            f"{one.domain.prefix}: the {_LONG[split]} split has {one.tokens[split]} tokens in "
+            f"{one.documents[split]} of {one.domain.documents} documents; one sequence of "
+            f"--seq-length {seq_length} needs {seq_length + 1}. {share} --seq-length or add data"
+            + ("." if split == "train" or aligns else ", or set --eval-iters 0.")
+        )
+
+
+def _reach(counted: Sequence[_Counted], split: str) -> int:
+    """Samples until the first domain would be read again."""
+    return min(_samples_within(one.sequences[split], one.domain.weight) for one in counted)
+
+
+def _plans(counted: Sequence[_Counted], needed: Mapping[str, int]) -> tuple[DomainPlan, ...]:
+    return tuple(
+        DomainPlan(
+            name=one.domain.name,
+            prefix=one.domain.prefix,
+            weight=one.domain.weight,
+            documents=one.documents,
+            tokens=one.tokens,
+            sequences=one.sequences,
+            samples_needed={
+                split: _samples_at_most(needed.get(split, 0), one.domain.weight)
+                for split in one.sequences
+            },
+        )
+        for one in counted
     )
 
 
@@ -168,6 +245,11 @@ def check_skipped(report: MixtureReport, max_epochs: float, skipped: SkippedSamp
                 f"{max_epochs:g} and these weights, sample {end - 1} is the last. Give a range "
                 "that ends earlier."
             )
+
+
+def document_range(divided: str | None, split: str, documents: int) -> tuple[int, int]:
+    """Half-open range of documents of one set, by --split or, with None, all of them."""
+    return (0, documents) if divided is None else document_ranges(divided, documents)[split]
 
 
 def document_ranges(split: str, documents: int) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Open `--data-path`: check every file, find the common tokenizer, compute a fingerprint."""
+"""Open the data of a run: check every file, find the common tokenizer, compute fingerprints."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 
 from megatron_eslm.data.contents import check_ends, check_ids, check_meta, check_sum, fingerprint
-from megatron_eslm.data.data_options import DataOptions
+from megatron_eslm.data.data_options import DEFAULT_SPLIT, DataOptions
 from megatron_eslm.data.document_ends import check_document_ends
 from megatron_eslm.data.index_file import IndexFile, read_index
 from megatron_eslm.data.limits import check_domains
 from megatron_eslm.data.meta import DataMeta, read_meta
 from megatron_eslm.data.tokenizers.build import Tokenizer, build_tokenizer, load_tokenizer
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.limits import flag_of
 from megatron_eslm.parallel.ranks import first_on_machine, has_group, rank_zero_first
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ class Domain:
     name: str
     prefix: str
     weight: float
-    """Share of the training tokens; the weights of a source add up to 1. Equal proportions give
-    equal numbers, however they are written."""
+    """Share of the tokens read; the weights of a source add up to 1. Equal proportions give equal
+    numbers, however they are written."""
     documents: int
     tokens: int
 
@@ -48,6 +49,15 @@ class DataSource:
     fingerprint: str
     """Depends on the contents of all files and on the tokenizer, not on paths or weights. Checked
     against the checkpoint at resume."""
+    split: str | None
+    """Canonical `--split` that divides the documents; None if all are of one set, because each set
+    has files of its own."""
+    apart: Mapping[str, DataSource] = field(default_factory=dict)
+    """`valid` and `test` beside `--train-data-path`, where they are given."""
+
+    def of(self, split: str) -> DataSource | None:
+        """The files that hold `train`, `valid` or `test`; None if there are none."""
+        return self if split == "train" or self.split is not None else self.apart.get(split)
 
 
 def open_data(options: DataOptions) -> DataSource:
@@ -58,30 +68,34 @@ def open_data(options: DataOptions) -> DataSource:
     different data on another machine, is raised on all.
 
     Raises:
-        ConfigError: anything about `--data-path`, its files or the tokenizer flags is wrong.
+        ConfigError: anything about the paths, their files or the tokenizer flags is wrong.
     """
     source = rank_zero_first(lambda: _open(options, trust=not first_on_machine()))
     if has_group():
         from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 
-        expected = on_rank_zero(lambda: source.fingerprint)
-        on_every_rank(lambda: _check_same(source, expected))
+        for each in (source, *source.apart.values()):
+            expected = on_rank_zero(lambda each=each: each.fingerprint)  # type: ignore[misc]
+            on_every_rank(lambda each=each, expected=expected: _check_same(each, expected))  # type: ignore[misc]
     return source
 
 
 def _check_same(source: DataSource, expected: str) -> None:
     if source.fingerprint != expected:
         raise ConfigError(
-            f"--data-path {' '.join(domain.prefix for domain in source.domains)} is different data "
-            "here than on the machine of rank 0. Copy the same files to all machines, or name a "
-            "folder that they share."
+            f"{' '.join(domain.prefix for domain in source.domains)} is different data here than "
+            "on the machine of rank 0. Copy the same files to all machines, or name a folder that "
+            "they share."
         )
 
 
 def _open(options: DataOptions, *, trust: bool) -> DataSource:
-    pairs = parse_data_path(options.data_path)
-    parse_split(options.split)
-    check_domains(len(pairs))
+    split = None if options.train_data_path else canonical_split(options.split or DEFAULT_SPLIT)
+    mixtures = mixtures_of(options)
+    pairs = [pair for mixture in mixtures.values() for pair in mixture]
+    _check_disjoint(mixtures)
+    for mixture in mixtures.values():
+        check_domains(len(mixture))
     indexes = [read_index(prefix, trust=trust) for _, prefix in pairs]
     metas = [read_meta(prefix) for _, prefix in pairs]
     for index, meta in zip(indexes, metas, strict=True):
@@ -101,26 +115,69 @@ def _open(options: DataOptions, *, trust: bool) -> DataSource:
         if is_set
     ]
     check_document_ends(zip(indexes, metas, strict=True), tokenizer.eod, relying)
-    weights = lowest_terms([weight for weight, _ in pairs])
-    names = _names([prefix for _, prefix in pairs])
-    domains = tuple(
-        Domain(
-            name=name,
-            prefix=index.prefix,
-            weight=weight / sum(weights),
-            documents=index.documents,
-            tokens=index.tokens,
-        )
-        for name, weight, index in zip(names, weights, indexes, strict=True)
+    opened = dict(
+        zip((prefix for _, prefix in pairs), zip(indexes, metas, strict=True), strict=True)
     )
+    sources = {
+        name: _source(mixture, [opened[prefix] for _, prefix in mixture], tokenizer, split)
+        for name, mixture in mixtures.items()
+    }
+    train = sources.pop("train")
+    return replace(train, apart=sources)
+
+
+def mixtures_of(options: DataOptions) -> dict[str, list[tuple[Fraction, str]]]:
+    """(weight, prefix) pairs by set: `train` of --data-path or --train-data-path, and with the
+    latter `valid` and `test` where they are given; errors as in `parse_data_path`."""
+    if not options.train_data_path:
+        return {"train": parse_data_path(options.data_path)}
+    given = {name: getattr(options, f"{name}_data_path") for name in ("train", "valid", "test")}
+    return {
+        name: parse_data_path(words, flag_of(f"{name}_data_path"))
+        for name, words in given.items()
+        if words
+    }
+
+
+def _check_disjoint(mixtures: Mapping[str, list[tuple[Fraction, str]]]) -> None:
+    """Raise ConfigError if two sets name one pair: what is trained on measures nothing."""
+    seen: dict[str, str] = {}
+    for name, mixture in mixtures.items():
+        for _, prefix in mixture:
+            other = seen.setdefault(os.path.realpath(prefix), name)
+            if other != name:
+                raise ConfigError(
+                    f"--{name}-data-path names {prefix}, which --{other}-data-path names too. "
+                    "Give each set files of its own, or divide one with --data-path and --split."
+                )
+
+
+def _source(
+    mixture: list[tuple[Fraction, str]],
+    opened: list[tuple[IndexFile, DataMeta | None]],
+    tokenizer: Tokenizer,
+    split: str | None,
+) -> DataSource:
+    weights = lowest_terms([weight for weight, _ in mixture])
+    names = _names([prefix for _, prefix in mixture])
     digest = hashlib.sha256(tokenizer.identity.encode())
-    for index, meta in zip(indexes, metas, strict=True):
+    for index, meta in opened:
         digest.update(fingerprint(index, meta).encode())
     return DataSource(
         tokenizer=tokenizer,
-        domains=domains,
+        domains=tuple(
+            Domain(
+                name=name,
+                prefix=index.prefix,
+                weight=weight / sum(weights),
+                documents=index.documents,
+                tokens=index.tokens,
+            )
+            for name, weight, (index, _) in zip(names, weights, opened, strict=True)
+        ),
         weights=weights,
         fingerprint=digest.hexdigest(),
+        split=split,
     )
 
 
@@ -136,7 +193,7 @@ def _check_contents(index: IndexFile, meta: DataMeta | None, tokenizer: Tokenize
         return
     if meta.max_token_id >= tokenizer.vocab_size:
         raise ConfigError(
-            f"--data-path {index.prefix} holds the id {meta.max_token_id}, beyond the "
+            f"{index.prefix} holds the id {meta.max_token_id}, beyond the "
             f"vocabulary of {tokenizer.vocab_size}; preprocess it again."
         )
     check_sum(index.prefix, ".idx", meta.idx_sha256)
@@ -163,20 +220,24 @@ def _exact(word: str) -> Fraction | None:
     return Fraction(Decimal(word)) if rounded else Fraction(0)
 
 
-def parse_data_path(words: Sequence[str]) -> list[tuple[Fraction, str]]:
+def parse_data_path(words: Sequence[str], flag: str = "--data-path") -> list[tuple[Fraction, str]]:
     """`prefix` or `weight1 prefix1 weight2 prefix2 ...` as (weight, prefix) pairs.
+
+    Args:
+        words: of the flag.
+        flag: for messages.
 
     Raises:
         ConfigError: no words, an odd number of words, a weight that is not a positive number, or a
             prefix given twice.
     """
     if not words:
-        raise ConfigError("--data-path is empty; give a prefix, or weight and prefix pairs.")
+        raise ConfigError(f"{flag} is empty; give a prefix, or weight and prefix pairs.")
     if len(words) == 1:
         return [(Fraction(1), words[0])]
     if len(words) % 2:
         raise ConfigError(
-            f"--data-path has {len(words)} words ({' '.join(words)}); give one prefix alone, or a "
+            f"{flag} has {len(words)} words ({' '.join(words)}); give one prefix alone, or a "
             "weight before every prefix: 0.7 a 0.3 b."
         )
     pairs: list[tuple[Fraction, str]] = []
@@ -186,18 +247,18 @@ def parse_data_path(words: Sequence[str]) -> list[tuple[Fraction, str]]:
             weight = _exact(word)
         except ValueError:
             raise ConfigError(
-                f"--data-path: {word!r} before {prefix} should be that prefix's weight, but is not "
+                f"{flag}: {word!r} before {prefix} should be that prefix's weight, but is not "
                 "a number. Write weight1 prefix1 weight2 prefix2."
             ) from None
         if weight is None or weight <= 0:
             raise ConfigError(
-                f"--data-path: the weight {word} of {prefix} must be positive; leave out a domain "
+                f"{flag}: the weight {word} of {prefix} must be positive; leave out a domain "
                 "that should not be read."
             )
         real = os.path.realpath(prefix)
         if real in seen:
             raise ConfigError(
-                f"--data-path names {prefix} twice (as {seen[real]} and {prefix}); add the two "
+                f"{flag} names {prefix} twice (as {seen[real]} and {prefix}); add the two "
                 "weights and name it once."
             )
         seen[real] = prefix
@@ -256,8 +317,8 @@ def canonical_split(split: str) -> str:
 
 
 def tokenizer_of(options: DataOptions) -> Tokenizer:
-    """The tokenizer of `--data-path`, without a look at the ids; errors as in `open_data`."""
-    prefixes = [prefix for _, prefix in parse_data_path(options.data_path)]
+    """The tokenizer of the data, without a look at the ids; errors as in `open_data`."""
+    prefixes = [prefix for mixture in mixtures_of(options).values() for _, prefix in mixture]
     return _common_tokenizer(options, prefixes, [read_meta(prefix) for prefix in prefixes])
 
 
@@ -278,7 +339,7 @@ def _common_tokenizer(
     for prefix, meta in known[1:]:
         if meta.tokenizer["identity"] != known[0][1].tokenizer["identity"]:
             raise ConfigError(
-                f"--data-path: {known[0][0]} was made with {_show(known[0][1])} and {prefix} with "
+                f"{known[0][0]} was made with {_show(known[0][1])} and {prefix} with "
                 f"{_show(meta)}. Preprocess them with one tokenizer."
             )
     if given is not None:
@@ -294,7 +355,7 @@ def _common_tokenizer(
     without = [p for p, m in zip(prefixes, metas, strict=True) if m is None]
     if without:
         raise ConfigError(
-            f"--data-path {without[0]} has no {without[0]}.meta.json (it was not written by "
+            f"{without[0]} has no {without[0]}.meta.json (it was not written by "
             "tools/preprocess_data.py), so its tokenizer is unknown. Name it: --tokenizer-type and "
             "its files."
         )

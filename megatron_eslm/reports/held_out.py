@@ -6,20 +6,20 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_eslm.data.data_options import DEFAULT_SPLIT
 from megatron_eslm.data.source import parse_split
 from megatron_eslm.reports.token_scores import ScoringModel
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_SPLIT = "98,1,1"
-"""Split of runs whose checkpoint does not record one: the default of `pretrain_gpt.py`."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """How documents were read in training."""
 
-    split: str
+    split: str | None
+    """--split whose validation documents are held out; None: all documents, since the run had
+    --train-data-path, which is to be another file."""
     eod_mask_loss: bool
     """Whether the first token of each document was excluded from the loss."""
 
@@ -40,22 +40,27 @@ def held_out(models: Sequence[ScoringModel], wanted: str | None) -> HeldOut:
         parse_split(wanted)
     known = [model.weights.data["split"] for model in models if model.weights.data is not None]
     split = wanted or (known[0] if known else DEFAULT_SPLIT)
+    taken = f"which --split {split} takes for validation" if split else "all of which is taken"
     for model in {id(model.weights): model for model in models}.values():
         data = model.weights.data
         if data is None:
             logger.warning(
-                "%s: with which --split it was trained is not known. The text, which --split %s "
-                "takes for validation, may have been trained on.",
+                "%s: with which --split it was trained is not known. The text, %s, may have been "
+                "trained on.",
                 model.name,
-                split,
+                taken,
             )
-        elif parse_split(data["split"]) != parse_split(split):
+        elif data["split"] is None:
             logger.warning(
-                "%s was trained with --split %s. The text, which --split %s takes for validation, "
-                "may have been trained on.",
+                "%s was trained on all documents of its --train-data-path: name other files.",
+                model.name,
+            )
+        elif split is None or parse_split(data["split"]) != parse_split(split):
+            logger.warning(
+                "%s was trained with --split %s. The text, %s, may have been trained on.",
                 model.name,
                 data["split"],
-                split,
+                taken,
             )
     first = models[0].weights.data or {}
     return HeldOut(split, bool(first.get("eod_mask_loss", False)))

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_eslm.data.index_file import read_index
 from megatron_eslm.data.meta import read_meta
-from megatron_eslm.data.plan import document_ranges
+from megatron_eslm.data.plan import document_range
 from megatron_eslm.data.tokenizers.build import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.regular import open_regular
@@ -65,7 +65,7 @@ def read_text(path: str) -> str:
 
 def validation_passages(
     prefixes: Sequence[str],
-    split: str,
+    split: str | None,
     tokenizer: Tokenizer,
     window: int,
     samples: int,
@@ -77,7 +77,7 @@ def validation_passages(
 
     Args:
         prefixes: prefixes of `.bin/.idx` pairs.
-        split: shares that define the validation documents, as in training.
+        split: shares that define the validation documents, as in training; None: all documents.
         tokenizer: the model's tokenizer.
         window: most tokens per passage.
         samples: number of passages to take; fewer if there are no more.
@@ -96,7 +96,7 @@ def validation_passages(
         _check_tokenizer(prefix, tokenizer)
         ids = index.ids()
         ends = np.cumsum(index.lengths, dtype=np.int64)
-        first, last = document_ranges(split, len(index.lengths))["valid"]
+        first, last = document_range(split, "valid", len(index.lengths))
         if first == last:
             raise ConfigError(
                 f"--split {split} leaves {prefix} no validation document ({len(ends)} in all). "

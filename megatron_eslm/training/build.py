@@ -94,8 +94,8 @@ def _build_trainer(
     )
     source, options = open_run_data(run)
     outputs.take_folders()  # an earlier run may still save until then
-    found, state, reading = find_reading(run, source, options)
-    report = plan_run(run, source, options, reading)
+    found, state, reading = find_reading(run, source)
+    report = plan_run(run, source, reading)
     check_reading(run, options, reading, report)
     shape = run.shape(source.tokenizer.vocab_size)
     attention = on_every_rank(lambda: attention_kernel(run, shape))
@@ -115,6 +115,7 @@ def _build_trainer(
         seq_length=run.model.seq_length,
         train_samples=report.train_samples,
         valid_samples=report.valid_samples,
+        test_samples=report.test_samples,
         seed=run.training.seed,
         aligns=rows_to_choose_by(run),
         reference=stored,

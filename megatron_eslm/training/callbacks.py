@@ -16,6 +16,7 @@ from megatron_eslm.checkpoint.saver import CheckpointSaver
 from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.flops import device_peak_flops
+from megatron_eslm.data.mixture import Mixture
 from megatron_eslm.engine.learning_rate import learning_rate
 from megatron_eslm.errors import ConfigError, first_line
 from megatron_eslm.training.dump import dump_selection, read_tokens
@@ -71,7 +72,8 @@ class SelectionDump(Callback):
 
 
 class Evaluator(Callback):
-    """Validation loss before the first step, every --eval-interval steps, and at the end."""
+    """Validation loss before the first step, every --eval-interval steps, and at the end; the test
+    loss at the end."""
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.state.iteration == 0:
@@ -81,21 +83,27 @@ class Evaluator(Callback):
         due = trainer.state.iteration % trainer.run.training.eval_interval == 0
         if not step.stop and (step.is_last or due):
             self.evaluate(trainer)
+        test = trainer.datasets.test
+        if not step.stop and step.is_last and test is not None:
+            trainer.tested(self._losses(trainer, test))
 
     def evaluate(self, trainer: Trainer) -> Evaluation | None:
         """Evaluate now and tell all callbacks; None without a validation set. Collective."""
         valid, state = trainer.datasets.valid, trainer.state
         if valid is None:
             return None
-        with trainer.phases("evaluation", waits=trainer.mesh.world_size > 1):
-            evaluation = evaluate(
-                trainer.engine, valid, trainer.mesh, trainer.run.training.micro_batch_size
-            )
+        evaluation = self._losses(trainer, valid)
         best = state.best_valid_loss
         if math.isfinite(evaluation.loss) and (best is None or evaluation.loss < best):
             state.best_valid_loss = evaluation.loss
         trainer.evaluated(evaluation)
         return evaluation
+
+    def _losses(self, trainer: Trainer, dataset: Mixture) -> Evaluation:
+        with trainer.phases("evaluation", waits=trainer.mesh.world_size > 1):
+            return evaluate(
+                trainer.engine, dataset, trainer.mesh, trainer.run.training.micro_batch_size
+            )
 
 
 class Reporter(Callback):
@@ -103,6 +111,7 @@ class Reporter(Callback):
 
     def __init__(self) -> None:
         self._evaluation: Evaluation | None = None
+        self._test: Evaluation | None = None
         self._tasks: dict[str, float] = {}
         self._unreported: list[tuple[float, int, float, float]] = []
         """Seconds, positions read, executed and model FLOPs of each step since the last report."""
@@ -111,6 +120,9 @@ class Reporter(Callback):
         self._evaluation = evaluation
         if trainer.state.iteration == 0:
             self._report(trainer, None)
+
+    def on_test(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        self._test = evaluation
 
     def on_task_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         self._tasks = metrics
@@ -138,6 +150,11 @@ class Reporter(Callback):
             micro_batches_of_step=_micro_batches_of_step(run, state),
             speed=speed,
         )
+        if self._test is not None:
+            line |= {
+                "test_loss": self._test.loss,
+                "test_loss_by_domain": self._test.loss_by_domain,
+            }
         line |= self._tasks
         self._tasks = {}
         logger.info(progress_line(line, run.training.train_iters, speed))

@@ -10,7 +10,7 @@ from megatron_eslm.checkpoint.stored_shape import holds_nothing_yet, stored_run
 from megatron_eslm.config.filler import MissingFlags
 from megatron_eslm.config.run import RunConfig, parse_flags, resolve
 from megatron_eslm.config.training_options import CheckpointOptions
-from megatron_eslm.data.data_options import DataOptions
+from megatron_eslm.data.data_options import DEFAULT_SPLIT, DataOptions
 from megatron_eslm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,9 @@ def _steps_of_budget(run: RunConfig, used: tuple[int, float]) -> int | None:
     if budget is None:
         return None
     if run.demo:
-        raise ConfigError("--train-flops needs --data-path; it has no meaning for the demo.")
+        raise ConfigError(
+            "--train-flops needs --data-path or --train-data-path; it has no meaning for the demo."
+        )
     from megatron_eslm.cost.budget import steps_of_budget
     from megatron_eslm.data.source import tokenizer_of
 
@@ -67,12 +69,13 @@ def _check_data(options: DataOptions) -> None:
     # Local imports: before ranks connect, only refused runs need them.
     from megatron_eslm.data.index_file import read_index
     from megatron_eslm.data.meta import read_meta
-    from megatron_eslm.data.source import parse_data_path, parse_split
+    from megatron_eslm.data.source import mixtures_of, parse_split
 
-    parse_split(options.split)
-    for _, prefix in parse_data_path(options.data_path) if options.data_path else ():
-        read_index(prefix)
-        read_meta(prefix)
+    parse_split(options.split or DEFAULT_SPLIT)
+    for mixture in mixtures_of(options).values() if options.given else ():
+        for _, prefix in mixture:
+            read_index(prefix)
+            read_meta(prefix)
 
 
 def _check_checkpoint(options: CheckpointOptions) -> None:

@@ -45,8 +45,8 @@ def dry_run(run: RunConfig) -> tuple[str, ConfigError | None]:
     A run refused for reading too much still gets its report, which says what it reads.
     """
     source, options = open_run_data(run)
-    _, start, reading = find_reading(run, source, options)
-    report = plan_run(run, source, options, reading)
+    _, start, reading = find_reading(run, source)
+    report = plan_run(run, source, reading)
     shape = run.shape(source.tokenizer.vocab_size)
     open_stored_losses(run, source)
     reference = on_rank_zero(lambda: find_run_reference(run, shape, source.tokenizer))
@@ -218,5 +218,12 @@ def dry_run_text(
             f"{domain.documents['train']:,} documents, {domain.tokens['train']:,} tokens, "
             f"{domain.epochs:.3f} epochs"
         )
-    lines.append(f"validation           {mixture.valid_samples:,} sequences per evaluation")
+    for split, name, samples in (
+        ("valid", "validation", mixture.valid_samples),
+        ("test", "test", mixture.test_samples),
+    ):
+        if samples or split == "valid":
+            of = [domain.name for domain in mixture.by_split.get(split, ())]
+            apart = f" of {', '.join(of)}" if samples and mixture.has_files_apart else ""
+            lines.append(f"{name:<20s} {samples:,} sequences per evaluation{apart}")
     return "\n".join(lines)

@@ -27,6 +27,7 @@ from torch import nn
 from megatron_eslm.config.run import RunConfig
 from megatron_eslm.cost.of_run import alignment_rows
 from megatron_eslm.data.batch import Batch
+from megatron_eslm.data.data_options import DEFAULT_SPLIT
 from megatron_eslm.data.mixture import Mixture
 from megatron_eslm.data.plan import MixtureReport
 from megatron_eslm.engine.engine import Engine
@@ -75,8 +76,13 @@ def check_alignment(run: RunConfig, report: MixtureReport) -> None:
             f"--selection greats needs {rows[1]} validation sequences (--greats-valid-share "
             f"{run.selection.greats_valid_share:g} of --micro-batch-size {rows[0]}) that are not "
             f"used in evaluation, but evaluation takes {report.valid_samples} of the validation "
-            f"split and leaves {report.alignment_samples}. Raise the split's share in --split "
-            f"{run.data.split}, or lower --eval-iters {run.training.eval_iters}."
+            f"split and leaves {report.alignment_samples}. "
+            + (
+                "Add data to --valid-data-path"
+                if run.data.train_data_path
+                else f"Raise the split's share in --split {run.data.split or DEFAULT_SPLIT}"
+            )
+            + f", or lower --eval-iters {run.training.eval_iters}."
         )
 
 

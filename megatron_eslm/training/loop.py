@@ -91,6 +91,9 @@ class Callback:
     def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> None:
         """Called after each evaluation on the validation set."""
 
+    def on_test(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        """Called after the last step with the losses of --test-data-path, if it is given."""
+
     def on_task_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Called after an evaluation of --eval-tasks, with its metrics by tasks/NAME/METRIC."""
 
@@ -165,6 +168,11 @@ class Trainer:
         """Tell all callbacks of an evaluation."""
         for callback in self.callbacks:
             callback.on_evaluation(self, evaluation)
+
+    def tested(self, evaluation: Evaluation) -> None:
+        """Tell all callbacks of the losses of --test-data-path."""
+        for callback in self.callbacks:
+            callback.on_test(self, evaluation)
 
     def tasks_evaluated(self, metrics: dict[str, float]) -> None:
         """Tell all callbacks of an evaluation of --eval-tasks."""

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from megatron_eslm.checkpoint.train_state import TrainState
 from megatron_eslm.config.run import RunConfig
+from megatron_eslm.data.data_options import DEFAULT_SPLIT, PATHS
 from megatron_eslm.data.source import canonical_data_path, canonical_split
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.files.lock import FileLock
@@ -29,11 +30,13 @@ _JSON = (bool, int, float, str, type(None))
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Replace nan and infinity, which are not JSON, by None; but keep them in valid_loss.
+    """Replace nan and infinity, which are not JSON, by None; except in losses of evaluations.
 
-    A diverged validation loss must not look like a missing one, and Python's reader accepts NaN.
+    A diverged loss must not look like a missing one, and Python's reader accepts NaN.
     """
-    keep = name == "valid_loss" or not isinstance(value, float) or math.isfinite(value)
+    keep = (
+        name in ("valid_loss", "test_loss") or not isinstance(value, float) or math.isfinite(value)
+    )
     return value if keep else None
 
 
@@ -135,7 +138,7 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
         "dtype": str(run.dtype).removeprefix("torch."),
         "zero_stage": run.engine.zero_stage,
         "data_parallel_size": run.dp_size,
-        "data_path": "demo corpus" if run.demo else canonical_data_path(run.data.data_path),
+        **_data_summary(run),
     }
     if t.rampup_batch_size:
         summary["rampup_batch_size"] = " ".join(map(str, t.rampup_batch_size))
@@ -145,8 +148,8 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
     told |= _without_effect(s)
     if run.model.ffn_hidden_size == 4 * run.model.hidden_size:
         told.add("ffn_hidden_size")
-    data = dataclasses.replace(run.data, split=canonical_split(run.data.split))
-    parts = (run.model, run.selection, run.objective, run.reference, run.optimizer, data)
+    told |= {"split", *PATHS}
+    parts = (run.model, run.selection, run.objective, run.reference, run.optimizer, run.data)
     for options in parts:
         for field in dataclasses.fields(options):
             value = getattr(options, field.name)
@@ -157,6 +160,17 @@ def run_summary(run: RunConfig) -> dict[str, Any]:
     if run.checkpoint.save is not None:
         summary["save"] = run.checkpoint.save
     return summary
+
+
+def _data_summary(run: RunConfig) -> dict[str, str]:
+    """Paths by set, and --split if it is not the default."""
+    if run.demo:
+        summary = {"data_path": "demo corpus"}
+    else:
+        given = {name: getattr(run.data, name) for name in PATHS}
+        summary = {name: canonical_data_path(words) for name, words in given.items() if words}
+    split = canonical_split(run.data.split or DEFAULT_SPLIT)
+    return summary | ({"split": split} if split != DEFAULT_SPLIT else {})
 
 
 def _without_effect(options: SelectionOptions) -> set[str]:
@@ -251,6 +265,8 @@ def progress_line(line: dict[str, Any], train_iters: int, speed: Speed | None) -
         parts.append(f"MFU {line['mfu']:.1%} (HFU {line['hfu']:.1%})")
     if line["valid_loss"] is not None:
         parts.append(f"validation loss {line['valid_loss']:.4f}")
+    if "test_loss" in line:
+        parts.append(f"test loss {line['test_loss']:.4f}")
     if line["nonfinite_steps"]:
         parts.append(f"skipped {line['nonfinite_steps']}")
     return " | ".join(parts)
@@ -260,9 +276,11 @@ def write_monitors(monitor: Any, line: dict[str, Any]) -> None:
     """Write to the monitors that the DeepSpeed JSON enables: TensorBoard, W&B, Comet, CSV."""
     if not monitor.enabled:
         return
-    values = {k: v for k, v in line.items() if k not in ("iteration", "valid_loss_by_domain")}
-    for domain, loss in (line["valid_loss_by_domain"] or {}).items():
-        values[f"valid_loss_by_domain/{domain}"] = loss
+    by_domain = ("valid_loss_by_domain", "test_loss_by_domain")
+    values = {k: v for k, v in line.items() if k not in ("iteration", *by_domain)}
+    for name in by_domain:
+        for domain, loss in (line.get(name) or {}).items():
+            values[f"{name}/{domain}"] = loss
     events = [
         (f"Train/{name}", value, line["iteration"])
         for name, value in values.items()

@@ -25,7 +25,7 @@ from megatron_eslm.data.plan import (
     plan_mixture,
 )
 from megatron_eslm.data.reference_losses import ReferenceLosses, open_reference_losses
-from megatron_eslm.data.source import DataSource, canonical_split, open_data
+from megatron_eslm.data.source import DataSource, open_data
 from megatron_eslm.errors import ConfigError
 from megatron_eslm.parallel.collectives import on_every_rank, on_rank_zero
 from megatron_eslm.parallel.ranks import rank_zero_first
@@ -54,17 +54,16 @@ def open_run_data(run: RunConfig) -> tuple[DataSource, DataOptions]:
     return open_data(options), options
 
 
-def plan_run(
-    run: RunConfig, source: DataSource, options: DataOptions, reading: ReadingPlan
-) -> MixtureReport:
+def plan_run(run: RunConfig, source: DataSource, reading: ReadingPlan) -> MixtureReport:
     """Plan what the run reads of each domain."""
     t = run.training
+    evaluated = t.eval_iters * t.micro_batch_size * run.dp_size
     return plan_mixture(
         source,
-        options,
         run.model.seq_length,
         train_samples=reading.end,
-        valid_samples=t.eval_iters * t.micro_batch_size * run.dp_size,
+        valid_samples=evaluated,
+        test_samples=evaluated,
         aligns=rows_to_choose_by(run),
     )
 
@@ -75,11 +74,12 @@ def open_stored_losses(run: RunConfig, source: DataSource) -> ReferenceLosses | 
     if name is None:
         return None
     losses = on_every_rank(lambda: open_reference_losses(source, name))
-    if losses.split not in (None, canonical_split(run.data.split)):
+    split = source.split or "1,0,0"  # all documents of --train-data-path are for training
+    if losses.split not in (None, split):
         raise ConfigError(
             f"--reference-losses {name}: its n-grams were counted from the training documents of "
-            f"--split {losses.split}, but --split is {run.data.split}. Score the text again with "
-            "this --split, or train with that one."
+            f"--split {losses.split}, but this run trains on those of --split {split}. Score the "
+            "text again with this --split, or train with that one."
         )
     if losses.seq_length not in (None, run.model.seq_length):
         logger.info(
@@ -115,9 +115,18 @@ def data_record(
         # None without label noise, as in checkpoints older than the option.
         "label_noise": run.data.label_noise or None,
         "reference_losses": stored.weights if stored is not None else None,
+        # None without --valid-data-path, as in checkpoints older than the option.
+        "validation": _validation_record(source),
         # The choice of these samples depends on how many are evaluated.
         "alignment_samples": report.alignment_samples or None,
     }
+
+
+def _validation_record(source: DataSource) -> dict[str, Any] | None:
+    valid = source.apart.get("valid")
+    if valid is None:
+        return None
+    return {"fingerprint": valid.fingerprint, "weights": list(valid.weights)}
 
 
 def order_record(run: RunConfig, source: DataSource, report: MixtureReport) -> dict[str, Any]:
@@ -126,7 +135,7 @@ def order_record(run: RunConfig, source: DataSource, report: MixtureReport) -> d
     return {
         "fingerprint": source.fingerprint,
         "weights": list(source.weights),
-        "split": canonical_split(run.data.split),
+        "split": source.split,
         "seed": run.training.seed,
         "seq_length": run.model.seq_length,
         # Within one epoch, the order does not depend on the total amount read.
@@ -135,7 +144,7 @@ def order_record(run: RunConfig, source: DataSource, report: MixtureReport) -> d
 
 
 def find_reading(
-    run: RunConfig, source: DataSource, options: DataOptions
+    run: RunConfig, source: DataSource
 ) -> tuple[CheckpointInfo | None, TrainState, ReadingPlan]:
     """Find the checkpoint to start from, the state there, and the samples left. Collective."""
     found = on_rank_zero(lambda: find_start(run))
@@ -147,7 +156,7 @@ def find_reading(
         reading = plan_reading(run, state, recorded)
         if found is not None and any(end > state.consumed_samples for _, end in recorded):
             there = found.run["data"]
-            here = order_record(run, source, plan_run(run, source, options, reading))
+            here = order_record(run, source, plan_run(run, source, reading))
             if any(there.get(key) != value for key, value in here.items()):
                 recorded = forget_ahead(recorded, state.consumed_samples)
                 reading = plan_reading(run, state, recorded)

@@ -10,7 +10,7 @@ FITS = {"seed": 1, "seq_length": 1024, "train_samples": 10**9, "epochs": {"a": 1
     ("check", "most", "says"),
     [
         (lambda n: check_documents("d/x", n), 2**31 - 1, "d/x has 2,147,483,648 documents"),
-        (check_domains, 2**15, "--data-path names 32,769 domains"),
+        (check_domains, 2**15, "mixture of 32,769 domains"),
         (lambda n: check_order(**{**FITS, "seed": n}), 2**32 - 1, "--seed 4294967296 cannot"),
         (lambda n: check_order(**{**FITS, "seed": -n}), 0, "--seed -1 cannot"),
         (lambda n: check_order(**{**FITS, "seq_length": n}), 2**31 - 2, "--seq-length 2147483647"),

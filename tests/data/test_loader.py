@@ -149,7 +149,7 @@ class Broken(torch.utils.data.Dataset):
             r"loader process 2 of 2 \(pid \d+\), which was to deliver samples 12 to 15, was "
             r"killed by SIGKILL\. Most likely .* out of memory; --num-workers 0 .* with --load",
         ),
-        ("id", 2, ConfigError, r"Sample 13, from --data-path .*(alpha|beta), .* of 257 \(257\)"),
+        ("id", 2, ConfigError, r"Sample 13, from .*(alpha|beta), .* of 257 \(257\)"),
     ],
 )
 @pytest.mark.timeout(60)

@@ -257,7 +257,7 @@ def test_eod_mask(domains):
 
 def test_plan_equals_build_and_writes_nothing(two, tmp_path):
     options = DataOptions(data_path=tuple(two), split="80,20")
-    plan = plan_mixture(open_data(options), options, T, 100, 8)
+    plan = plan_mixture(open_data(options), T, 100, 8)
     assert not (tmp_path / "cache").exists()
     assert plan == build(two).report
     alpha = plan.domains[0]

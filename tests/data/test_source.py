@@ -160,7 +160,7 @@ def test_tokenizer_of_the_data(tmp_path, domains, gpt2, hf, documents, bpe_files
 
 
 def test_too_many_domains(domains):
-    with pytest.raises(ConfigError, match="names 32,769 domains"):
+    with pytest.raises(ConfigError, match="mixture of 32,769 domains"):
         opened(*(word for n in range(2**15 + 1) for word in ("1", f"d{n}")))
 
 
