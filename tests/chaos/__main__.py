@@ -19,7 +19,7 @@ from tests.chaos import damage, warm
 from tests.chaos import mutations as m
 from tests.chaos.disk import fill_disks
 from tests.chaos.kills import LAYOUTS, kill_jobs
-from tests.chaos.preprocessing import kill_preprocessing
+from tests.chaos.preprocessing import kill_parts, kill_preprocessing
 from tests.chaos.saves import kill_saves
 from tests.chaos.table import Table
 from tests.training.conftest import DOMAINS, make_domain
@@ -52,6 +52,7 @@ def inject(
             kill_jobs(table, data, layout, folder, kills // len(LAYOUTS), rng)
     if "preprocessing" in parts:
         kill_preprocessing(table, root / "preprocessing", count(20), random.Random(seed))
+        kill_parts(table, root / "parts", count(20), random.Random(seed))
     if not {"saves", "files", "disk"} & set(parts):
         return
     warm.warm_up()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,17 +43,7 @@ def kill_preprocessing(table: Table, folder: Path, times: int, rng: random.Rando
     text.write_text("\n\n".join(f"{n} some text {rng.random()}" for n in range(120_000)))
     expected = _run_whole(text, folder / "alone")
     for _ in range(times):
-        number = rng.choice((signal.SIGKILL, signal.SIGTERM))
-        process = _start(text, prefix, folder)
-        time.sleep(rng.uniform(0.5, 5.0))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, number)
-        _, err = process.communicate(timeout=60)
-        what = f"signal {number}"
-        deadline = time.monotonic() + GONE_SECONDS
-        while (left := members(folder)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        stop(process, folder)
+        what, left, err = _kill(_start(text, prefix, folder), folder, rng)
         written = sorted(path.name for path in prefix.parent.glob("a.*"))
         if left:
             table.add(part, Verdict.LOST, f"{what}: {len(left)} processes stay behind")
@@ -64,6 +56,83 @@ def kill_preprocessing(table: Table, folder: Path, times: int, rng: random.Rando
         for path in prefix.parent.glob("a.*"):  # it was done before the signal came
             path.unlink() if path.is_file() else None
     _check_last(table, part, text, prefix, folder, expected)
+
+
+def kill_parts(table: Table, folder: Path, times: int, rng: random.Random) -> None:
+    """Kill or terminate preprocessing in parts at random moments; the same command goes on.
+
+    Finished parts stay as they are, and in the end there are the bytes that one run writes.
+
+    Args:
+        table: to count in.
+        folder: to work in.
+        times: how many kills.
+        rng: chooses.
+    """
+    part, key = "kills, preprocessing in parts", "meta.redpajama_set_name"
+    (folder / "in").mkdir(parents=True)
+    for n in range(24):
+        lines = [
+            {"text": f"{n} {i} {rng.random()} " * 20, "meta": {"redpajama_set_name": f"d{i % 3}"}}
+            for i in range(4_000)
+        ]
+        (folder / "in" / f"{n:02d}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    expected = _digests(_run_parts(folder, "alone", key))
+    prefix, parts = folder / "killed", folder / "killed.parts"
+    resumed = 0
+    for _ in range(times):
+        done = {path: path.stat().st_mtime_ns for path in parts.glob("[0-9]*.json")}
+        resumed += bool(done)
+        what, left, err = _kill(
+            _start(folder / "in", prefix, folder, "--split-key", key), folder, rng
+        )
+        if left:
+            table.add(part, Verdict.LOST, f"{what}: {len(left)} processes stay behind")
+        elif "Traceback" in err:
+            table.add(part, Verdict.TRACEBACK, f"{what}: {err[-1500:]}")
+        elif parts.exists() and any(path.stat().st_mtime_ns != at for path, at in done.items()):
+            table.add(part, Verdict.LOST, f"{what}: a finished part was made again")
+        elif not parts.exists() and prefix.exists() and _digests(prefix) != expected:
+            table.add(part, Verdict.SILENT, f"{what}: other bytes than one run writes")
+        else:
+            table.add(part, Verdict.SURVIVED)
+        if prefix.exists() and not parts.exists():  # it was done before the signal came
+            shutil.rmtree(prefix)
+    if _digests(_run_parts(folder, "killed", key)) != expected:
+        table.add(part, Verdict.SILENT, "the last run: other bytes than one run writes")
+    if times > 5 and not resumed:
+        table.add(part, Verdict.LOST, "no kill came while parts were there")
+
+
+def _run_parts(folder: Path, name: str, key: str) -> Path:
+    process = _start(folder / "in", folder / name, folder, "--split-key", key)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder / name
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _kill(
+    process: subprocess.Popen, folder: Path, rng: random.Random
+) -> tuple[str, list[int], str]:
+    """Send a signal after a while: which one, what stays behind and what was said."""
+    number = rng.choice((signal.SIGKILL, signal.SIGTERM))
+    time.sleep(rng.uniform(0.5, 5.0))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    deadline = time.monotonic() + GONE_SECONDS
+    while (left := members(folder)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stop(process, folder)
+    return f"signal {number}", left, err
 
 
 def _check_last(
