@@ -207,12 +207,14 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(f"error: {error}")
 
+    listed = output / "files.txt"
+    listed.write_text("".join(f"{path.relative_to(args.input)}\n" for path in files))
     words, minhash, sigs = Words(), MinhashConfig(hash_config=HASHES), str(output / "minhash")
     seconds = {}
     seconds["quality"] = run.run(
         "quality",
         [
-            JsonlReader(args.input, adapter=from_corpus, glob_pattern="*.jsonl*"),
+            JsonlReader(args.input, str(listed), adapter=from_corpus),
             Quality(tuple(args.keep), language=words, exclusion_writer=run.dropped("quality")),
             run.writer("filtered"),
         ],
