@@ -91,6 +91,22 @@ def check_documents(data: DataOptions, engine: EngineOptions) -> None:
         )
 
 
+def check_sets_apart(data: DataOptions, eval_iters: int, selection: SelectionOptions) -> None:
+    """Check that data given for evaluation are evaluated.
+
+    Raises:
+        ConfigError: --eval-iters is 0.
+    """
+    unread = {"--test-data-path": data.test_data_path}
+    if not policy_traits(selection).needs_gradients:  # else validation sequences guide it
+        unread = {"--valid-data-path": data.valid_data_path, **unread}
+    for flag, words in unread.items():
+        if words and eval_iters == 0:
+            raise ConfigError(
+                f"{flag} is not read with --eval-iters 0. Leave it out, or raise --eval-iters."
+            )
+
+
 def check_lora(
     model: ModelOptions, selection: SelectionOptions, checkpoint: CheckpointOptions
 ) -> None:

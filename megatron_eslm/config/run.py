@@ -27,6 +27,7 @@ from megatron_eslm.config.rules import (
     check_lora,
     check_model_options,
     check_reference,
+    check_sets_apart,
     check_split,
     layout_request,
 )
@@ -290,6 +291,7 @@ def resolve(
     check_model_options(model, selection)
     check_reference(selection, reference, data)
     check_documents(data, engine)
+    check_sets_apart(data, training.eval_iters, selection)
     check_lora(model, selection, checkpoint)
     check_objective(objective, selection.selection, loads=checkpoint.load is not None, given=given)
     check_label_noise(data.label_noise, model.seq_length)

@@ -48,6 +48,7 @@ def test_losses_of_the_files_and_resumes(data: list[str], tmp_path: Path) -> Non
             "alone": found,
             "text": text,
             "refused": refused,
+            "unread": refusal(argv(*both, "--eval-iters", "0", "--train-iters", "2")),
             "none": refusal(argv("--train-iters", "2")),
             "greats": refusal(
                 argv("--selection", "greats", "--eval-iters", "0", "--train-iters", "2")
@@ -70,6 +71,7 @@ def test_losses_of_the_files_and_resumes(data: list[str], tmp_path: Path) -> Non
     assert found["refused"] is None
     assert "16 sequences per evaluation of news, tales" in found["text"]
     assert "domain code " in found["text"] and "domain news" not in found["text"]
+    assert "--valid-data-path is not read with --eval-iters 0" in found["unread"]
     assert "or set --eval-iters 0" in found["none"] and "selection needs" in found["greats"]
     run = json.loads((tmp_path / "first.jsonl").read_text().splitlines()[0])["run"]
     assert run["train_data_path"] == f"1 {data[0]} 2 {data[1]}"
