@@ -384,7 +384,7 @@ def test_what_it_cannot_do_is_refused(data: list[str]) -> None:
     assert re.search(
         wanted + r"the split's share in --split 99,1, or lower --eval-iters 2\.", got[5]
     )
-    assert "the validation split has 0 tokens" in got[6] and "--split 100,0" in got[6]
+    assert "the validation split has 0 tokens" in got[6] and "--split 1,0,0" in got[6]
     assert "--eslm-adaptive" in got[7] and "--selection greats" in got[7]
 
 
