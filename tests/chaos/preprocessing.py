@@ -71,10 +71,10 @@ def kill_parts(table: Table, folder: Path, times: int, rng: random.Random) -> No
     """
     part, key = "kills, preprocessing in parts", "meta.redpajama_set_name"
     (folder / "in").mkdir(parents=True)
-    for n in range(24):
+    for n in range(60):
         lines = [
             {"text": f"{n} {i} {rng.random()} " * 20, "meta": {"redpajama_set_name": f"d{i % 3}"}}
-            for i in range(4_000)
+            for i in range(1_000)
         ]
         (folder / "in" / f"{n:02d}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     expected = _digests(_run_parts(folder, "alone", key))
