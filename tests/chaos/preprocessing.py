@@ -43,7 +43,7 @@ def kill_preprocessing(table: Table, folder: Path, times: int, rng: random.Rando
     text.write_text("\n\n".join(f"{n} some text {rng.random()}" for n in range(120_000)))
     expected = _run_whole(text, folder / "alone")
     for _ in range(times):
-        what, left, err = _kill(_start(text, prefix, folder), folder, rng)
+        what, left, err = _kill(_start(text, prefix, folder), folder, rng, rng.uniform(0.5, 5.0))
         written = sorted(path.name for path in prefix.parent.glob("a.*"))
         if left:
             table.add(part, Verdict.LOST, f"{what}: {len(left)} processes stay behind")
@@ -83,9 +83,11 @@ def kill_parts(table: Table, folder: Path, times: int, rng: random.Random) -> No
     for _ in range(times):
         done = {path: path.stat().st_mtime_ns for path in parts.glob("[0-9]*.json")}
         resumed += bool(done)
-        what, left, err = _kill(
-            _start(folder / "in", prefix, folder, "--split-key", key), folder, rng
-        )
+        process = _start(folder / "in", prefix, folder, "--split-key", key)
+        if rng.random() < 0.8:  # in the work, however long the start takes
+            while process.poll() is None and len(list(parts.glob("[0-9]*.json"))) <= len(done):
+                time.sleep(0.002)
+        what, left, err = _kill(process, folder, rng, rng.uniform(0.0, 0.2))
         if left:
             table.add(part, Verdict.LOST, f"{what}: {len(left)} processes stay behind")
         elif "Traceback" in err:
@@ -120,11 +122,11 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _kill(
-    process: subprocess.Popen, folder: Path, rng: random.Random
+    process: subprocess.Popen, folder: Path, rng: random.Random, seconds: float
 ) -> tuple[str, list[int], str]:
     """Send a signal after a while: which one, what stays behind and what was said."""
     number = rng.choice((signal.SIGKILL, signal.SIGTERM))
-    time.sleep(rng.uniform(0.5, 5.0))
+    time.sleep(seconds)
     with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid, number)
     _, err = process.communicate(timeout=60)
