@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 from megatron_eslm.command_line import command
 from megatron_eslm.config.flags import parse_options
@@ -24,6 +24,7 @@ from megatron_eslm.limits import NOT_NEGATIVE, ONE_OR_MORE, Flag, check_fields
 
 if TYPE_CHECKING:
     from megatron_eslm.evaluation.report import ModelResult
+    from megatron_eslm.evaluation.run import TaskResult
     from megatron_eslm.evaluation.tasks import ReadyTask
 
 
@@ -45,7 +46,8 @@ class EvaluateOptions:
     """Evaluate all checkpoints of the folder; the table shows the best of each task."""
 
     tasks: Annotated[tuple[str, ...], Flag(metavar="NAME")] = ()
-    """Tasks, by the names of lm-eval or of --include-path. Default: all of --include-path."""
+    """Tasks or groups of tasks, by the names of lm-eval or of --include-path. Default: all of
+    --include-path."""
 
     suite: Literal["paper"] | None = None
     """The nine tasks of the paper, with its shots and metrics."""
@@ -139,7 +141,7 @@ def evaluate(options: EvaluateOptions) -> list[ModelResult]:
     tags = on_every_rank(lambda: find_tags(options.load, options.tag, options.all_checkpoints))
     on_every_rank(lambda: find_candidate(options.load, tags[0]))
     output = on_every_rank(lambda: _open(options.output) if leads else None)
-    tasks = on_every_rank(lambda: _load_tasks(options, warns=leads))
+    tasks, groups = on_every_rank(lambda: _load_tasks(options, warns=leads))
     results: list[ModelResult] = []
     for tag in tags:
         candidate = on_every_rank(lambda tag=tag: find_candidate(options.load, tag))  # type: ignore[misc]
@@ -148,7 +150,7 @@ def evaluate(options: EvaluateOptions) -> list[ModelResult]:
                 candidate, mesh, dtype, device, options.batch_tokens
             )
         )
-        for result in run_tasks(lm, tasks, options.limit, RESAMPLES):
+        for result in _with_groups(run_tasks(lm, tasks, options.limit, RESAMPLES), groups):
             if not leads:
                 continue
             results.append(
@@ -168,7 +170,19 @@ def evaluate(options: EvaluateOptions) -> list[ModelResult]:
     return results
 
 
-def _load_tasks(options: EvaluateOptions, *, warns: bool) -> list[ReadyTask]:
+def _with_groups(results: Iterator[TaskResult], groups: Sequence[Any]) -> Iterator[TaskResult]:
+    """The results of tasks, then those of groups of them."""
+    from megatron_eslm.evaluation.run import group_result
+
+    found = []
+    for result in results:
+        found.append(result)
+        yield result
+    for group in groups:
+        yield group_result(group, found)
+
+
+def _load_tasks(options: EvaluateOptions, *, warns: bool) -> tuple[list[ReadyTask], list[Any]]:
     from megatron_eslm.evaluation.suite import SUITES
     from megatron_eslm.evaluation.tasks import TaskSources, load_suite, load_tasks
 
@@ -183,7 +197,7 @@ def _load_tasks(options: EvaluateOptions, *, warns: bool) -> list[ReadyTask]:
     for name, why in missing.items():
         if warns:
             print(f"without {name}: {why}", file=sys.stderr)
-    return tasks
+    return tasks, []
 
 
 def _open(path: str | None) -> TextIO | None:

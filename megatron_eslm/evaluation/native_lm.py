@@ -14,7 +14,7 @@ while HFLM reads it as that token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -146,41 +146,35 @@ class NativeLM(TemplateLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """The likeliest continuations, each up to its stop sequence.
 
-        Each token reads the whole row again: no keys and values are kept. Rows that have stopped
-        are computed no more.
-
         Raises:
             ConfigError: a task wants samples, or more tokens than the model has positions.
         """
         return self._shared(requests, lambda mine: self._texts(mine, disable_tqdm))
 
     def _texts(self, requests: Any, disable_tqdm: bool) -> list[str]:
-        texts = [""] * len(requests)
-        running = {}
-        for number, request in enumerate(requests):
+        rows = []
+        for request in requests:
             context, settings = request.args
             stops, most = self._generation(settings)
             ids = self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id]
-            running[number] = _Row(ids, len(ids), stops, most)
-        with self._progress("texts", len(requests), disable_tqdm) as bar:
-            for number, text in self._continue(running):
-                texts[number] = text
-                self.cache_hook.add_partial("generate_until", requests[number].args, text)
-                bar.update(1)
-        return texts
+            rows.append(_Row(tuple(ids), stops, most))
+        texts = [""] * len(rows)
+        with self._progress("texts", len(rows), disable_tqdm) as bar:
 
-    def _continue(self, rows: dict[int, _Row]) -> Iterator[tuple[int, str]]:
-        """Number and text of each row, when it has stopped."""
-        while rows:
-            following = self._scorer.next_ids([row.ids for row in rows.values()])
-            for (number, row), new in zip(list(rows.items()), following, strict=True):
-                ends = new == self.eot_token_id
-                if not ends:
-                    row.ids.append(new)
-                text = self._ids.decode(row.ids[row.begin :])
-                if ends or len(row.ids) == row.begin + row.most or row.stops_in(text):
-                    del rows[number]
-                    yield number, postprocess_generated_text(text, row.stops, None)
+            def take(number: int, new: int) -> bool:
+                row = rows[number]
+                if new != self.eot_token_id:
+                    row.new.append(new)
+                text = self._ids.decode(row.new)
+                if new != self.eot_token_id and len(row.new) < row.most and not row.stops_in(text):
+                    return True
+                texts[number] = postprocess_generated_text(text, row.stops, None)
+                self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
+                bar.update(1)
+                return False
+
+            self._scorer.extend([row.ids for row in rows], [row.most for row in rows], take)
+        return texts
 
     def _generation(self, settings: dict[str, Any]) -> tuple[list[str], int]:
         """Stop sequences and the most new tokens."""
@@ -223,10 +217,10 @@ class NativeLM(TemplateLM):
 class _Row:
     """A text that is being continued."""
 
-    def __init__(self, ids: list[int], begin: int, stops: list[str], most: int) -> None:
+    def __init__(self, ids: tuple[int, ...], stops: list[str], most: int) -> None:
         self.ids = ids
-        self.begin = begin
-        """Where the new ids begin."""
+        self.new: list[int] = []
+        """Ids that continue it."""
         self.stops = stops
         self.most = most
         """New ids at most."""

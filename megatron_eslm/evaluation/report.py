@@ -31,7 +31,7 @@ class ModelResult:
 
 
 def table(results: Sequence[ModelResult], suite: tuple[SuiteTask, ...] = ()) -> str:
-    """The best of each task over the checkpoints, and their unweighted mean.
+    """The best of each task over the checkpoints, and the unweighted mean of tasks.
 
     Args:
         results: of one or more checkpoints of one model.
@@ -45,11 +45,11 @@ def table(results: Sequence[ModelResult], suite: tuple[SuiteTask, ...] = ()) -> 
         lower = metric in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
         best = (min if lower else max)(of_task, key=lambda each: each.result.metrics[metric])
         found = best.result
-        if not lower:
+        if not lower and not found.members:
             values.append(found.metrics[metric])
         rows.append(
             (
-                task,
+                f"{task} ({len(found.members)} tasks)" if found.members else task,
                 str(found.shots),
                 metric,
                 f"{found.metrics[metric]:.4f}",

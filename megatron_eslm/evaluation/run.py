@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -29,6 +29,8 @@ class TaskResult:
     stderr: dict[str, float]
     """Standard errors of those that have one."""
     seconds: float
+    members: tuple[str, ...] = ()
+    """Tasks that it is over, if it is a group."""
 
 
 def run_tasks(
@@ -66,7 +68,39 @@ def run_tasks(
         )
 
 
-def _metrics(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+def group_result(group: Any, results: Sequence[TaskResult]) -> TaskResult:
+    """The metrics that a group of tasks has over these, as lm-eval weights them.
+
+    Args:
+        group: lm-eval's Group.
+        results: of its tasks at least.
+    """
+    names = [task.task_name for task in group.get_all_tasks()]
+    own = [each for each in results if each.task in names]
+    given = {
+        each.task: {
+            **{f"{name},none": value for name, value in each.metrics.items()},
+            **{f"{name}_stderr,none": value for name, value in each.stderr.items()},
+            "sample_len": each.documents,
+        }
+        for each in own
+    }
+    values, errors = _metrics(group.aggregate(given))
+    return TaskResult(
+        task=group.name,
+        version=f"lm-eval {version('lm-eval')}, group {group.version}",
+        shots=max(each.shots for each in own),
+        split=own[0].split,
+        documents=sum(each.documents for each in own),
+        data=own[0].data,
+        metrics=values,
+        stderr=errors,
+        seconds=sum(each.seconds for each in own),
+        members=tuple(names),
+    )
+
+
+def _metrics(found: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     """Values and standard errors by name of the metric, from keys such as `acc_stderr,none`."""
     values: dict[str, float] = {}
     errors: dict[str, float] = {}

@@ -95,20 +95,42 @@ class Scorer:
             progress(len(asked))
         return [scores[number] for number in range(len(wanted))]
 
-    def next_ids(self, rows: Sequence[Sequence[int]]) -> list[int]:
-        """The likeliest next id of each row."""
-        numbers: dict[tuple[int, ...], list[int]] = {}
-        for number, row in enumerate(rows):
-            numbers.setdefault(tuple(row), []).append(number)
-        found = [0] * len(rows)
-        for batch in self._batches(list(numbers)):
-            hidden_MTE = self._hidden(batch)
-            last_ME = hidden_MTE[range(len(batch)), [len(row) - 1 for row in batch]]
-            ids = self._likeliest(last_ME @ self._model.weight_VE.t()).tolist()
-            for row, likeliest in zip(batch, ids, strict=True):
-                for number in numbers[row]:
-                    found[number] = likeliest
-        return found
+    def extend(
+        self,
+        rows: Sequence[Sequence[int]],
+        most: Sequence[int],
+        take: Callable[[int, int], bool],
+    ) -> None:
+        """Continue rows by their likeliest tokens, for as long as each wants more.
+
+        Args:
+            rows: ids of each, one or more.
+            most: new ids that each takes at most; with its own ids at most the positions.
+            take: called with the number of a row and its likeliest next id; whether it goes on.
+        """
+        lengths = [len(row) + new for row, new in zip(rows, most, strict=True)]
+        order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
+        begin = 0
+        while begin < len(rows):
+            room = lengths[order[begin]]
+            running = order[begin : begin + max(1, self.batch_tokens // room)]
+            begin += len(running)
+            self._beat()
+            decoding = self._model.decoding([rows[number] for number in running], room)
+            while True:
+                ids = self._likeliest(decoding.last_MD @ self._model.weight_VE.t()).tolist()
+                goes_on = [
+                    place
+                    for place, (number, new) in enumerate(zip(running, ids, strict=True))
+                    if take(number, new)
+                ]
+                if not goes_on:
+                    break
+                if len(goes_on) < len(running):
+                    decoding.keep(goes_on)
+                running = [running[place] for place in goes_on]
+                self._beat()
+                decoding.append([ids[place] for place in goes_on])
 
     def _batches(self, rows: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
         """The rows, longest first, so that what does not fit into memory fails at once."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eslm.errors import ConfigError, did_you_mean, first_line
+from megatron_eslm.evaluation.groups import aggregating_groups, tasks_of
 from megatron_eslm.evaluation.suite import SuiteTask
 from megatron_eslm.evaluation.task_data import TaskData, find_task_data
 
@@ -63,8 +64,8 @@ def need_lm_eval(flag: str) -> None:
 
 def load_tasks(
     names: Sequence[str], sources: TaskSources, num_fewshot: int | None = None
-) -> list[ReadyTask]:
-    """Load tasks, each with its data.
+) -> tuple[list[ReadyTask], list[Any]]:
+    """Load tasks, each with its data, and lm-eval's Group of each group that has metrics.
 
     Args:
         names: tasks, groups or tags; none loads all of `sources.include_path`.
@@ -82,11 +83,9 @@ def load_tasks(
             raise ConfigError(f"--include-path {sources.include_path}: no file there has a task.")
     if sources.include_path is None or not set(names) <= set(manager.all_tasks):
         manager = _manager(sources)
-    return [
-        _ready(name, manager, sources, num_fewshot)
-        for each in names
-        for name in _leaves(each, manager)
-    ]
+    leaves = dict.fromkeys(name for each in names for name in _leaves(each, manager))
+    tasks = [_ready(name, manager, sources, num_fewshot) for name in leaves]
+    return tasks, aggregating_groups(names, manager, {each.name: each.task for each in tasks})
 
 
 def load_suite(
@@ -145,14 +144,7 @@ def _leaves(name: str, manager: Any) -> list[str]:
             f"There is no task {name}.{hint} Names are those of lm-eval (lm_eval ls tasks) and of "
             "--include-path."
         )
-    if name in manager.all_subtasks:
-        return [name]
-    entry = manager.task_index[name]
-    if name in manager.all_tags:
-        return sorted(entry.tags)
-    raise ConfigError(
-        f"{name} is a group of tasks, whose members have settings of their own. Name its tasks."
-    )
+    return tasks_of(name, manager)
 
 
 def _ready(name: str, manager: Any, sources: TaskSources, num_fewshot: int | None) -> ReadyTask:

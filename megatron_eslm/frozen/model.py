@@ -9,7 +9,7 @@ include it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from megatron_eslm.data.documents import DocumentRules
 from megatron_eslm.data.tokenizers.build import Tokenizer, load_tokenizer, same_ids
 from megatron_eslm.data.tokenizers.from_transformers import folder_tokenizer
 from megatron_eslm.errors import ConfigError
+from megatron_eslm.model.decoding import Decoding
 from megatron_eslm.model.gpt import GPT, bare_gpt
 from megatron_eslm.model.hf.folder import from_hf, load_hf, read_hf_shape, with_vocabulary
 from megatron_eslm.model.shape import ModelShape
@@ -81,6 +82,10 @@ class FrozenModel:
         everything_MT = torch.ones_like(tokens_MU[:, 1:], dtype=torch.bool)
         hidden_TME, *_ = self._model.run(Batch.of(tokens_MU, everything_MT))
         return self._model.final_norm(hidden_TME)
+
+    def decoding(self, rows: Sequence[Sequence[int]], room: int) -> Decoding:
+        """Read rows of ids, to be continued up to a length of `room`."""
+        return Decoding(self._model, rows, room)
 
 
 def open_frozen(flag: str, folder: str, tag: str | None = None) -> tuple[FrozenSource, Tokenizer]:

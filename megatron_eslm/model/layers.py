@@ -253,9 +253,27 @@ class Attention(nn.Module):
         self, x_LMD: torch.Tensor, places: DropoutKey | None, documents: MaskAndPositions = CAUSAL
     ) -> torch.Tensor:
         qkv, _ = self.qkv(x_LMD)
-        t, m, _ = qkv.shape
-        q, k, v = self._heads(qkv, documents.positions_TM)
-        mask = documents.mask_M1TT
+        q, k, v = self.heads(qkv, documents.positions_TM)
+        return self.mixed(q, k, v, documents.mask_M1TT, places)
+
+    def mixed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        places: DropoutKey | None = None,
+    ) -> torch.Tensor:
+        """Attention of queries to keys and values, and its projection: [L, M, D].
+
+        Args:
+            q: [M, heads, T, channels].
+            k: [M, groups, T', channels].
+            v: like k.
+            mask: bool, broadcast to [M, heads, T, T']; None is causal.
+            places: of dropout.
+        """
+        m, _, t, _ = q.shape
         if places is not None and self.dropout.probability:
             mixed = self._with_dropout(q, k, v, places, mask)
         else:
@@ -271,7 +289,7 @@ class Attention(nn.Module):
         mixed_TMD = mixed.permute(2, 0, 1, 3).reshape(t, m, columns)
         return self.layout.with_bias(*self.out(mixed_TMD))
 
-    def _heads(
+    def heads(
         self, qkv: torch.Tensor, positions_TM: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[T, M, columns] -> queries, keys, values, each [M, heads, T, channels]."""

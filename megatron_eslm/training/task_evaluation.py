@@ -51,7 +51,7 @@ def tasks_to_evaluate(report: ReportOptions) -> list[ReadyTask]:
         include_path=report.eval_tasks_path, task_data=report.eval_tasks_data, download=False
     )
     names = [name for name in report.eval_tasks if name not in SUITES]
-    tasks = load_tasks(names, sources) if names else []
+    tasks = load_tasks(names, sources)[0] if names else []
     for suite in [name for name in report.eval_tasks if name in SUITES]:
         found, missing = load_suite(SUITES[suite], sources)
         tasks += found

@@ -67,6 +67,28 @@ def test_every_number_is_that_of_hflm(pair: Pair, tasks: Path, said: dict) -> No
     )
 
 
+def test_a_group_is_aggregated_as_by_lm_eval(
+    pair: Pair, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "group.jsonl"
+    argv = ["--load", pair.native, "--tasks", "both", "--include-path", str(tasks)]
+    assert evaluate.main([*argv, "--limit", "4", "--output", str(output)]) == 0
+    theirs = lm_eval.simple_evaluate(
+        HFLM(pretrained=pair.hf, device="cpu", batch_size=1, dtype="float32"),
+        tasks=["both"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        limit=4,
+    )["groups"]["both"]
+    found = results(output)
+    assert list(found) == ["animals", "last_word", "both"]
+    assert found["both"]["documents"] == 8
+    assert found["both"]["metrics"] == {"acc": theirs["acc,none"]}
+    assert found["both"]["stderr"] == pytest.approx({"acc": theirs["acc_stderr,none"]})
+    shown = capsys.readouterr().out
+    assert "both (2 tasks)" in shown
+    assert "mean of 2 tasks" in shown  # the group counts in no mean
+
+
 def test_the_export_says_the_same(pair: Pair, tasks: Path, said: dict, tmp_path: Path) -> None:
     output = tmp_path / "hf.jsonl"
     argv = ["--load", pair.hf, "--tasks", "animals", "--include-path", str(tasks)]
@@ -105,7 +127,8 @@ def options(argv: list[str]) -> evaluate.EvaluateOptions:
         (["--suite", "paper", "--num-fewshot", "2"], "shots of its own"),
         (["--tasks", "hellaswog"], "There is no task hellaswog. Did you mean hellaswag?"),
         (["--tasks", "multirc"], "multirc is not there"),
-        (["--tasks", "mmlu"], "is a group of tasks"),
+        (["--tasks", "mmlu"], "is not there"),
+        (["--tasks", "flan_held_in"], "The group flan_held_in changes settings of its tasks"),
         (["--tasks", "piqa", "--tag", "iter_0000007"], "iter_0000007"),
         (["--tasks", "piqa", "--include-path", "nowhere"], "there is no such folder"),
     ],

@@ -45,7 +45,7 @@ ANIMALS = ("a cat", "the dog", "some mice", "no fish at all", "a small horse", "
 
 
 def write_tasks(folder: Path) -> Path:
-    """A multiple choice of two shots, a last word, a generation, and a perplexity."""
+    """A multiple choice, a last word, a generation and a perplexity; and groups of them."""
     folder.mkdir()
     for split, count in (("train", 6), ("validation", 11)):
         docs = [
@@ -99,6 +99,13 @@ metric_list: [{metric: byte_perplexity}]
     }
     for name, body in bodies.items():
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{head}{body}")
+    (folder / "both.yaml").write_text(
+        "group: both\ntask: [animals, last_word]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    (folder / "changed.yaml").write_text(
+        "group: changed\ntask: [{task: animals, num_fewshot: 2}]\n"
+    )
     return folder
 
 

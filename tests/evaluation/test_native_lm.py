@@ -92,7 +92,11 @@ def test_padding_of_the_vocabulary_takes_no_probability(native: NativeLM) -> Non
         for label in range(257)
     ]
     assert float(torch.stack(every).exp().sum()) == pytest.approx(1.0, abs=1e-5)
-    assert all(0 <= each < 257 for each in native._scorer.next_ids([[n] for n in range(256)]))
+    likeliest: list[int] = []
+    rows = [[n] for n in range(256)]
+    native._scorer.extend(rows, [1] * 256, lambda _, new: bool(likeliest.append(new)))
+    assert len(likeliest) == 256
+    assert all(0 <= each < 257 for each in likeliest)
 
 
 def _wanted(inputs: tuple[int, ...], label: int) -> Any:
