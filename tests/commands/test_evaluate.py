@@ -143,6 +143,31 @@ def test_refusals(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_multirc_from_a_folder(pair: Pair, tmp_path: Path) -> None:
+    """No package has it; here are documents in the format of its data set on the hub."""
+    (tmp_path / "multirc").mkdir()
+    for split, count in (("train", 3), ("validation", 2)):
+        docs = [
+            {
+                "paragraph": f"Ann has {n} cats.",
+                "question": "How many cats has Ann?",
+                "answer": str(answer),
+                "idx": {"paragraph": n, "question": 0, "answer": answer - n},
+                "label": int(answer == n),
+            }
+            for n in range(count)
+            for answer in (n, n + 1)
+        ]
+        path = tmp_path / "multirc" / f"{split}.jsonl"
+        path.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    output = tmp_path / "results.jsonl"
+    argv = ["--load", pair.native, "--tasks", "multirc", "--task-data", str(tmp_path)]
+    assert evaluate.main([*argv, "--num-fewshot", "5", "--output", str(output)]) == 0
+    found = results(output)["multirc"]
+    assert (found["documents"], found["split"], found["shots"]) == (4, "validation", 5)
+    assert 0 <= found["metrics"]["acc"] <= 1
+
+
 def test_documents_of_a_folder(
     pair: Pair,
     tmp_path: Path,

@@ -183,6 +183,16 @@ def test_the_papers_ledger_of_all_sizes_by_hand(size: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "more"), [("124M", 0.020), ("350M", -0.035), ("774M", -0.071), ("1.5B", -0.214)]
+)
+def test_a_step_by_the_papers_ledger_beside_plain_training(size: str, more: float) -> None:
+    """docs/paper.md, with thresholds per GPU and alpha 0.1."""
+    _, _, kept, read, masked, tokens, deep, trained = BY_HAND[size]
+    eslm = deep * kept + tokens * read - (deep - trained) * masked
+    assert eslm / (tokens * kept) - 1 == pytest.approx(more, abs=0.0005)
+
+
+@pytest.mark.parametrize(
     ("size", "budget", "micro_batches"),
     [("124M", 3e17, 28_400), ("350M", 3.5e17, 17_600), ("774M", 1e18, 23_400)],
 )
