@@ -32,6 +32,8 @@ class TaskLine:
     shots: Count
     split: str
     documents: Count
+    members: list[str] = dataclasses.field(default_factory=list)
+    """Tasks that it is over, if it is a group."""
 
 
 _CONDITIONS = ("dtype", "limit", "version", "shots", "split", "documents")
@@ -39,13 +41,13 @@ _CONDITIONS = ("dtype", "limit", "version", "shots", "split", "documents")
 
 
 def read_task_results(paths: Sequence[str | Path]) -> list[tuple[str, TaskLine]]:
-    """Read all lines, each with its place (file:line).
+    """Read all lines, each with its place (file:line); those of groups, which repeat, are left out.
 
     Raises:
         ConfigError: a file cannot be read, a line is not of `tools/evaluate.py`, or two results of
             a task were had under different conditions.
     """
-    lines = [line for path in paths for line in _lines(path)]
+    lines = [(where, line) for path in paths for where, line in _lines(path) if not line.members]
     first: dict[str, tuple[str, TaskLine]] = {}
     for where, line in lines:
         place, other = first.setdefault(line.task, (where, line))

@@ -47,6 +47,12 @@ def run_at(metrics_file, tmp_path):
     return make
 
 
+def test_groups_repeat_their_tasks_and_are_left_out(metrics_file):
+    group = {**result("clm", 50, "both", acc=0.3), "members": ["piqa", "copa"]}
+    found = read_task_results([metrics_file("r.jsonl", result("clm", 50, acc=0.5), group)])
+    assert [line.task for _, line in found] == ["piqa"]
+
+
 def test_results_join_their_run_by_folder_and_iteration(
     run_at, metrics_file, tmp_path, monkeypatch
 ):
