@@ -119,8 +119,10 @@ def _place(runs: Sequence[Run], run: Run) -> int:
 def default_labels(files: Sequence[str | Path]) -> list[str]:
     """The shortest suffixes of the paths that distinguish the runs; folders if these do."""
     paths = [Path(file).with_suffix("") for file in files]
-    if len({path.name for path in paths}) == 1 and len({path.parent for path in paths}) > 1:
-        paths = [path.parent for path in paths]
+    folders = [path.parent for path in paths]
+    named = all(folder.name for folder in folders)  # not those of a file in the working directory
+    if named and len({path.name for path in paths}) == 1 and len(set(folders)) > 1:
+        paths = folders
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         labels = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(labels)) == len(labels):

@@ -15,8 +15,10 @@ from megatron_eslm.files.regular import open_regular
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-"""One metrics line: numbers, None where nothing was measured, and `valid_loss_by_domain` as a dict
+"""One metrics line: numbers, None where nothing was measured, and the fields `_BY_DOMAIN` as dicts
 of numbers."""
+
+_BY_DOMAIN = ("valid_loss_by_domain", "test_loss_by_domain")
 
 
 TASKS = "tasks/"
@@ -156,7 +158,7 @@ def _parse(line: bytes) -> Record:
     if type(iteration) is not int or not 0 <= iteration < 2**63:
         raise ValueError('no "iteration" that is a whole number')
     for name, value in item.items():
-        parts = value if name == "valid_loss_by_domain" and isinstance(value, dict) else {"": value}
+        parts = value if name in _BY_DOMAIN and isinstance(value, dict) else {"": value}
         for part, number in parts.items():
             if number is not None and not _is_number(number):
                 where = name + (f"/{part}" if part else "")

@@ -88,6 +88,7 @@ def test_default_labels_tell_runs_apart():
     assert default_labels(["x/a.jsonl", "y/a.jsonl"]) == ["x", "y"]
     assert default_labels(["p/x/a.jsonl", "q/x/a.jsonl"]) == ["p/x", "q/x"]
     assert default_labels(["x/a.jsonl", "y/a.jsonl", "y/b.jsonl"]) == ["x/a", "y/a", "y/b"]
+    assert default_labels(["a.jsonl", "x/a.jsonl"]) == ["a", "x/a"]
     assert default_labels(["a.jsonl", "a.jsonl"]) == ["a #1", "a #2"]
 
 

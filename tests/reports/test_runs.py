@@ -27,8 +27,9 @@ def test_settings_and_records(metrics_file):
 
 def test_losses_of_domains(metrics_file):
     by = {"book": 3.0, "code": None}
-    run = read_run(metrics_file("a.jsonl", line(10, 4.0, valid_loss_by_domain=by)))
-    assert run.evaluations[0]["valid_loss_by_domain"] == by
+    both = {"valid_loss_by_domain": by, "test_loss_by_domain": {"news": 4.1}}
+    run = read_run(metrics_file("a.jsonl", line(10, 4.0, test_loss=4.1, **both)))
+    assert run.evaluations[0].items() >= both.items()
     assert run.iterations == 10
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eslm.config.run import parse_run
+from megatron_eslm.reports.runs import read_run
 from megatron_eslm.training.dry_run import dry_run
 from tests.harness import run_ranks
 
@@ -73,6 +74,7 @@ def test_losses_of_the_files_and_resumes(data: list[str], tmp_path: Path) -> Non
     assert "domain code " in found["text"] and "domain news" not in found["text"]
     assert "--valid-data-path is not read with --eval-iters 0" in found["unread"]
     assert "or set --eval-iters 0" in found["none"] and "selection needs" in found["greats"]
+    assert read_run(tmp_path / "first.jsonl").last("test_loss") == first.steps[-1]["test_loss"]
     run = json.loads((tmp_path / "first.jsonl").read_text().splitlines()[0])["run"]
     assert run["train_data_path"] == f"1 {data[0]} 2 {data[1]}"
     assert run["test_data_path"] == twin and "data_path" not in run and "split" not in run
