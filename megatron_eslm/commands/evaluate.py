@@ -153,6 +153,9 @@ def evaluate(options: EvaluateOptions) -> list[ModelResult]:
         for result in _with_groups(run_tasks(lm, tasks, options.limit, RESAMPLES), groups):
             if not leads:
                 continue
+            if not result.metrics:
+                print(f"without {result.task}: its tasks have none of its metrics", file=sys.stderr)
+                continue
             results.append(
                 ModelResult(
                     load=options.load,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_eslm.errors import ConfigError
+from megatron_eslm.errors import ConfigError, first_line
 
 
 def tasks_of(name: str, manager: Any) -> list[str]:
@@ -44,14 +44,21 @@ def aggregating_groups(names: Sequence[str], manager: Any, tasks: Mapping[str, A
         names: tasks, tags or groups.
         manager: lm-eval's TaskManager.
         tasks: lm-eval's Task by name, for all tasks of the groups.
+
+    Raises:
+        ConfigError: lm-eval refuses the definition of a group.
     """
     from lm_eval.api.group import Group
 
     groups = []
-    for name in names:
+    for name in dict.fromkeys(names):
         if name not in manager.all_groups:
             continue
-        group = Group.from_config({k: v for k, v in _config(name, manager).items() if k != "task"})
+        config = {k: v for k, v in _config(name, manager).items() if k != "task"}
+        try:
+            group = Group.from_config(config)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"The group {name} cannot be used: {first_line(error)}") from error
         for task in tasks_of(name, manager):
             group.add(tasks[task])
         for metric in group.aggregate_metric_list or ():

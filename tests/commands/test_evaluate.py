@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,31 @@ def test_a_group_is_aggregated_as_by_lm_eval(
     shown = capsys.readouterr().out
     assert "both (2 tasks)" in shown
     assert "mean of 2 tasks" in shown  # the group counts in no mean
+
+
+def test_a_group_without_numbers_is_left_out(
+    pair: Pair, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(tasks, tmp_path / "tasks")
+    output, path = tmp_path / "group.jsonl", tmp_path / "tasks" / "odd.yaml"
+    path.write_text("group: odd\ntask: [animals]\naggregate_metric_list: [{metric: bleu}]\n")
+    argv = ["--load", pair.native, "--tasks", "odd", "--include-path", str(path.parent)]
+    assert evaluate.main([*argv, "--limit", "4", "--output", str(output)]) == 0
+    assert list(results(output)) == ["animals"]
+    assert "without odd: its tasks have none of its metrics" in capsys.readouterr().err
+
+
+def test_a_group_that_lm_eval_refuses(
+    pair: Pair, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(tasks, tmp_path / "tasks")
+    path = tmp_path / "tasks" / "odd.yaml"
+    path.write_text(
+        "group: odd\ntask: [animals]\naggregate_metric_list: [{metric: acc, aggregation: median}]\n"
+    )
+    argv = ["--load", pair.native, "--tasks", "odd", "--include-path", str(path.parent)]
+    assert evaluate.main(argv) == 2
+    assert "The group odd cannot be used: " in capsys.readouterr().err
 
 
 def test_the_export_says_the_same(pair: Pair, tasks: Path, said: dict, tmp_path: Path) -> None:
