@@ -20,6 +20,11 @@ SHAPES = {
         *("--num-layers", "4", "--hidden-size", "128", "--num-attention-heads", "4"),
         *("--lr", "1e-4"),
     ),
+    # That of examples/reproduce/scales/medium.yaml; the same flags.
+    "7.4M": (
+        *("--num-layers", "8", "--hidden-size", "256", "--num-attention-heads", "4"),
+        *("--lr", "1e-4"),
+    ),
     "tiny": (
         *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "2"),
         *("--lr", "1e-4"),
