@@ -53,8 +53,8 @@ class RecipeOptions:
     gpu: Annotated[str, Flag(metavar="|".join(ACCELERATORS))] | None = None
     """With --dry-run: predict the hours of each training on this accelerator, without data."""
 
-    gpus: Annotated[int, ONE_OR_MORE] = 8
-    """How many of them."""
+    gpus: Annotated[int, ONE_OR_MORE] | None = None
+    """How many of them; default: 8."""
 
     report: bool = False
     """Only compare the runs that are done by now."""
@@ -65,6 +65,8 @@ class RecipeOptions:
             raise ConfigError(
                 f"--gpu {self.gpu} predicts what a recipe costs; give it with --dry-run."
             )
+        if self.gpus is not None and self.gpu is None:
+            raise ConfigError(f"--gpus {self.gpus} needs --gpu, the accelerator.")
         if (self.index is None) != (self.of is None):
             raise ConfigError(
                 "--index and --of belong together: --index 0 --of 4 is the first quarter."
@@ -89,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     if options.dry_run:
         print("\n".join(_described(recipe, runs, runner)))
         if options.gpu is not None:
-            print("\n".join(_costs(recipe, runs, options.gpu, options.gpus)))
+            print("\n".join(_costs(recipe, runs, options.gpu, options.gpus or 8)))
         return 0
     outcomes = {} if options.report else runner.train(runs)
     left = {name: outcome for name, outcome in outcomes.items() if outcome != "finished"}
@@ -113,8 +115,9 @@ def _costs(recipe: Recipe, runs: list[RecipeRun], gpu: str, gpus: int) -> Iterat
 
     model = RecipeCost(recipe, machine_of(gpu, DEFAULT_NETWORK), gpus)
     costs = [model.of(run) for run in runs]
-    width = max(len(run.folder.name) for run in runs)
-    yield f"{'on ' + f'{gpus} x {gpu}':<{width}s}  {'steps':>7s}  {'FLOPs':>9s}  {'hours':>7s}"
+    machine = f"on {gpus} x {gpu}"
+    width = max(len(machine), *(len(run.folder.name) for run in runs))
+    yield f"{machine:<{width}s}  {'steps':>7s}  {'FLOPs':>9s}  {'hours':>7s}"
     for run, cost in zip(runs, costs, strict=True):
         hours = "unknown" if cost.seconds is None else f"{cost.seconds / 3600:7.2f}"
         yield f"{run.folder.name:<{width}s}  {cost.steps:7,}  {cost.flops:9.3e}  {hours}"

@@ -112,12 +112,13 @@ def plan_mixture(
             raise ConfigError(
                 "--train-data-path comes without --valid-data-path, so there is nothing to "
                 "validate on. Give it"
-                + (", which the selection needs." if aligns else ", or set --eval-iters 0.")
+                + (", which the selection needs." if aligns else _or_no_evaluation(source))
             )
         if reads:
             needed[split] = samples
     for split in needed:
-        _check_sequences(counted[split], split, source.split, seq_length, aligns > 0)
+        remedy = "." if split == "train" or aligns else _or_no_evaluation(source)
+        _check_sequences(counted[split], split, source.split, seq_length, remedy)
     alignment_samples = 0
     if "valid" in needed:
         reach = _reach(counted["valid"], "valid")
@@ -170,7 +171,7 @@ def _count(domain: Domain, divided: str | None, split: str, seq_length: int) -> 
 
 
 def _check_sequences(
-    counted: Sequence[_Counted], split: str, divided: str | None, seq_length: int, aligns: bool
+    counted: Sequence[_Counted], split: str, divided: str | None, seq_length: int, remedy: str
 ) -> None:
     for one in counted:
         if one.sequences[split]:
@@ -184,8 +185,15 @@ def _check_sequences(
             f"{one.domain.prefix}: the {_LONG[split]} split has {one.tokens[split]} tokens in "
             f"{one.documents[split]} of {one.domain.documents} documents; one sequence of "
             f"--seq-length {seq_length} needs {seq_length + 1}. {share} --seq-length or add data"
-            + ("." if split == "train" or aligns else ", or set --eval-iters 0.")
+            f"{remedy}"
         )
+
+
+def _or_no_evaluation(source: DataSource) -> str:
+    """How to do without evaluation: what comes last in a message."""
+    paths = [f"--{name}-data-path" for name in source.apart]
+    without = f" and leave out {' and '.join(paths)}" if paths else ""
+    return f", or set --eval-iters 0{without}."
 
 
 def _reach(counted: Sequence[_Counted], split: str) -> int:

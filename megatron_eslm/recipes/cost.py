@@ -15,7 +15,7 @@ from megatron_eslm.selection.build import policy_traits
 from megatron_eslm.selection.state import SelectionState
 
 ASSUMED = (
-    "Steps only, at the final alpha, by the cost model of docs/scaling.md; GPT-2's vocabulary. A "
+    "Steps only, at --eslm-alpha, by the cost model of docs/scaling.md; GPT-2's vocabulary. A "
     "teacher or reference model that runs is as large as the model that is trained."
 )
 
@@ -58,21 +58,23 @@ class RecipeCost:
 
     def _predicted(self, run: RecipeRun) -> RunCost:
         config = parse_run(run.words(planned=True), self._gpus)
-        setting, flops = Setting.of(config, GPT2_VOCAB_SIZE), _flops_per_step(config)
-        steps = config.training.train_iters
+        setting, steps = Setting.of(config, GPT2_VOCAB_SIZE), config.training.train_iters
         if run.flops_of is not None:
             counted = self.of(self._recipe.run(run.flops_of, run.seed))
-            steps = round(counted.flops / flops)
+            steps = round(counted.flops / _flops_per_step(config))
+        salt = config.objective.distill == "salt"
+        taught = min(steps, config.objective.salt_iters) if salt else steps
+        flops = taught * _flops_per_step(config)
+        flops += (steps - taught) * _flops_per_step(config, taught=False)
         if setting.traits.needs_gradients:
-            return RunCost(steps, steps * flops, None)
+            return RunCost(steps, flops, None)
         # Frozen models compute at the speed of the one that is trained.
-        more = flops / setting.flops.executed(setting.work)
-        seconds = step_cost(setting, self._machine).seconds * more
-        return RunCost(steps, steps * flops, steps * seconds)
+        speed = setting.flops.executed(setting.work) / step_cost(setting, self._machine).seconds
+        return RunCost(steps, flops, flops / speed)
 
 
-def _flops_per_step(run: RunConfig) -> float:
-    """Executed FLOPs of a step, with those of the teacher and the reference model."""
+def _flops_per_step(run: RunConfig, *, taught: bool = True) -> float:
+    """Executed FLOPs of a step, with those of the reference model and, if `taught`, the teacher."""
     shape = run.shape(GPT2_VOCAB_SIZE)
     traits = policy_traits(run.selection)
     teacher = run.objective.distill_teacher is not None or traits.holds_dropped_tokens
@@ -80,7 +82,7 @@ def _flops_per_step(run: RunConfig) -> float:
         run,
         shape,
         SelectionState(alpha=run.selection.initial_alpha),
-        teacher=shape if teacher else None,
+        teacher=shape if teacher and taught else None,
         reference=shape if run.reference.reference is not None else None,
         device_type="cuda",
     )

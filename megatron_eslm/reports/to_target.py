@@ -86,8 +86,6 @@ def _needs(group: Group, target: float) -> list[str]:
 
 
 def _saves(group: Group, other: Group, target: float) -> list[str]:
-    if other is group:
-        return ["–"] * len(QUANTITIES)
     cells = []
     group, other = on_common_seeds(group, other)
     for q in QUANTITIES:

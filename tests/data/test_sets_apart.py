@@ -141,3 +141,10 @@ def test_what_is_too_small_or_missing(pairs, tmp_path):
         match=r"short: the validation split has \d tokens in 1 of 1 documents; .* needs 33. Sh",
     ):
         plan_mixture(source, T, 60, 8)
+    # Doing without evaluation means doing without the files for it.
+    source = open_data(DataOptions(train_data_path=(pairs["a"],), test_data_path=(short,)))
+    without = "or set --eval-iters 0 and leave out --test-data-path"
+    with pytest.raises(ConfigError, match=f"without --valid-data-path.*{without}"):
+        plan_mixture(source, T, 60, 8)
+    with pytest.raises(ConfigError, match=f"short: the test split.*{without}"):
+        plan_mixture(source, T, 60, test_samples=8)

@@ -60,3 +60,16 @@ def test_gpu_without_dry_run(capsys):
     assert "--gpu h100-80g predicts what a recipe costs; give it with --dry-run" in (
         capsys.readouterr().err
     )
+
+
+def test_salt_has_its_teacher_for_some_steps_only():
+    recipe = read_recipe(MAIN.with_name("distillation.yaml"), {"scale": "paper", "data": "nowhere"})
+    model = RecipeCost(recipe, machine_of("a100-80g", "infiniband-hdr"), gpus=8)
+    clm, dense, salt = (model.of(recipe.run(m, 1)) for m in ("clm", "dense-kd", "salt"))
+    assert salt.flops == pytest.approx(clm.flops + 12_000 / 40_000 * (dense.flops - clm.flops))
+    assert clm.seconds < salt.seconds < dense.seconds
+
+
+def test_gpus_without_gpu(capsys):
+    assert run_recipe.main([str(MAIN), "--dry-run", "--gpus", "4"]) == 2
+    assert "--gpus 4 needs --gpu" in capsys.readouterr().err
